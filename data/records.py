@@ -1,0 +1,106 @@
+"""The records that flow through the house.
+
+Letters: N rows (captured tokens) of a turn, d_k key size, d_v value size, B sequences of a compute batch,
+L tokens of its longest sequence, M answer tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Phase(Enum):
+    """Why a turn edits the model: to warm the statistics up, or because its facts are wanted."""
+
+    WARM_UP = "warm_up"
+    EDIT = "edit"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the answer that should follow it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class EditRecord:
+    """One fact to write, with the questions that probe it.
+
+    A probe the data does not hold is None and is left out of the scores, never scored as an empty string.
+    `index` is the row of the file the record was read from.
+    """
+
+    index: int
+    edit: Question
+    rephrase: Question | None = None
+    locality: Question | None = None
+    persona: Question | None = None
+    multi_hop: Question | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A question as token ids: the prompt, then from `answer_start` to the end the answer."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.ids) - self.answer_start
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The facts that enter the model together.
+
+    `index` counts the turns of the stream, warm-up turns included; `sequences[i]` is the tokenised edit of
+    `records[i]`, and `loss_weights[i]` = 1 / (answer tokens of the mini-batch that record i belongs to), the
+    factor each of its answer tokens has in the loss (DESIGN section 1, capture).
+    """
+
+    index: int
+    phase: Phase
+    records: tuple[EditRecord, ...]
+    sequences: tuple[TokenSequence, ...]
+    loss_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A compute batch: sequences padded on the right, without the last token, which predicts nothing.
+
+    Answer token m is predicted at (`rows[m]`, `positions[m]`). `members[b]` is the place of batch row b in the list
+    of sequences the batch was cut from.
+    """
+
+    input_ids: Tensor  # (B, L) int64
+    lengths: Tensor  # (B,) int64, tokens that are not padding
+    members: Tensor  # (B,) int64
+    rows: Tensor  # (M,) int64, sorted
+    positions: Tensor  # (M,) int64, increasing within a row
+    targets: Tensor  # (M,) int64
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What one edit module saw in a turn, rows in the order of the turn's records and, within one, of its tokens."""
+
+    keys: Tensor  # (N, d_k) float32, inputs of the module
+    value_grads: Tensor  # (N, d_v) float32, gradients of the loss at its outputs
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """A weight change in (d_k, d_v) orientation, DeltaW = left @ right.
+
+    `left` None stands for the identity: the change is dense and `right` holds it, as when rows outnumber d_k.
+    """
+
+    left: Tensor | None  # (d_k, N)
+    right: Tensor  # (N, d_v), or (d_k, d_v) where left is None
