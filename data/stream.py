@@ -1,0 +1,358 @@
+"""Records to turns: tokenising, mini-batches, warm-up, compute batches.
+
+Nothing here keeps a place in the data: turn i is a function of the seed and i, so a resumed run starts anywhere.
+
+Letters: B sequences of a compute batch, L tokens of its longest sequence, M answer tokens of the batch,
+T edit turns of the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+import torch
+
+from data.records import EditRecord, Phase, Question, TokenBatch, TokenSequence, Turn
+
+logger = logging.getLogger(__name__)
+
+AnswerTokens = Literal["joint", "separate"]
+
+DEFAULT_WARM_UP_TURNS = 20  # the papers' number; what `num_seq_zsre: null` means where the data holds as many
+
+# Compatibility normalisation turns the 3 bytes of U+FDFA into 33: no character grows by more.
+NORMALISATION_GROWTH = 11
+
+# Edit turns that come before the warm-up turns, of T in all (DESIGN section 1, warm-up).
+WARM_UP_POSITIONS = {
+    "start": lambda turns: 0,
+    "q1": lambda turns: turns // 4,
+    "middle": lambda turns: turns // 2,
+    "q3": lambda turns: 3 * turns // 4,
+    "end": lambda turns: turns - 1,
+    "none": lambda turns: 0,
+}
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer."""
+
+    @property
+    def is_fast(self) -> bool: ...
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int: ...
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenising
+
+
+def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens: AnswerTokens) -> list[TokenSequence]:
+    """Token ids of each prompt and its answer, the answer being the tail: no EOS, no chat template.
+
+    `joint` tokenises prompt + " " + answer at once, with the tokenizer's special tokens, and the answer starts at the
+    first token that holds a character of it. So a BPE token with its leading space is an answer token; a token of
+    nothing but the space is the prompt's, since predicting it says nothing about the fact; and a token across the
+    border is the answer's as a whole, or part of the answer would be given away. A prompt that ends in whitespace
+    gets no second space.
+
+    `separate` tokenises the prompt with special tokens, and " " + answer alone without, as the published code does;
+    on SentencePiece tokenizers the answer then begins with a token that is only the space.
+
+    Raises ValueError for a tokenizer without character offsets (joint) and for a question whose prompt or whose
+    answer has no token. No questions give an empty list.
+    """
+    if not questions:
+        return []
+    cut = {"joint": _tokenize_joint, "separate": _tokenize_separate}[answer_tokens]
+    sequences = cut(questions, tokenizer)
+    for question, sequence in zip(questions, sequences, strict=True):
+        if not 0 < sequence.answer_start < len(sequence.ids):
+            missing = "answer" if sequence.answer_start else "prompt"
+            raise ValueError(
+                f"the tokenizer makes no token of the {missing} in prompt {question.prompt!r}, answer "
+                f"{question.answer!r}: change the row, or the model's tokenizer"
+            )
+    return sequences
+
+
+def _tokenize_joint(questions: Sequence[Question], tokenizer: Tokenizer) -> list[TokenSequence]:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
+            "offsets: set dataset.answer_tokens=separate"
+        )
+    heads = [q.prompt if q.prompt[-1:].isspace() else q.prompt + " " for q in questions]
+    texts = [head + q.answer for head, q in zip(heads, questions, strict=True)]
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    return [
+        _cut_at_character(ids[: _text_end(special)], offsets, len(head))
+        for ids, offsets, special, head in zip(
+            encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], heads, strict=True
+        )
+    ]
+
+
+def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: int) -> TokenSequence:
+    """The answer starts with the first token that reaches past character `border`."""
+    start = next((i for i, (_, end) in enumerate(offsets) if end > border), len(ids))
+    return TokenSequence(tuple(ids), min(start, len(ids)))
+
+
+def _tokenize_separate(questions: Sequence[Question], tokenizer: Tokenizer) -> list[TokenSequence]:
+    prompts = tokenizer([q.prompt for q in questions], return_special_tokens_mask=True)
+    answers = tokenizer([" " + q.answer for q in questions], add_special_tokens=False)
+    sequences = []
+    columns = zip(prompts["input_ids"], prompts["special_tokens_mask"], answers["input_ids"], strict=True)
+    for prompt_ids, special, answer_ids in columns:
+        head = prompt_ids[: _text_end(special)]
+        sequences.append(TokenSequence((*head, *answer_ids), len(head)))
+    return sequences
+
+
+def _text_end(special: list[int]) -> int:
+    """How many tokens there are up to the last one of the text: some tokenizers append EOS unasked."""
+    end = len(special)
+    while end and special[end - 1]:
+        end -= 1
+    return end
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def mini_batch_weights(sequences: Sequence[TokenSequence], batch_size: int) -> tuple[float, ...]:
+    """The factor of each record's answer tokens in the loss: 1 / (answer tokens of its mini-batch).
+
+    Mini-batches are `batch_size` records each, longest token sequence first, ties in the data's order, the last one
+    as short as it comes (DESIGN section 1, capture). The weights are in the order of `sequences`.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    weights = [0.0] * len(sequences)
+    for first in range(0, len(order), batch_size):
+        members = order[first : first + batch_size]
+        weight = 1.0 / sum(sequences[i].answer_length for i in members)
+        for i in members:
+            weights[i] = weight
+    return tuple(weights)
+
+
+def compute_batches(sequences: Sequence[TokenSequence], token_budget: int) -> Iterator[TokenBatch]:
+    """All sequences, each once, in batches of like length and at most `token_budget` tokens, padding counted.
+
+    The longest come first, so that memory peaks in the first batch. A sequence longer than the budget is a batch of
+    its own. How the sequences fall into batches depends on their lengths and the budget alone.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    first = 0
+    while first < len(order):
+        longest = len(sequences[order[first]].ids) - 1  # the last token predicts nothing and is dropped
+        members = order[first : first + max(1, token_budget // longest)]
+        yield _batch([sequences[i] for i in members], members)
+        first += len(members)
+
+
+def _batch(sequences: list[TokenSequence], members: list[int]) -> TokenBatch:
+    sizes = np.array([len(s.ids) for s in sequences])  # (B,)
+    starts = np.array([s.answer_start for s in sequences])  # (B,)
+    assert starts.min() > 0, "nothing predicts a first token"
+    padded = np.zeros((len(sizes), sizes.max()), dtype=np.int64)  # (B, L + 1)
+    columns = np.arange(sizes.max())
+    padded[columns < sizes[:, None]] = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, sizes.sum())
+    rows, answer_columns = np.nonzero((columns >= starts[:, None]) & (columns < sizes[:, None]))  # (M,), row by row
+    targets = padded[rows, answer_columns]
+    padded[np.arange(len(sizes)), sizes - 1] = 0  # the last token is no input: it becomes padding
+    return TokenBatch(
+        input_ids=torch.from_numpy(np.ascontiguousarray(padded[:, :-1])),
+        lengths=torch.from_numpy(sizes.astype(np.int64) - 1),
+        members=torch.tensor(members, dtype=torch.int64),
+        rows=torch.from_numpy(rows.astype(np.int64)),
+        positions=torch.from_numpy(answer_columns.astype(np.int64) - 1),
+        targets=torch.from_numpy(targets),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Turns
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[EditRecord]):
+    """The records at `rows`, each read when it is asked for."""
+
+    records: Sequence[EditRecord]
+    rows: range | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> EditRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> Rows: ...
+    def __getitem__(self, place: int | slice) -> EditRecord | Rows:
+        if isinstance(place, slice):
+            return Rows(self.records, self.rows[place])
+        return self.records[int(self.rows[place])]
+
+
+class EditStream:
+    """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
+
+    `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
+    turns there are. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its file's order.
+    Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
+    together with preheat_mode=none.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[EditRecord],
+        warm_up: Sequence[EditRecord],
+        *,
+        n_edits: int,
+        batch_size: int,
+        num_turns: int | None,
+        num_warm_up: int | None,
+        preheat_mode: str,
+        tokenizer: Tokenizer,
+        answer_tokens: AnswerTokens,
+        seed: int,
+        shuffle: bool = False,
+    ) -> None:
+        self.n_edits, self.batch_size = n_edits, batch_size
+        self._tokenizer, self._answer_tokens = tokenizer, answer_tokens
+        self.num_turns = _count_turns(len(edits), n_edits, num_turns)
+        self.num_warm_up = _count_warm_up(len(warm_up), n_edits, num_warm_up, preheat_mode)
+        self.warm_up_start = WARM_UP_POSITIONS[preheat_mode](self.num_turns)
+        order = np.random.default_rng(seed).permutation(len(edits)) if shuffle else range(len(edits))
+        self._edits = Rows(edits, order[: self.num_turns * n_edits])
+        self._warm_up = Rows(warm_up, range(self.num_warm_up * n_edits))
+
+    def __len__(self) -> int:
+        """Turns, those of warm-up included."""
+        return self.num_turns + self.num_warm_up
+
+    def turn(self, index: int) -> Turn:
+        """Turn `index` of the stream, counted from 0 with warm-up turns included; IndexError outside the stream."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"turn {index} of a stream of {len(self)} turns")
+        phase, records = self._rows_of(index)
+        sequences = tokenize([record.edit for record in records], self._tokenizer, self._answer_tokens)
+        weights = mini_batch_weights(sequences, self.batch_size)
+        return Turn(index, phase, tuple(records), tuple(sequences), weights)
+
+    def from_turn(self, first: int) -> Iterator[Turn]:
+        """The turns from `first` to the end; none where the stream is already done."""
+        return (self.turn(index) for index in range(first, len(self)))
+
+    def edited(self, upto: int | None = None) -> Rows:
+        """The records that edit turns before turn `upto` of the stream write, in the order they are written.
+
+        None stands for the whole stream. Warm-up records are never among them. Records are read on access.
+        """
+        return self._edits[: self._edit_turns_before(len(self) if upto is None else upto) * self.n_edits]
+
+    def warmed_up(self) -> Rows:
+        """The records of the warm-up turns, read on access."""
+        return self._warm_up
+
+    def _rows_of(self, index: int) -> tuple[Phase, Rows]:
+        in_warm_up = index - self.warm_up_start
+        if 0 <= in_warm_up < self.num_warm_up:
+            return Phase.WARM_UP, self._warm_up[in_warm_up * self.n_edits : (in_warm_up + 1) * self.n_edits]
+        first = self._edit_turns_before(index) * self.n_edits
+        return Phase.EDIT, self._edits[first : first + self.n_edits]
+
+    def _edit_turns_before(self, index: int) -> int:
+        return index - min(max(index - self.warm_up_start, 0), self.num_warm_up)
+
+
+def _count_turns(rows: int, n_edits: int, num_turns: int | None) -> int:
+    full = rows // n_edits
+    if full == 0:
+        raise ValueError(
+            f"dataset.n_edits={n_edits}: the edit data holds {rows} rows, less than one turn; "
+            f"set dataset.n_edits to {rows} or less, or dataset.valid_path to a larger file"
+        )
+    if num_turns is not None and num_turns > full:
+        raise ValueError(
+            f"num_seq={num_turns}: the edit data holds {rows} rows, {full} full turns of dataset.n_edits={n_edits}; "
+            f"set num_seq to {full} or less, or dataset.valid_path to a larger file"
+        )
+    return full if num_turns is None else num_turns
+
+
+def _count_warm_up(rows: int, n_edits: int, num_warm_up: int | None, preheat_mode: str) -> int:
+    if preheat_mode not in WARM_UP_POSITIONS:
+        raise ValueError(f"editor.preheat_mode={preheat_mode}: set one of {', '.join(WARM_UP_POSITIONS)}")
+    if preheat_mode == "none":
+        if num_warm_up:
+            raise ValueError(
+                f"dataset.num_warm_up={num_warm_up} has no effect with editor.preheat_mode=none; "
+                "set num_seq_zsre (num_seq_wikibigedit) to null, or editor.preheat_mode=start"
+            )
+        return 0
+    full = rows // n_edits
+    if num_warm_up is None and full:
+        return min(DEFAULT_WARM_UP_TURNS, full)
+    if num_warm_up is None or num_warm_up > full:
+        raise ValueError(
+            f"num_seq_zsre (num_seq_wikibigedit)={'null' if num_warm_up is None else num_warm_up}: the training data "
+            f"holds {rows} rows, {full} full turns of dataset.n_edits={n_edits}; "
+            + (f"set it to {full} or less" if full else "set editor.preheat_mode=none, or a smaller dataset.n_edits")
+            + ", or dataset.train_path to a larger file"
+        )
+    return num_warm_up
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Context length
+
+
+def questions_of(record: EditRecord) -> dict[str, Question]:
+    """The questions a record holds, by protocol."""
+    protocols = ("edit", "rephrase", "locality", "persona", "multi_hop")
+    found = ((protocol, getattr(record, protocol)) for protocol in protocols)
+    return {protocol: question for protocol, question in found if question is not None}
+
+
+def check_context(
+    records: Sequence[EditRecord],
+    tokenizer: Tokenizer,
+    context_length: int,
+    *,
+    answer_tokens: AnswerTokens,
+    file: str,
+) -> None:
+    """ValueError, naming file, row, tokens and limit, for the first question longer than the model's context.
+
+    Exact, and cheap where questions are short: a token stands for at least one byte of the (normalised) text, so only
+    questions with more bytes than the context has room for are tokenised at all.
+    """
+    added = tokenizer.num_special_tokens_to_add() + 2  # the space between, and one that SentencePiece puts in front
+    for record in records:
+        for protocol, question in questions_of(record).items():
+            if most_tokens(question) + added <= context_length:
+                continue
+            tokens = len(tokenize([question], tokenizer, answer_tokens)[0].ids)
+            if tokens > context_length:
+                raise ValueError(
+                    f"file {file}, row {record.index}: {protocol} is {tokens} tokens long, the model's context is "
+                    f"{context_length}; shorten or remove the row, or choose a model with a longer context"
+                )
+
+
+def most_tokens(question: Question) -> int:
+    """An upper bound on the tokens of prompt and answer, from their UTF-8 bytes."""
+    if question.prompt.isascii() and question.answer.isascii():
+        return len(question.prompt) + len(question.answer)
+    return NORMALISATION_GROWTH * len((question.prompt + question.answer).encode())
