@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self, TextIO, cast
 
 from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 LOG_SHARE: Final = 0.1  # of the work between two log lines, where there is no terminal ...
 LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter
 
-# Percent, in this order; everything else that has a mean is shown as the number it is.
 SCORES: Final = {
     "ES": "efficacy",
     "GS": "generalization",
@@ -35,13 +34,8 @@ SCORES: Final = {
     "PS": "personas",
     "MS": "multi-hop",
 }
-FORMS: Final = {
-    "": "",
-    "_seq": ", all tokens",
-    "_gen": ", generated",
-    "_gen_contains": ", contained in generated",
-    "_agree": ", agreement with base",
-}
+FORMS: Final = {"": "", "seq": "all tokens", "gen": "generated", "agree": "as base"}
+NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
 class Bar(Protocol):
@@ -172,7 +166,7 @@ def _logs_above(console: Console, stream: TextIO) -> Iterator[None]:
     """Log handlers hold the terminal they were made with, so replacing sys.stderr does not reach them: hand them one
     that prints above the bars, and give theirs back at the end."""
     originals = {id(s) for s in (stream, sys.__stderr__, sys.__stdout__) if s is not None and s.isatty()}
-    originals |= {id(proxied.rich_proxied_file) for proxied in (sys.stderr, sys.stdout) if _is_proxy(proxied)}
+    originals |= {id(_behind_proxy(s)) for s in (sys.stderr, sys.stdout) if s.isatty()}
     changed = [(handler, handler.stream) for handler in _stream_handlers() if id(handler.stream) in originals]
     for handler, own in changed:
         handler.setStream(cast(TextIO, FileProxy(console, own)))
@@ -183,8 +177,8 @@ def _logs_above(console: Console, stream: TextIO) -> Iterator[None]:
             handler.setStream(own)
 
 
-def _is_proxy(stream: Any) -> bool:
-    return isinstance(stream, FileProxy)
+def _behind_proxy(stream: Any) -> Any:
+    return stream.rich_proxied_file if isinstance(stream, FileProxy) else stream
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
@@ -206,58 +200,70 @@ def duration(seconds: float) -> str:
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
-    """Print the result table; 80 columns and no colour where `stream` (stdout) is no terminal."""
+    """Print the result table and where the run lies; where `stream` (stdout) is no terminal, 80 columns, no colour."""
     stream = stream or sys.stdout
-    Console(file=stream, force_terminal=stream.isatty()).print(result_table(results, run_folder))
+    console = Console(file=stream, force_terminal=stream.isatty())
+    console.print(result_table(results))
+    console.print(Text(f"  run folder   {run_folder}"), soft_wrap=True)  # never cut or broken: it will be copied
 
 
-def result_table(results: Mapping[str, Any], run_folder: Path) -> Group:
-    """The scores of the base and of the edited model with their 95% intervals, what the run cost, and where it lies.
+def result_table(results: Mapping[str, Any]) -> Group:
+    """The scores of the base and of the edited model with their 95% intervals, and what the run cost.
 
     `results` is what `results.json` holds; a part that is missing is left out of the table.
     """
-    parts: list[RenderableType] = [_score_table(results.get("base", {}), results.get("final", {}))]
-    if cost := results.get("cost"):
-        parts.append(_cost_table(cost))
-    parts.append(Text(f"  run folder  {run_folder}\n", no_wrap=True, overflow="ignore"))  # whole, to be copied
-    return Group(*parts)
+    scores = _score_table(results.get("base", {}), results.get("final", {}))
+    return Group(scores, *([_cost_table(results["cost"])] if results.get("cost") else []))
 
 
 def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE, pad_edge=True, title="percent, with 95% intervals", title_justify="left")
-    table.add_column("score", no_wrap=True)
+    # no padding: with its one column of space between cells the table just fits 80 columns at 100.0 [100.0, 100.0]
+    table = Table(
+        box=SIMPLE, padding=0, title=" percent, with 95% intervals", title_justify="left", title_style="italic"
+    )
+    table.add_column("score", overflow="fold")
     for heading in ("base model", "edited model", "change", "records"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = ""
-    for name in _ordered({*base, *final}):
-        form = "_".join(name.split("_")[1:])
-        if form != previous and table.rows:
+        table.add_column(heading, justify="right", overflow="fold")
+    kinds = {name: _kind(name) for name in {*base, *final}}
+    for place, name in enumerate(ordered := sorted(kinds, key=kinds.__getitem__)):
+        if place and kinds[name][0] != kinds[ordered[place - 1]][0]:
             table.add_section()
-        previous = form
         table.add_row(*_score_row(name, base.get(name), final.get(name)))
     return table
 
 
-def _ordered(names: set[str]) -> list[str]:
-    """Percent scores form by form, then whatever else was measured."""
-    known = [f"{score}{form}" for form in FORMS for score in SCORES]
-    return [name for name in known if name in names] + sorted(names - set(known))
+def _kind(name: str) -> tuple[int, str, int, str]:
+    """Place of a score in the table: the plain forms of percent scores, their other forms, then everything else."""
+    score, _, form = name.partition("_")
+    if not _is_percent(name):
+        return len(FORMS) + 1, "", 0, name
+    place = list(FORMS).index(form) if form in FORMS else len(FORMS)
+    return place, form, list(SCORES).index(score), name
 
 
-def _score_row(name: str, base: Any, final: Any) -> list[RenderableType]:
-    percent = name in {f"{score}{form}" for form in FORMS for score in SCORES}
-    scale, digits = (100.0, 1) if percent else (1.0, 3)
-    means = [_mean(score) for score in (base, final)]
-    change = "" if None in means else f"{scale * (means[1] - means[0]):+.{digits}f}"  # type: ignore[operator]
-    counted = [str(f"{score['n']:,}") for score in (final, base) if isinstance(score, Mapping) and "n" in score]
-    cells = [_score_cell(score, scale, digits) for score in (base, final)]
-    return [Text(_label(name)), Text(cells[0]), Text(cells[1], style="bold"), Text(change), Text((counted or [""])[0])]
+def _is_percent(name: str) -> bool:
+    score, _, form = name.partition("_")
+    return score in SCORES and form not in NOT_SHARES
+
+
+def _score_row(name: str, base: Any, final: Any) -> list[Text]:
+    scale, digits = (100.0, 1) if _is_percent(name) else (1.0, 3)
+    before, after = _mean(base), _mean(final)
+    change = "" if before is None or after is None else f"{scale * (after - before):+.{digits}f}"
+    counts = [f"{score['n']:,}" for score in (final, base) if isinstance(score, Mapping) and "n" in score]
+    return [
+        Text(_label(name)),
+        Text(_score_cell(base, scale, digits)),
+        Text(_score_cell(final, scale, digits), style="bold"),
+        Text(change),
+        Text(counts[0] if counts else ""),
+    ]
 
 
 def _label(name: str) -> str:
     score, _, form = name.partition("_")
-    described = SCORES.get(score)
-    return f"{name}  {described}" if described and not form else name
+    words = FORMS.get(form) or SCORES.get(score) if form in FORMS else None
+    return f"{name}  {words}" if words else name
 
 
 def _mean(score: Any) -> float | None:
@@ -277,7 +283,7 @@ def _score_cell(score: Any, scale: float, digits: int) -> str:
 def _cost_table(cost: Mapping[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     for label, value in _cost_lines(cost):
-        table.add_row(Text(f"  {label}"), Text(value))
+        table.add_row(Text(f"  {label}"), Text(value, overflow="fold"))
     return table
 
 
@@ -296,7 +302,7 @@ def _cost_lines(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in dict(rest.pop("seconds", {})).items():
         yield name.replace("_", " "), duration(value)
     if peak := rest.pop("peak_memory", {}):
-        yield "peak memory", ", ".join(_memory(name, value) for name, value in peak.items())
+        yield "peak memory", ", ".join(_memory(name, value) for name, value in peak.items() if value)
     for name, value in rest.items():
         yield name.replace("_", " "), str(value)
 
