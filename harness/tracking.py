@@ -356,10 +356,12 @@ def check_wandb(mode: WandbMode) -> None:
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     try:
-        known = settings.api_key or settings.identity_token_file or wbauth.read_netrc_auth(host=settings.base_url)
+        key = settings.api_key or wbauth.read_netrc_auth(host=settings.base_url)
     except wandb.Error as error:
         raise _wandb_problem(error) from error
-    if not known:
+    if key and (malformed := wbauth.check_api_key(key)):
+        raise _wandb_problem(malformed)
+    if not (key or settings.identity_token_file):
         raise _wandb_problem("no login found")
 
 
