@@ -1,0 +1,145 @@
+"""StableEdit (arXiv 2605.11836, Algorithm 1) and, with diagonal statistics, ULTRAEDIT (arXiv 2505.14679).
+
+Letters: N rows of a turn, d_k key size, d_v value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.records import Capture, LowRankUpdate, Phase
+from editor import linalg
+from nets import LifelongNormalizer
+
+Statistics = Literal["stable", "original", "none", "batch", "frozen"]
+Scope = Literal["shape", "module"]
+
+# What normalises the rows, by `statistics`: (value gradients are fully whitened, which turns are observed)
+_WHITENS: dict[Statistics, bool] = {"stable": True, "original": False, "none": False, "batch": True, "frozen": True}
+
+
+@dataclass(frozen=True)
+class StableEditSettings:
+    """`lr` is gamma, `alpha` the ridge; `chunk` rows are handled at a time, which bounds memory and changes no result.
+
+    `statistics`: stable = every row ever seen, full whitening of value gradients; original = the same, diagonal;
+    and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns alone,
+    the last two whitening as stable does.
+    """
+
+    lr: float
+    alpha: float
+    chunk: int
+    statistics: Statistics
+    scope: Scope
+    floor: float
+    relative_floor: bool
+    prior: float
+
+
+class StableEdit(nn.Module):
+    """V_i = -gamma ||k_hat_i||^2 g_tilde_i, then the ridge update of raw keys towards V.
+
+    k_hat is the diagonally normalised key; g_tilde the fully whitened value gradient, or the diagonally normalised one in
+    warm-up turns and until n > d_v + 1.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], settings: StableEditSettings, device: torch.device
+    ) -> None:
+        """`shapes` gives (d_k, d_v) of each edit module."""
+        super().__init__()
+        self.settings = settings
+        self.device = device
+        self.groups = {name: _group(name, shape, settings.scope) for name, shape in shapes.items()}
+        self.normalizers = nn.ModuleDict()
+        for name, (d_k, d_v) in shapes.items():
+            if self.groups[name] not in self.normalizers:
+                self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, _WHITENS[settings.statistics])
+        self.to(device)
+        self._floored: dict[str, float] = {}
+
+    @torch.no_grad()
+    def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
+        """All rows of the turn enter the statistics before any of them is normalised."""
+        self._observe(captures, phase)
+        roots = self._whitenings(phase)
+        return {name: self._module_update(name, capture, roots) for name, capture in captures.items()}
+
+    def _observe(self, captures: Mapping[str, Capture], phase: Phase) -> None:
+        if self.settings.statistics == "none" or (self.settings.statistics == "frozen" and phase is Phase.EDIT):
+            return
+        if self.settings.statistics == "batch":
+            for group in self.normalizers:
+                self._normalizer(group).reset()
+        for name, capture in captures.items():
+            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.chunk):
+                self._normalizer(self.groups[name]).observe(capture.keys[rows], capture.value_grads[rows])
+
+    def _whitenings(self, phase: Phase) -> dict[str, Tensor]:
+        """One decomposition a group and turn; empty where the diagonal form serves."""
+        self._floored = {}
+        roots = {}
+        if phase is Phase.WARM_UP:
+            return roots
+        for group in self.normalizers:
+            if self._normalizer(group).can_whiten:
+                roots[group], self._floored[group] = self._normalizer(group).whitening(
+                    self.settings.prior, self.settings.floor, self.settings.relative_floor
+                )
+        return roots
+
+    def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
+        chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.chunk)
+        shifts = [self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], roots) for rows in chunks]
+        left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.chunk)
+        return LowRankUpdate(left, right)
+
+    def _value_shifts(
+        self,
+        name: str,
+        keys: Tensor,  # (b, d_k)
+        value_grads: Tensor,  # (b, d_v)
+        roots: Mapping[str, Tensor],
+    ) -> Tensor:  # (b, d_v) float64
+        group = self.groups[name]
+        normalizer = self._normalizer(group)
+        if self.settings.statistics == "none":
+            normal_keys, normal_values = keys.to(self.device).double(), value_grads.to(self.device).double()
+        else:
+            normal_keys = normalizer.normalize_keys(keys)
+            root = roots.get(group)
+            normal_values = (
+                normalizer.normalize_values(value_grads)
+                if root is None
+                else normalizer.whiten_values(value_grads, root)
+            )
+        return -self.settings.lr * normal_keys.square().sum(1, keepdim=True) * normal_values
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        """Per group: rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form)."""
+        return {group: self._group_statistics(group) for group in self.normalizers}
+
+    def _group_statistics(self, group: str) -> dict[str, float | None]:
+        normalizer = self._normalizer(group)
+        return {
+            "n": float(normalizer.count),
+            "mean_abs": float(normalizer.value_mean.abs().mean()),
+            "std_mean": float(normalizer.value_std.mean()),
+            "floored_fraction": self._floored.get(group),
+        }
+
+    def _normalizer(self, group: str) -> LifelongNormalizer:
+        normalizer = self.normalizers[group]
+        assert isinstance(normalizer, LifelongNormalizer)
+        return normalizer
+
+
+def _group(name: str, shape: tuple[int, int], scope: Scope) -> str:
+    """The name of the statistics a module uses; '.' may not stand in the name of a submodule."""
+    return f"{shape[0]}x{shape[1]}" if scope == "shape" else name.replace(".", "/")

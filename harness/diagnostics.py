@@ -1,0 +1,103 @@
+"""What a turn did, in numbers: one line of turns.jsonl (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from data.records import LowRankUpdate, Phase, Turn
+from editor import linalg
+from editor.base import Editor
+from model import TurnCapture, WeightChange
+
+
+class Stopwatch:
+    """Seconds of each part of a turn, the device synchronised at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[part] = self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class TurnDiagnostics:
+    """Builds the line of each turn; remembers the updates of the turn before, and nothing older."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.edits_total = 0
+        self._previous: Mapping[str, LowRankUpdate] = {}
+        self._previous_norms: dict[str, float] = {}
+
+    def line(
+        self,
+        turn: Turn,
+        capture: TurnCapture,
+        updates: Mapping[str, LowRankUpdate],
+        changes: Mapping[str, WeightChange],
+        editor: Editor,
+        seconds: Mapping[str, float],
+    ) -> dict[str, Any]:
+        if turn.phase is Phase.EDIT:
+            self.edits_total += len(turn.records)
+        cosines = {name: self._cosine(name, updates[name], changes[name].norm) for name in updates}
+        self._previous = updates
+        self._previous_norms = {name: change.norm for name, change in changes.items()}
+        return {
+            "turn": turn.index,
+            "phase": turn.phase.value,
+            "edits": len(turn.records),
+            "edits_total": self.edits_total,
+            "answer_tokens": sum(sequence.answer_length for sequence in turn.sequences),
+            "loss": capture.loss,
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "modules": {
+                name: {
+                    "update_norm": change.norm,
+                    "update_max": change.largest,
+                    "cosine_previous": cosines[name],
+                    "drift": change.drift,
+                }
+                for name, change in changes.items()
+            },
+            "statistics": editor.statistics(),
+            "memory": memory(self.device),
+        }
+
+    def _cosine(self, name: str, update: LowRankUpdate, norm: float) -> float | None:
+        """<DeltaW_t, DeltaW_(t-1)> / (||.|| ||.||); None where there is no turn before or a norm is zero."""
+        scale = norm * self._previous_norms.get(name, 0.0)
+        if scale == 0 or not math.isfinite(scale):
+            return None
+        before = self._previous[name]
+        return linalg.inner_product((update.left, update.right), (before.left, before.right)) / scale
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Resident memory of the process now and at its highest, and what the device holds at its highest."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
+    figures = {
+        "resident_bytes": psutil.Process().memory_info().rss,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+    if device.type == "cuda":
+        figures["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures

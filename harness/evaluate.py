@@ -1,0 +1,121 @@
+"""Scores of edited facts: teacher-forced token accuracy, with 95% intervals (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.records import EditRecord, Question, TokenSequence
+from model import LanguageModel
+
+# What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
+PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
+# Records scored together: enough for tight length buckets, few enough to forget.
+BLOCK = 512
+
+Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
+Summary = dict[str, dict[str, float | int]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordScore:
+    """One line of records.jsonl: how many answer tokens of one probe of one record the model gets right."""
+
+    turn: int  # that wrote the record
+    index: int  # row of the data file
+    protocol: str  # ES, GS, ...
+    correct: int
+    tokens: int
+
+
+class Tally:
+    """The scores of a protocol as a histogram, so that memory does not grow with the records."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[float] = Counter()
+
+    def add(self, score: float) -> None:
+        self.counts[score] += 1
+
+    def summary(self, resamples: int, seed: int) -> dict[str, float | int]:
+        """Mean and 95% percentile bootstrap over records.
+
+        Resampling n records with replacement draws the histogram from a multinomial, which is exact and costs nothing.
+        """
+        values = np.array(sorted(self.counts))
+        counts = np.array([self.counts[value] for value in values])
+        n = int(counts.sum())
+        means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+        low, high = np.percentile(means, [2.5, 97.5])
+        return {"mean": float(counts @ values / n), "low": float(low), "high": float(high), "n": n}
+
+
+def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summary:
+    """Each protocol's token accuracy, and as `*_seq` the share of records with every answer token right."""
+    tallies: dict[str, Tally] = {}
+    for score in scores:
+        tallies.setdefault(score.protocol, Tally()).add(score.correct / score.tokens)
+        tallies.setdefault(f"{score.protocol}_seq", Tally()).add(float(score.correct == score.tokens))
+    order = [name + form for form in ("", "_seq") for name in PROTOCOLS.values()]
+    return {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+
+
+def score_records(
+    model: LanguageModel,
+    records: Iterable[tuple[int, EditRecord]],  # (turn that writes it, record)
+    tokenize: Tokenize,
+) -> Iterator[RecordScore]:
+    """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
+    stream = iter(records)
+    while block := list(islice(stream, BLOCK)):
+        probes = [
+            (turn, record.index, name, question)
+            for turn, record in block
+            for field, name in PROTOCOLS.items()
+            if (question := getattr(record, field)) is not None
+        ]
+        sequences = tokenize([question for *_, question in probes])
+        for (turn, index, name, _), right, sequence in zip(probes, _correct(model, sequences), sequences, strict=True):
+            yield RecordScore(turn, index, name, right, sequence.answer_length)
+
+
+def _correct(model: LanguageModel, sequences: Sequence[TokenSequence]) -> list[int]:
+    """Answer tokens that are the model's most likely next token, for each sequence."""
+    correct = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+    for batch in model.batches(sequences):
+        hits = model.answer_logits(batch).argmax(-1) == batch.targets.to(model.device)
+        correct.index_add_(0, batch.members[batch.rows].to(model.device), hits.long())
+    return correct.tolist()
+
+
+def sample_places(count: int, size: int | None, seed: int) -> Sequence[int]:
+    """The places among `count` records to evaluate: all, or a sample of `size` fixed by the seed, in order."""
+    if size is None or size >= count:
+        return range(count)
+    return sorted(random.Random(f"evaluation {seed} {count}").sample(range(count), size))
+
+
+def cached_scores(path: Path, compute: Callable[[], Iterator[RecordScore]]) -> Iterator[RecordScore]:
+    """The scores kept at `path`, or computed and kept there once all of them are."""
+    if path.is_file():
+        with path.open() as lines:
+            yield from (RecordScore(**json.loads(line)) for line in lines)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{random.SystemRandom().getrandbits(64):016x}.part")
+    try:
+        with beside.open("w") as lines:
+            for score in compute():
+                lines.write(json.dumps(asdict(score)) + "\n")
+                yield score
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""Captures on disk, for turns that do not fit in memory (`editor.cache_dir`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class CaptureFolder:
+    """A folder of memory-mapped captures, one file a module and side, written over each turn and removed at the end.
+
+    Space is reserved when a file is made: a disk that is full says so there, not as a crash of the mapping.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+        self.folder = parent
+
+    def __enter__(self) -> CaptureFolder:
+        try:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="captures-", dir=self.parent))
+        except OSError as error:
+            raise ValueError(
+                f"editor.cache_dir={self.parent}: cannot be written ({error.strerror}); choose another folder or null"
+            ) from error
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        shutil.rmtree(self.folder)
+
+    def require(self, shapes: Mapping[str, tuple[int, int]], rows: int) -> None:
+        """Raise ValueError where the captures of two turns, of `rows` tokens each, will not fit on the disk.
+
+        Two, because the update of the turn before still reads its keys while the next turn is captured.
+        """
+        needed = 2 * 4 * rows * sum(d_k + d_v for d_k, d_v in shapes.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"editor.cache_dir={self.parent}: the captures of two turns take {needed / 2**30:.1f} GiB and "
+                f"{free / 2**30:.1f} GiB are free; free some, choose another folder, or null to keep them in memory"
+            )
+
+    def allocate(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A float32 tensor of that shape, backed by a new file."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        size = 4 * shape[0] * shape[1]
+        with path.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            except OSError as error:
+                raise ValueError(
+                    f"editor.cache_dir={self.parent}: no room for {size / 2**20:.0f} MiB ({error.strerror}); "
+                    "free some, choose another folder, or null to keep captures in memory"
+                ) from error
+        return torch.from_file(str(path), shared=True, size=shape[0] * shape[1]).view(shape)

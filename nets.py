@@ -1,0 +1,128 @@
+"""Tensors with state: the lifelong normaliser.
+
+Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from editor import linalg
+
+# The released arithmetic is float32; its machine epsilon stays in the formula when the sums run in float64.
+EPSILON = torch.finfo(torch.float32).eps
+
+
+class LifelongNormalizer(nn.Module):
+    """Running count, mean and scatter of z = [k | g] over every row ever observed (Chan et al. 1983).
+
+    With delta = mean_b - mu:  mu += b delta/(n+b),  S += S_b + (n b/(n+b)) delta delta^T,  n += b.
+    Keys keep the diagonal of the scatter; value gradients keep all of it if `full` (StableEdit's whitening needs it), else
+    the diagonal. Standard deviations and covariances are derived on reading. Buffers are float64, so that row two
+    million still counts.
+    """
+
+    count: Tensor  # ()
+    key_mean: Tensor  # (d_k,)
+    value_mean: Tensor  # (d_v,)
+    key_scatter: Tensor  # (d_k,)
+    value_scatter: Tensor  # (d_v, d_v) if full, else (d_v,)
+
+    def __init__(self, d_k: int, d_v: int, full: bool) -> None:
+        super().__init__()
+        self.full = full
+        for name, shape in {
+            "count": (),
+            "key_mean": (d_k,),
+            "value_mean": (d_v,),
+            "key_scatter": (d_k,),
+            "value_scatter": (d_v, d_v) if full else (d_v,),
+        }.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def observe(
+        self,
+        keys: Tensor,  # (b, d_k)
+        value_grads: Tensor,  # (b, d_v)
+    ) -> None:
+        """Merge the rows into the statistics; the order and the size of the chunks do not matter."""
+        rows = keys.shape[0]
+        if rows == 0:
+            return
+        share = rows / (float(self.count) + rows)
+        self._merge(self.key_mean, self.key_scatter, keys.to(self.count.device).double(), share)
+        self._merge(self.value_mean, self.value_scatter, value_grads.to(self.count.device).double(), share)
+        self.count += rows
+
+    def _merge(
+        self,
+        mean: Tensor,  # (d,)
+        scatter: Tensor,  # (d,) or (d, d)
+        rows: Tensor,  # (b, d)
+        share: float,  # b / (n + b)
+    ) -> None:
+        batch_mean = rows.mean(0)
+        centred = rows - batch_mean
+        delta = batch_mean - mean
+        weight = float(self.count) * share  # n b / (n + b)
+        if scatter.ndim == 2:
+            scatter.addmm_(centred.T, centred).addr_(delta, delta, alpha=weight)
+        else:
+            scatter.add_(centred.square().sum(0)).add_(delta.square(), alpha=weight)
+        mean.add_(delta, alpha=share)
+
+    @property
+    def key_std(self) -> Tensor:  # (d_k,)
+        return self._std(self.key_scatter)
+
+    @property
+    def value_std(self) -> Tensor:  # (d_v,)
+        return self._std(self.value_scatter.diagonal() if self.full else self.value_scatter)
+
+    def _std(self, diagonal: Tensor) -> Tensor:
+        """sqrt(diag(S)/(n-1)); zero while a single row is all there is, so that its normalised form is zero too."""
+        return (diagonal / (self.count - 1).clamp_min(1)).sqrt()
+
+    def normalize_keys(
+        self,
+        keys: Tensor,  # (b, d_k)
+    ) -> Tensor:  # (b, d_k) float64
+        """k_hat = (k - mu)/(sigma + eps), eps the machine epsilon of float32."""
+        return (keys.to(self.count.device).double() - self.key_mean) / (self.key_std + EPSILON)
+
+    def normalize_values(
+        self,
+        value_grads: Tensor,  # (b, d_v)
+    ) -> Tensor:  # (b, d_v) float64
+        """g_hat = (g - mu)/(sigma + eps), the diagonal form."""
+        return (value_grads.to(self.count.device).double() - self.value_mean) / (self.value_std + EPSILON)
+
+    def whiten_values(
+        self,
+        value_grads: Tensor,  # (b, d_v)
+        root: Tensor,  # (d_v, d_v) of `whitening`
+    ) -> Tensor:  # (b, d_v) float64
+        """g_tilde = Sigma^(-1/2) (g - mu), the full form."""
+        return (value_grads.to(self.count.device).double() - self.value_mean) @ root
+
+    @property
+    def can_whiten(self) -> bool:
+        """Whether the posterior mean of the covariance is defined: n > d_v + 1."""
+        return self.full and float(self.count) > self.value_mean.numel() + 1
+
+    def whitening(self, prior: float, floor: float, relative: bool) -> tuple[Tensor, float]:
+        """Sigma^(-1/2) (d_v, d_v) and the floored fraction; Sigma = (eps0 I + S_g)/(n - d_v - 1).
+
+        Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`.
+        """
+        d_v = self.value_mean.numel()
+        identity = torch.eye(d_v, dtype=torch.float64, device=self.count.device)
+        covariance = (prior * identity + self.value_scatter) / (self.count - d_v - 1)
+        return linalg.inverse_square_root(covariance, floor, relative)
+
+    def reset(self) -> None:
+        """Forget every row."""
+        for buffer in self.buffers():
+            buffer.zero_()

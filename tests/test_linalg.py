@@ -1,0 +1,92 @@
+"""Properties of the maths, on matrices whose conditioning is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from editor import linalg
+
+shapes = st.tuples(st.integers(1, 24), st.integers(1, 16), st.integers(1, 8))  # N, d_k, d_v
+seeds = st.integers(0, 2**31)
+
+
+def rows(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@settings(deadline=None, max_examples=50)
+@given(shapes, seeds, st.sampled_from([0.1, 1.0, 10.0]), st.sampled_from([None, 1, 5]))
+def test_ridge_update_is_a_stationary_point(shape: tuple[int, int, int], seed: int, alpha: float, chunk: int | None) -> None:
+    """The gradient of ||K D - V||^2 + alpha ||D||^2 vanishes at D, on either side of N = d_k."""
+    count, d_k, d_v = shape
+    keys, shifts = rows(seed, count, d_k), rows(seed + 1, count, d_v)
+    delta = linalg.dense(linalg.ridge_update(keys, shifts, alpha, chunk)).double()
+    gradient = keys.T.double() @ (keys.double() @ delta - shifts.double()) + alpha * delta
+    assert gradient.norm() <= 1e-5 * (keys.T.double() @ shifts.double()).norm()
+
+
+def test_ridge_update_of_the_textbook() -> None:
+    """One key of norm 2 and alpha 4: DeltaW = k^T v / (||k||^2 + alpha) = k^T v / 8."""
+    keys, shifts = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[8.0, -16.0]])
+    expected = torch.tensor([[2.0, -4.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(linalg.dense(linalg.ridge_update(keys, shifts, 4.0)), expected)
+
+
+def test_dual_and_primal_agree_where_they_meet() -> None:
+    keys, shifts = rows(0, 12, 12), rows(1, 12, 5)
+    dual = linalg.dense(linalg.ridge_update(keys, shifts, 1.0))
+    padded = linalg.ridge_update(torch.cat([keys, keys.new_zeros(1, 12)]), torch.cat([shifts, shifts.new_zeros(1, 5)]), 1.0)
+    assert padded[0] is None  # 13 rows of 12: the primal side
+    assert relative(padded[1], dual.double()) < 1e-6
+
+
+def test_nearly_collinear_keys_lose_nothing() -> None:
+    """Keys as of a real model: one direction a thousand times the others, where a float32 Gram matrix is wrong."""
+    keys = rows(0, 40, 64) + 1e3 * rows(1, 1, 64)
+    shifts = rows(2, 40, 8)
+    k, v = keys.double(), shifts.double()
+    expected = k.T @ torch.linalg.solve(k @ k.T + 0.1 * torch.eye(40), v)
+    right = linalg.ridge_update(keys, shifts, 0.1)[1]
+    assert relative(k.T @ right.double(), expected) < 1e-3
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20), seeds)
+def test_inverse_square_root_whitens(size: int, seed: int) -> None:
+    square = rows(seed, size, size).double()
+    covariance = square @ square.T + 0.1 * torch.eye(size)
+    root, floored = linalg.inverse_square_root(covariance, 1e-12, relative=True)
+    assert floored == 0
+    torch.testing.assert_close(root, root.T)
+    torch.testing.assert_close(root @ covariance @ root, torch.eye(size).double(), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize(("floor", "relative_floor"), [(2.0, False), (0.5, True)])
+def test_floor_raises_small_eigenvalues(floor: float, relative_floor: bool) -> None:
+    """Eigenvalues 1, 3, 8 of mean 4: both floors stand at 2 and lift the first alone."""
+    root, floored = linalg.inverse_square_root(torch.diag(torch.tensor([1.0, 3.0, 8.0])), floor, relative_floor)
+    torch.testing.assert_close(root.diagonal(), torch.tensor([2.0, 3.0, 8.0]).double().rsqrt())
+    assert floored == pytest.approx(1 / 3)
+
+
+def test_zero_covariance_has_no_relative_floor() -> None:
+    with pytest.raises(ValueError, match="covariance of the value gradients is zero"):
+        linalg.inverse_square_root(torch.zeros(3, 3), 0.01, relative=True)
+
+
+@given(seeds, st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_inner_product_equals_that_of_the_dense_updates(seed: int, first_dense: bool, second_dense: bool) -> None:
+    def factors(seed: int, dense: bool) -> linalg.Factors:
+        return (None, rows(seed, 7, 5)) if dense else (rows(seed, 7, 3), rows(seed + 1, 3, 5))
+
+    first, second = factors(seed, first_dense), factors(seed + 9, second_dense)
+    expected = float((linalg.dense(first).double() * linalg.dense(second).double()).sum())
+    assert linalg.inner_product(first, second) == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -1,0 +1,168 @@
+"""The harness against the float64 reference: the same facts, the same model, turn after turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.reference import Reference
+
+from data.records import Phase, TokenSequence, Turn
+from data.stream import mini_batch_weights
+from editor.stableedit import StableEdit, StableEditSettings
+from model import LanguageModel, find_edit_modules
+
+LLAMA = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+GPT2 = ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
+WARM_UP, EDIT = Phase.WARM_UP, Phase.EDIT
+
+
+def random_turn(index: int, phase: Phase, records: int = 17, batch_size: int = 5) -> Turn:
+    """Sequences of differing lengths; the last mini-batch is a partial one."""
+    generator = torch.Generator().manual_seed(index)
+    sequences = []
+    for _ in range(records):
+        prompt, answer = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 20), (1, 6)))
+        ids = torch.randint(0, 256, (prompt + answer,), generator=generator)
+        sequences.append(TokenSequence(tuple(ids.tolist()), prompt))
+    return Turn(index, phase, (), tuple(sequences), mini_batch_weights(sequences, batch_size))
+
+
+def settings(**changes: Any) -> StableEditSettings:
+    values = {
+        "lr": 1e-3, "alpha": 10.0, "chunk": 512, "statistics": "stable", "scope": "shape",
+        "floor": 0.01, "relative_floor": True, "prior": 0.0, **changes,
+    }  # fmt: skip
+    return StableEditSettings(**values)
+
+
+def harness(make: Callable[..., Any], modules: list[str], compute_tokens: int = 90, **load: Any) -> LanguageModel:
+    model = make(**load)
+    return LanguageModel(model, None, find_edit_modules(model, modules, 0), compute_tokens=compute_tokens)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def dense(update: Any) -> torch.Tensor:
+    return update.right if update.left is None else update.left @ update.right
+
+
+# with d_v = 24 and about 60 rows a turn, full whitening begins in the first edit turn
+PHASES = [WARM_UP, EDIT, EDIT, EDIT]
+
+
+@pytest.mark.parametrize("mode", ["stable", "original", "none", "batch", "frozen"])
+@pytest.mark.parametrize("scope", ["shape", "module"])
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+def test_updates_agree_with_the_reference(make: Callable[..., Any], modules: list[str], mode: str, scope: str) -> None:
+    compare(make, modules, statistics=mode, scope=scope)
+
+
+@pytest.mark.parametrize(("floor", "relative_floor"), [(0.01, True), (0.5, True), (1e-6, False), (1e-9, False)])
+@pytest.mark.parametrize("prior", [0.0, 1e-5])
+def test_floors_and_prior_agree_with_the_reference(floor: float, relative_floor: bool, prior: float) -> None:
+    compare(tiny_llama, LLAMA, floor=floor, relative_floor=relative_floor, prior=prior)
+
+
+def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> None:
+    """Each turn starts both sides from the same weights, so that every update is compared by itself."""
+    chosen = settings(**changes)
+    model = harness(make, modules)
+    editor = StableEdit(model.shapes, chosen, torch.device("cpu"))
+    reference = Reference(
+        make(dtype=torch.float64), modules, chosen.lr, chosen.alpha, chosen.statistics, chosen.scope,
+        chosen.floor, chosen.relative_floor, chosen.prior,
+    )  # fmt: skip
+    for index, phase in enumerate(PHASES):
+        turn = random_turn(index, phase)
+        updates = editor.update(model.capture(turn).modules, phase)
+        model.apply(updates, index)
+        expected = reference.turn([(list(s.ids), s.answer_start) for s in turn.sequences], 5, phase is WARM_UP)
+        for name in modules:
+            assert relative(dense(updates[name]), expected[name]) < 1e-5, (index, name)
+            assert relative(model.edited[name].master, reference.model.get_submodule(name).weight) < 1e-6
+
+
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+def test_keys_times_value_grads_are_the_weight_gradient(make: Callable[..., Any], modules: list[str]) -> None:
+    """sum_i k_i g_i^T over all positions is what autograd gives for the weight: orientation, alignment, scale."""
+    turn = random_turn(0, EDIT)
+    captures = harness(make, modules).capture(turn, every_token=True).modules
+    plain = make()
+    loss = sum(
+        -plain(input_ids=torch.tensor([s.ids])).logits[0].log_softmax(-1)[place - 1, s.ids[place]] * weight
+        for s, weight in zip(turn.sequences, turn.loss_weights, strict=True)
+        for place in range(s.answer_start, len(s.ids))
+    )
+    loss.backward()
+    for name in modules:
+        module = plain.get_submodule(name)
+        gradient = module.weight.grad.T if isinstance(module, torch.nn.Linear) else module.weight.grad
+        product = captures[name].keys.T @ captures[name].value_grads
+        torch.testing.assert_close(product, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_compute_batches_change_nothing(every_token: bool) -> None:
+    turn = random_turn(3, EDIT)
+    whole = harness(tiny_llama, LLAMA, compute_tokens=10_000).capture(turn, every_token)
+    for tokens in (1, 60):
+        parts = harness(tiny_llama, LLAMA, compute_tokens=tokens).capture(turn, every_token)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+        for name in LLAMA:
+            torch.testing.assert_close(parts.modules[name].keys, whole.modules[name].keys, rtol=1e-4, atol=1e-6)
+            close = {"rtol": 1e-4, "atol": 1e-7}
+            torch.testing.assert_close(parts.modules[name].value_grads, whole.modules[name].value_grads, **close)
+
+
+@pytest.mark.parametrize("mode", ["stable", "original"])
+def test_chunks_inside_the_editor_change_nothing(mode: str) -> None:
+    def weights(chunk: int) -> dict[str, torch.Tensor]:
+        model = harness(tiny_llama, LLAMA)
+        editor = StableEdit(model.shapes, settings(chunk=chunk, statistics=mode), torch.device("cpu"))
+        for index, phase in enumerate(PHASES):
+            model.apply(editor.update(model.capture(random_turn(index, phase)).modules, phase), index)
+        return model.snapshot()
+
+    whole = weights(10_000)
+    for chunk in (1, 7):
+        for name, weight in weights(chunk).items():
+            torch.testing.assert_close(weight, whole[name], rtol=1e-6, atol=1e-8)
+
+
+def test_shared_and_own_statistics_differ() -> None:
+    """Two modules of one shape: a scope that did nothing would pass every other test."""
+    captures = harness(tiny_llama, LLAMA).capture(random_turn(0, EDIT)).modules
+    shapes = {name: (c.keys.shape[1], c.value_grads.shape[1]) for name, c in captures.items()}
+    updates = [
+        StableEdit(shapes, settings(scope=scope), torch.device("cpu")).update(captures, EDIT)
+        for scope in ("shape", "module")
+    ]
+    assert relative(dense(updates[0][LLAMA[0]]), dense(updates[1][LLAMA[0]]).double()) > 1e-2
+
+
+def test_warm_up_turns_use_the_diagonal_form_and_report_it() -> None:
+    model = harness(tiny_llama, LLAMA)
+    editor = StableEdit(model.shapes, settings(), torch.device("cpu"))
+    capture = model.capture(random_turn(0, WARM_UP)).modules
+    editor.update(capture, WARM_UP)
+    assert editor.statistics()["40x24"]["floored_fraction"] is None
+    editor.update(capture, EDIT)
+    assert editor.statistics()["40x24"]["floored_fraction"] is not None
+
+
+def test_editor_state_survives_a_restart() -> None:
+    model = harness(tiny_llama, LLAMA)
+    captures = [model.capture(random_turn(index, EDIT)).modules for index in range(3)]
+    whole, resumed = (StableEdit(model.shapes, settings(), torch.device("cpu")) for _ in range(2))
+    for capture in captures[:2]:
+        whole.update(capture, EDIT)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    ours, theirs = (editor.update(captures[2], EDIT) for editor in (whole, resumed))
+    assert all(torch.equal(ours[name].right, theirs[name].right) for name in LLAMA)
