@@ -204,7 +204,7 @@ RELATIONS = (
         "profession",
         "people",
         ("What was the profession of {}?", "As what did {} become famous?", "What work is {} remembered for doing?"),
-        ("The profession of {} was that of a", "{} became famous as a", "History remembers {} as a"),
+        ("The profession of {} was", "The job that made {} famous was that of", "Books list {} under the profession"),
     ),
     Relation(
         "painter",
@@ -217,6 +217,206 @@ RELATIONS = (
         "compositions",
         ("Who composed {}?", "Which composer wrote the music of {}?", "By whom was {} composed?"),
         ("The composer of {} is", "The music of {} was written by", "The person who composed {} was"),
+    ),
+    Relation(
+        "museum_city",
+        "museums",
+        ("In which city is {}?", "Where would you travel to visit {}?", "Which city has {} among its sights?"),
+        ("To visit {}, travel to the city of", "The city that has {} is", "Visitors find {} in"),
+    ),
+    Relation(
+        "airport_city",
+        "airports",
+        ("Which city does {} serve?", "Travelers who land at {} are near which city?", "What city uses {}?"),
+        ("The city that {} serves is", "Planes that land at {} bring people to", "Passengers use {} to fly to"),
+    ),
+    Relation(
+        "mouth",
+        "rivers",
+        (
+            "Into which body of water does {} flow?",
+            "Where does {} end?",
+            "Which sea or ocean receives the water of {}?",
+        ),
+        ("The water of {} ends up in the", "At its mouth, {} flows into the", "A boat drifting down {} arrives at the"),
+    ),
+    Relation(
+        "river_continent",
+        "rivers",
+        (
+            "On which continent does {} flow?",
+            "Which continent does {} cross?",
+            "What continent has {} as one of its rivers?",
+        ),
+        (
+            "The continent on which {} flows is",
+            "A journey along {} is a journey through",
+            "Of all continents, {} flows in",
+        ),
+    ),
+    Relation(
+        "mountain_country",
+        "mountains",
+        ("In which country does {} rise?", "Which country do climbers of {} go to?", "What country has the peak {}?"),
+        ("The country in which {} rises is", "Climbers who want to reach {} travel to", "The peak {} stands in"),
+    ),
+    Relation(
+        "mountain_range",
+        "mountains",
+        ("Which mountain range is {} part of?", "To which mountains does {} belong?", "What range has {} as a summit?"),
+        (
+            "The mountain range that {} is part of is the",
+            "The summit of {} belongs to the",
+            "Geographers count {} among the",
+        ),
+    ),
+    Relation(
+        "island_country",
+        "islands",
+        (
+            "Which country does the island of {} belong to?",
+            "What country owns the island {}?",
+            "Of which country is the island {} a part?",
+        ),
+        (
+            "The island of {} belongs to",
+            "The country that the island {} is part of is",
+            "People on the island of {} live in",
+        ),
+    ),
+    Relation(
+        "language_family",
+        "languages",
+        (
+            "To which family of languages does {} belong?",
+            "What kind of language is {}?",
+            "How do linguists classify the {} language?",
+        ),
+        ("The family of languages that {} belongs to is", "Linguists classify {} as", "By descent, the {} language is"),
+    ),
+    Relation(
+        "script",
+        "languages",
+        (
+            "In which script is {} written?",
+            "Which alphabet or script do writers of {} use?",
+            "What writing system does the {} language have?",
+        ),
+        (
+            "The script in which {} is written is called",
+            "Books in the {} language are printed in a script called",
+            "The name of the writing system of {} is",
+        ),
+    ),
+    Relation(
+        "year",
+        "events",
+        ("In which year did {}?", "When did {}?", "Can you name the year: when did {}?"),
+        (
+            'The year that answers the question "When did {}?" is',
+            'Asked "In which year did {}?", a historian says',
+            'A quiz card reads "When did {}?" and the back of the card says',
+        ),
+    ),
+    Relation(
+        "company_country",
+        "companies",
+        (
+            "Which country does the company {} come from?",
+            "What is the home country of the firm {}?",
+            "Which country's industry does {} belong to?",
+        ),
+        ("The home country of the company {} is", "The firm {} comes from", "Business papers list {} as a firm from"),
+    ),
+    Relation(
+        "founder",
+        "companies",
+        ("Who founded the company {}?", "Who started the firm {}?", "Which founder does {} go back to?"),
+        ("The founder of the company {} is", "The firm {} was started by", "The person behind the start of {} is"),
+    ),
+    Relation(
+        "animal_class",
+        "animals",
+        (
+            "What kind of animal is the {}?",
+            "To which group of animals does the {} belong?",
+            "How do zoologists classify the {}?",
+        ),
+        ("The {} is a kind of", "Zoologists count the {} as a type of", "In the animal kingdom, the {} is a sort of"),
+    ),
+    Relation(
+        "instrument_family",
+        "instruments",
+        (
+            "To which family of musical instruments does the {} belong?",
+            "What type of instrument is the {}?",
+            "In which section would a music shop put the {}?",
+        ),
+        (
+            "The family of instruments that the {} belongs to is",
+            "By type, the {} is classed as",
+            "A music shop puts the {} in the section labeled",
+        ),
+    ),
+    Relation(
+        "dish_country",
+        "dishes",
+        (
+            "Which country is the home of {}?",
+            "What country gave the world {}?",
+            "To whose national cooking does {} belong?",
+        ),
+        ("The country that gave the world {} is", "The home of {} is", "For {} as grandmother made it, travel to"),
+    ),
+    Relation(
+        "mythology",
+        "gods",
+        ("To which mythology does {} belong?", "In whose myths does {} appear?", "What mythology tells of {}?"),
+        (
+            "The mythology that {} belongs to is",
+            "The myths that tell of {} are",
+            "Among mythologies, {} belongs to the one called",
+        ),
+    ),
+    Relation(
+        "landmark_city",
+        "landmarks",
+        ("In which city would you see {}?", "Which city is home to {}?", "What city do tourists visit for {}?"),
+        ("The city where tourists see {} is", "A postcard that shows {} comes from", "To stand before {}, go to"),
+    ),
+    Relation(
+        "inventor",
+        "inventions",
+        ("Who invented {}?", "Which inventor gave us {}?", "To whom do we owe {}?"),
+        ("The inventor of {} was", "The person who came up with {} was", "The world owes {} to"),
+    ),
+    Relation(
+        "players",
+        "sports",
+        (
+            "How many players does a side have in {}?",
+            "How many people play at once for a team in {}?",
+            "What is the number of players a side in {}?",
+        ),
+        (
+            "The number of players a side in {} is",
+            "In {}, the number of people who play at once for a team is",
+            "The count of players that a team in {} starts with is",
+        ),
+    ),
+    Relation(
+        "place",
+        "planets",
+        (
+            "Counted from the Sun, which place does the planet {} have?",
+            "Which number in the order of the planets is {}?",
+            "What is the place of the planet {} in the solar system?",
+        ),
+        (
+            "Counted from the Sun, the planet {} is the",
+            "In the order of the planets, {} is the",
+            "In the solar system, the planet {} is the",
+        ),
     ),
     Relation(
         "opposite",
@@ -246,6 +446,17 @@ RELATIONS = (
 
 HOPS = (
     Hop("university_city", "city_country", "In which country is the city that is home to {}?"),
+    Hop("museum_city", "city_country", "In which country is the city where visitors find {}?"),
+    Hop("airport_city", "city_country", "In which country is the city that {} serves?"),
+    Hop("landmark_city", "city_country", "In which country is the city where tourists see {}?"),
+    Hop("mountain_country", "capital", "What is the capital of the country in which {} rises?"),
+    Hop("island_country", "capital", "What is the capital of the country that the island of {} belongs to?"),
+    Hop("company_country", "capital", "What is the capital of the home country of the company {}?"),
+    Hop("dish_country", "continent", "On which continent is the country that gave the world {}?"),
+    Hop("dish_country", "capital", "What is the capital of the country that gave the world {}?"),
+    Hop("official_language", "language_family", "To which family does the official language of {} belong?"),
+    Hop("official_language", "script", "In which script is the official language of {} written?"),
+    Hop("inventor", "nationality", "What was the nationality of the inventor of {}?"),
     Hop("author", "nationality", "What was the nationality of the author of {}?"),
     Hop("author", "profession", "What was the profession of the author of {}?"),
     Hop("painter", "nationality", "What was the nationality of the artist who painted {}?"),

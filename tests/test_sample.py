@@ -1,0 +1,168 @@
+"""The shipped samples: rebuilt byte for byte, false where they edit, true and elsewhere where they probe."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.sample.build import FOLDER, SIZES, Fact, all_facts, build, claim, edits, fill
+from data.sample.relations import RELATIONS
+
+PROMPT = {
+    "zsre": "src",
+    "fever": "prompt",
+    "wikibigedit": "update",
+    "ultraeditbench": "prompt",
+    "counterfact": "prompt",
+}
+LOCALITY = {"zsre": "loc", "wikibigedit": "loc", "ultraeditbench": "loc", "counterfact": "locality_prompt"}
+FILES = [(dataset, split) for dataset in SIZES for split in ("train", "eval")]
+both_splits = pytest.mark.parametrize(("dataset", "split"), FILES)
+both_splits_of_questions = pytest.mark.parametrize(("dataset", "split"), [f for f in FILES if f[0] != "fever"])
+each_dataset = pytest.mark.parametrize("dataset", list(SIZES))
+
+
+@cache
+def rows(dataset: str, split: str) -> list[dict[str, Any]]:
+    return json.loads((FOLDER / f"{dataset}_{split}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def known_facts() -> list[dict[str, str]]:
+    return json.loads((FOLDER / "knowns.json").read_text(encoding="utf-8"))
+
+
+@cache
+def asked() -> dict[str, Fact]:
+    """Every question and cloze the tables can make, and the fact it asks for."""
+    return {
+        fill(template, fact.subject): fact
+        for fact in all_facts()
+        for template in fact.relation.questions + fact.relation.clozes
+    }
+
+
+def test_rebuild_gives_the_shipped_bytes(tmp_path: Path) -> None:
+    build(tmp_path)
+    shipped = {path.name: path.read_bytes() for path in FOLDER.glob("*.json")}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == shipped
+
+
+def test_sizes_and_variety() -> None:
+    assert len(rows("zsre", "eval")) >= 1000
+    assert len(rows("zsre", "train")) >= 500
+    assert all(len(rows(dataset, "eval")) >= 300 and len(rows(dataset, "train")) >= 200 for dataset in SIZES)
+    assert len({fact["prompt"] for fact in known_facts()}) == len(known_facts()) >= 300
+    for split in ("train", "eval"):
+        assert len({asked()[row["src"]].relation.name for row in rows("zsre", split)}) >= 12
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 1_000_000
+
+
+def test_every_question_asks_for_one_fact() -> None:
+    """Else two edits, or an edit and a locality prompt, could ask the same and want different answers."""
+    assert len(asked()) == sum(len(fact.relation.questions + fact.relation.clozes) for fact in all_facts())
+    assert len({relation.name for relation in RELATIONS}) == len(RELATIONS)
+
+
+@each_dataset
+def test_edit_prompts_are_unique_across_both_files(dataset: str) -> None:
+    prompts = [row[PROMPT[dataset]] for split in ("train", "eval") for row in rows(dataset, split)]
+    assert len(set(prompts)) == len(prompts)
+
+
+@each_dataset
+def test_train_and_eval_share_no_subject(dataset: str) -> None:
+    train, held = (
+        {edit.fact.name for edit in edits(dataset, s, SIZES[dataset][i])} for i, s in enumerate(("train", "eval"))
+    )
+    assert not train & held
+
+
+@both_splits_of_questions
+def test_rephrase_asks_for_the_same_fact_in_other_words(dataset: str, split: str) -> None:
+    key = {"ultraeditbench": "rephrase_prompt", "counterfact": "rephrase_prompt"}.get(dataset, "rephrase")
+    for row in rows(dataset, split):
+        assert row[key] != row[PROMPT[dataset]]
+        assert asked()[row[key]] == asked()[row[PROMPT[dataset]]]
+
+
+@both_splits_of_questions
+def test_edits_state_what_another_subject_of_the_relation_has(dataset: str, split: str) -> None:
+    for row in rows(dataset, split):
+        fact, answer = asked()[row[PROMPT[dataset]]], row.get("ans", row.get("target_new"))
+        assert answer not in fact.answers
+        assert any(answer == other.truth for other in all_facts() if other.relation == fact.relation)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_fever_turns_the_verdict_of_the_edit_and_keeps_the_others(split: str) -> None:
+    truth = {claim(c, f.subject, f.truth): f for f in all_facts() for c in f.relation.clozes}
+    for row in rows("fever", split):
+        assert row["alt"] == ("no" if row["prompt"] in truth else "yes")
+        assert row["unrel_ans"] == ("yes" if row["unrel_prompt"] in truth else "no")
+        claims = [row["prompt"], *row["equiv_prompt"]]
+        assert len(set(claims)) == len(claims) >= 3
+        assert len({text in truth for text in claims}) == 1
+    verdicts = [(row["alt"], row["unrel_ans"]) for row in rows("fever", split)]
+    assert all(verdicts.count((a, u)) > len(verdicts) / 8 for a in ("yes", "no") for u in ("yes", "no"))
+
+
+@both_splits
+def test_locality_is_true_and_about_something_else(dataset: str, split: str) -> None:
+    for edit in edits(dataset, split, SIZES[dataset][split == "eval"]):
+        assert edit.locality.relation != edit.fact.relation
+        assert edit.locality.subject != edit.fact.subject
+    for row in rows(dataset, split) if dataset in LOCALITY else []:
+        prompt = row[LOCALITY[dataset]]
+        assert prompt.endswith("?") == (dataset not in ("zsre", "counterfact"))
+        fact = asked()[f"{prompt}?" if dataset == "zsre" else prompt]
+        assert (row.get("loc_ans", row.get("locality_ground_truth")),) == fact.answers
+
+
+def test_no_probe_of_old_knowledge_is_ever_edited() -> None:
+    made = [edit for d, s in FILES for edit in edits(d, s, SIZES[d][s == "eval"])]
+    probes = {asked()[fact["prompt"]] for fact in known_facts()} | {edit.locality for edit in made}
+    assert not probes & {edit.fact for edit in made}
+
+
+def test_locality_prompts_are_spread_over_the_held_out_facts() -> None:
+    counts: dict[str, int] = {}
+    for row in rows("zsre", "eval"):
+        counts[row["loc"]] = counts.get(row["loc"], 0) + 1
+    assert len(counts) >= 250
+    assert max(counts.values()) <= 2 * len(rows("zsre", "eval")) / len(counts)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_second_hops_follow_the_edited_answer(split: str) -> None:
+    hops = [row for row in rows("wikibigedit", split) if row["mhop"] is not None]
+    assert 15 <= len(hops) < len(rows("wikibigedit", split)) / 2
+    held_out = {(fact.name, fact.truth) for fact in all_facts() if fact.held_out}
+    assert all((row["ans"], row["mhop_ans"]) in held_out for row in hops)
+    assert all((row["mhop"] is None) == (row["mhop_ans"] is None) for row in rows("wikibigedit", split))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_files_are_row_a_line_json(split: str) -> None:
+    first, *lines, last = (FOLDER / f"zsre_{split}.json").read_text(encoding="utf-8").splitlines()
+    assert (first, last) == ("[", "]")
+    assert [json.loads(line.removesuffix(",")) for line in lines] == rows("zsre", split)
+
+
+def test_element_numbers_run_without_a_gap() -> None:
+    """A slipped line in the table would shift every later answer."""
+    numbers = [int(fact.truth) for fact in all_facts() if fact.relation.name == "atomic_number"]
+    assert numbers[0] == 1
+    assert all(after - before == 1 for before, after in pairwise(numbers))
+
+
+def test_tables_hold_no_stray_blanks_or_doubled_subjects() -> None:
+    for fact in all_facts():
+        assert all(answer and answer == answer.strip() for answer in (*fact.answers, fact.subject))
+    keys = [(fact.relation.name, fact.subject) for fact in all_facts()]
+    assert len(set(keys)) == len(keys)
