@@ -137,6 +137,10 @@ def filled(key: str, value: str | None) -> list[str]:
     return [f"{key}='{value}': must not be blank; leave the key out"] if value is not None and not value.strip() else []
 
 
+def _seed_mistakes(value: int) -> list[str]:
+    return [] if 0 <= value < 2**63 else [f"seed={value}: must be 0 or more and below 2**63"]
+
+
 def device(key: str, value: str) -> list[str]:
     """auto, cpu, cuda or cuda:N. Whether the machine has the device is for torch to say."""
     good = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)
@@ -282,6 +286,9 @@ class ModelConfig(Section):
 
     name_or_path: str = MISSING
     """Hugging Face name, or a folder."""
+    embedded: str | None = None
+    """Installed package that carries the weights as a GGUF file, so that nothing is fetched; name_or_path is then only
+    a name. null = none does."""
     class_name: str = "AutoModelForCausalLM"
     """Class of transformers that loads it."""
     revision: str | None = None
@@ -545,7 +552,7 @@ def root_mistakes(values: Mapping[str, Any]) -> list[str]:
     """Values of the root that are out of range."""
     all_turns, no_warm_up = "null takes every full turn in the data", "editor.preheat_mode=none means no warm-up"
     return [
-        *at_least("seed", values["seed"], 0),
+        *_seed_mistakes(values["seed"]),
         *at_least("num_seq", values["num_seq"], 1, all_turns),
         *at_least("num_seq_zsre", values["num_seq_zsre"], 1, no_warm_up),
         *at_least("num_seq_wikibigedit", values["num_seq_wikibigedit"], 1, no_warm_up),
@@ -614,7 +621,8 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     sections are right by themselves.
     """
     mistakes = [f"{key}: there is no such key; leave it out" for key in unknown_keys(cfg, RunConfig)]
-    mistakes += [f"{key} is not set: give it a value, {key}=..." for key in unset_keys(cfg)]
+    unset = unset_keys(cfg)
+    mistakes += [f"{key} is not set: give it a value, {key}=..." for key in unset]
     values: dict[str, Any] = {}
     for entry in fields(RunConfig):
         try:
@@ -622,9 +630,9 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
             values[entry.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
         except ConfigError as error:
             mistakes.extend(error.mistakes)
-        except (MissingMandatoryValue, InterpolationToMissingValueError):
-            continue  # already among the missing keys
         except OmegaConfBaseException as error:
+            if unset and isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+                continue
             mistakes.append(f"{error.full_key}: {str(error.msg).splitlines()[0]}")
     if not mistakes:
         return RunConfig(**values)
@@ -634,7 +642,8 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
 
 def unset_keys(cfg: DictConfig) -> list[str]:
     """Keys that are still ???; those that point at one are not counted again."""
-    sections = [(f"{key}.", cfg[key]) for key in map(str, cfg) if OmegaConf.is_dict(cfg[key])]
+    present = [key for key in map(str, cfg) if not OmegaConf.is_missing(cfg, key)]
+    sections = [(f"{key}.", cfg[key]) for key in present if OmegaConf.is_dict(cfg[key])]
     return [
         f"{prefix}{key}"
         for prefix, node in [("", cfg), *sections]
