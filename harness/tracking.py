@@ -351,8 +351,9 @@ def check_wandb(mode: WandbMode) -> None:
     """
     if mode != "online":
         return
-    import wandb
     from wandb.sdk.lib import wbauth
+
+    import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     try:
@@ -371,48 +372,52 @@ def _wandb_problem(problem: BaseException | str) -> ValueError:
 
 
 @contextmanager
-def _caches_in(folder: Path) -> Iterator[None]:
-    """wandb's service logs to the user's cache folder; while it starts, point it into the run folder.
+def _service_environment(folder: Path, mode: WandbMode) -> Iterator[None]:
+    """What wandb's service reads while it starts, where the user has not chosen otherwise.
 
-    A cache folder the user has chosen is left alone.
+    Its logs go into the run folder instead of the user's cache folder; and an offline run sends no telemetry either,
+    which wandb's offline mode alone does not see to (it looks the server up when a run ends).
     """
-    if "WANDB_CACHE_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_CACHE_DIR"] = str(folder)
+    wanted = {"WANDB_CACHE_DIR": str(folder)} | ({"WANDB_ERROR_REPORTING": "false"} if mode == "offline" else {})
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ["WANDB_CACHE_DIR"]
+        for name in added:
+            del os.environ[name]
 
 
 def _open_sink(folder: RunFolder, settings: WandbSettings) -> _Sink:
     if settings.mode == "disabled":
         return _NullSink()
-    import wandb
-
-    with _caches_in(folder.path / "wandb" / "cache"):
-        check_wandb(settings.mode)
-        # silent: wandb's own lines would tear the progress bar; what the user needs to know is logged below
-        quiet = wandb.Settings(mode=settings.mode, silent=True, console="off", disable_code=True, save_code=False)
-        wandb.setup(wandb.Settings(silent=True))
-        try:
-            run = wandb.init(
-                **_identity(folder.run, settings),
-                dir=str(folder.path),
-                config=_wandb_config(folder.run),
-                settings=quiet,
-                reinit="create_new",
-            )
-        except wandb.Error as error:
-            if settings.mode == "offline":  # no login or server involved: nothing the user has to set right
-                raise
-            raise _wandb_problem(error) from error
+    with _service_environment(folder.path / "wandb" / "cache", settings.mode):
+        run = _start_wandb(folder, settings)
     if settings.mode == "online":
         log.info("wandb: %s", run.url)
     else:
         log.info("wandb: offline; `wandb sync %s` sends the run", Path(run.dir).parent)
     return _WandbSink(run)
+
+
+def _start_wandb(folder: RunFolder, settings: WandbSettings) -> Any:
+    check_wandb(settings.mode)
+    import wandb
+
+    # silent: wandb's own lines would tear the progress bar; what the user needs to know is logged by the caller
+    wandb.setup(wandb.Settings(silent=True))
+    try:
+        return wandb.init(
+            **_identity(folder.run, settings),
+            dir=str(folder.path),
+            config=_wandb_config(folder.run),
+            settings=wandb.Settings(mode=settings.mode, silent=True, console="off", disable_code=True, save_code=False),
+            reinit="create_new",
+        )
+    except wandb.Error as error:
+        if settings.mode == "offline":  # no login or server involved: nothing the user has to set right
+            raise
+        raise _wandb_problem(error) from error
 
 
 def _identity(run: Mapping[str, Any], settings: WandbSettings) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,19 +284,28 @@ with Tracker(create(Path(sys.argv[1])), WandbSettings(mode="offline", project="t
 """
 
 
-def wandb_environment(home: Path) -> dict[str, str]:
+def wandb_environment(home: Path, server: str = "http://127.0.0.1:9") -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "XDG_"))}
     home.mkdir(parents=True)
-    dead = "http://127.0.0.1:9"  # a request that did go out would fail loudly instead of leaving this machine
-    return kept | {"HOME": str(home), "WANDB_BASE_URL": dead, "PYTHONDONTWRITEBYTECODE": "1"}
+    places = {"HOME": str(home), "PYTHONPATH": str(tracking.PROJECT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return kept | places | {"WANDB_BASE_URL": server}
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """What wandb takes for its server: anyone who connects waits in the backlog, where `accept` finds them."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        yield listening
 
 
 @pytest.mark.parametrize("ending", ["end", "crash"])
-def test_an_offline_run_leaves_its_file_and_nothing_elsewhere(tmp_path: Path, ending: str) -> None:
-    environment = wandb_environment(tmp_path / "home")
+def test_an_offline_run_leaves_its_file_and_nothing_elsewhere(
+    tmp_path: Path, server: socket.socket, ending: str
+) -> None:
+    environment = wandb_environment(tmp_path / "home", f"http://127.0.0.1:{server.getsockname()[1]}")
     work = tmp_path / "work"
     work.mkdir()
-    environment["PYTHONPATH"] = str(tracking.PROJECT)
     command = [sys.executable, "-c", WANDB_RUN, str(tmp_path / "run"), ending]
     done = subprocess.run(
         command,
@@ -315,10 +326,12 @@ def test_an_offline_run_leaves_its_file_and_nothing_elsewhere(tmp_path: Path, en
     assert read(tmp_path / "run" / "run.json")["status"] == ("finished" if ending == "end" else "failed")
     assert list(work.iterdir()) == []
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+    with pytest.raises(BlockingIOError):  # nobody asked the server for anything
+        server.accept()
     assert done.stdout == ""
-    own = [line for line in done.stderr.splitlines() if "wandb" in line]
-    assert len(own) == (1 if ending == "end" else len(own))
-    assert own[0].startswith("INFO:harness.tracking:wandb: offline")
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("INFO:harness.tracking:wandb: offline; `wandb sync ")
+    assert rest == [] if ending == "end" else rest[0].startswith("Traceback")
 
 
 def test_the_exit_code_reaches_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
