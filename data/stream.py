@@ -1,9 +1,6 @@
-"""Records to turns: tokenising, mini-batches, warm-up, compute batches.
+"""Records to turns: tokenising, mini-batches, warm-up.
 
 Nothing here keeps a place in the data: turn i is a function of the seed and i, so a resumed run starts anywhere.
-
-Letters: B sequences of a compute batch, L tokens of its longest sequence, M answer tokens of the batch,
-T edit turns of the stream.
 """
 
 from __future__ import annotations
@@ -11,13 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, Protocol, overload
 
 import numpy as np
-import torch
 
-from data.records import EditRecord, Phase, Question, TokenBatch, TokenSequence, Turn
+from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +121,7 @@ def _text_end(special: list[int]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Batches
+# Mini-batches
 
 
 def mini_batch_weights(sequences: Sequence[TokenSequence], batch_size: int) -> tuple[float, ...]:
@@ -143,41 +138,6 @@ def mini_batch_weights(sequences: Sequence[TokenSequence], batch_size: int) -> t
         for i in members:
             weights[i] = weight
     return tuple(weights)
-
-
-def compute_batches(sequences: Sequence[TokenSequence], token_budget: int) -> Iterator[TokenBatch]:
-    """All sequences, each once, in batches of like length and at most `token_budget` tokens, padding counted.
-
-    The longest come first, so that memory peaks in the first batch. A sequence longer than the budget is a batch of
-    its own. How the sequences fall into batches depends on their lengths and the budget alone.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
-    first = 0
-    while first < len(order):
-        longest = len(sequences[order[first]].ids) - 1  # the last token predicts nothing and is dropped
-        members = order[first : first + max(1, token_budget // longest)]
-        yield _batch([sequences[i] for i in members], members)
-        first += len(members)
-
-
-def _batch(sequences: list[TokenSequence], members: list[int]) -> TokenBatch:
-    sizes = np.array([len(s.ids) for s in sequences])  # (B,)
-    starts = np.array([s.answer_start for s in sequences])  # (B,)
-    assert starts.min() > 0, "nothing predicts a first token"
-    padded = np.zeros((len(sizes), sizes.max()), dtype=np.int64)  # (B, L + 1)
-    columns = np.arange(sizes.max())
-    padded[columns < sizes[:, None]] = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, sizes.sum())
-    rows, answer_columns = np.nonzero((columns >= starts[:, None]) & (columns < sizes[:, None]))  # (M,), row by row
-    targets = padded[rows, answer_columns]
-    padded[np.arange(len(sizes)), sizes - 1] = 0  # the last token is no input: it becomes padding
-    return TokenBatch(
-        input_ids=torch.from_numpy(np.ascontiguousarray(padded[:, :-1])),
-        lengths=torch.from_numpy(sizes.astype(np.int64) - 1),
-        members=torch.tensor(members, dtype=torch.int64),
-        rows=torch.from_numpy(rows.astype(np.int64)),
-        positions=torch.from_numpy(answer_columns.astype(np.int64) - 1),
-        targets=torch.from_numpy(targets),
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
