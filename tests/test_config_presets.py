@@ -1,0 +1,132 @@
+"""Every file of config/ composes and resolves, and published rows say what was published."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from config.compose import CONFIG_DIR, compose_config
+from config.schema import (
+    EDITORS_NOT_BUILT_YET,
+    AnswerTokens,
+    ClosedFormConfig,
+    ConfigError,
+    EditPrecision,
+    PreheatMode,
+    RunConfig,
+    StatisticsScope,
+    WhiteningFloorMode,
+    to_run_config,
+)
+
+# What a file cannot know and its user must say.
+NEEDED = {
+    "jsonl": ["dataset.valid_path=a", "dataset.train_path=b", "dataset.fields.prompt=p", "dataset.fields.answer=a"],
+    "huggingface": ["model.name_or_path=folder", "model.lr=1e-5"],
+}
+LAYERS = {"mistral-7b": 32, "llama-3-instruct": 32, "gpt-j": 28, "qwen2.5-7b": 28, "phi-4": 40, "gemma-3-27b": 62}
+"""Numbers of layers, from the models' own configurations."""
+
+
+def files(group: str) -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+@cache
+def run_config(*overrides: str) -> RunConfig:
+    return to_run_config(compose_config(overrides))
+
+
+@pytest.mark.parametrize(
+    "choice", [f"{group}={name}" for group in ("dataset", "model", "ablation") for name in files(group)]
+)
+def test_every_choice_composes(choice: str) -> None:
+    run_config(choice, *NEEDED.get(choice.partition("=")[2], []))
+
+
+@pytest.mark.parametrize("name", files("editor"))
+def test_every_editor_composes(name: str) -> None:
+    cfg = compose_config([f"editor={name}"])
+    assert cfg.editor.name == name
+    if name in EDITORS_NOT_BUILT_YET:
+        with pytest.raises(ConfigError, match="not built yet"):
+            to_run_config(cfg)
+    else:
+        assert to_run_config(cfg).editor.name == name
+
+
+def test_hypernetworks_have_their_published_sizes() -> None:
+    rledit = compose_config(["editor=rledit"]).editor
+    assert (rledit.rank, rledit.n_blocks, rledit.meta_lr, rledit.loc_coef) == (1024, 4, 1e-5, 0.6)
+    assert (rledit.time_decay, rledit.back_depth, rledit.reg_coef) == (0.95, 10, 1e-4)
+    mend = compose_config(["editor=mend"]).editor
+    assert (mend.rank, mend.n_blocks) == (1920, 2)
+
+
+@pytest.mark.parametrize("name", files("experiment"))
+def test_every_experiment_is_the_published_arithmetic(name: str) -> None:
+    run = run_config(f"experiment={name}")
+    ultraedit = name.startswith("ultraedit_")
+    model, _, dataset = name.removeprefix("ultraedit_").partition("_")
+    assert run.dataset.name == dataset.partition("_")[0]
+    assert run.model.name_or_path == run_config(f"model={model}").model.name_or_path
+    assert isinstance(run.editor, ClosedFormConfig)
+    assert run.editor.name == ("ultraedit" if ultraedit else "stableedit")
+    assert run.editor.alpha == (1 if ultraedit else 10)
+    assert run.editor.preheat_mode is (PreheatMode.none if ultraedit else PreheatMode.start)
+    assert run.editor.whitening_floor == 1e-6
+    assert run.editor.whitening_floor_mode is WhiteningFloorMode.absolute
+    assert run.editor.statistics_scope is StatisticsScope.shape
+    assert run.editor.lr == (2e-6 if model in ("gpt-j", "qwen2.5-7b") else 1e-6)
+    assert run.dataset.answer_tokens is AnswerTokens.separate
+    assert run.model.edit_precision is EditPrecision.in_place
+    assert (run.dataset.n_edits, run.dataset.batch_size) == (100, 10)
+    turns = {"wikibigedit": 170, "wikibigedit_500k": 5000, "ultraeditbench_2m": 20000}.get(dataset, 200)
+    warm_up = {"wikibigedit_500k": 170, "ultraeditbench_2m": 200}.get(dataset, 20)
+    assert (run.num_seq, run.dataset.num_warm_up) == (turns, None if ultraedit else warm_up)
+    layers = [int(part) for module in run.model.edit_modules for part in module.split(".") if part.isdigit()]
+    assert len(layers) == len(run.model.edit_modules)
+    assert max(layers) < LAYERS[model]
+
+
+def modules(name: str) -> list[str]:
+    return list(run_config(f"experiment={name}").model.edit_modules)
+
+
+def test_published_edit_modules() -> None:
+    """Spot checks, one of each naming scheme, against DESIGN section 2."""
+    assert modules("mistral-7b_zsre") == [f"model.layers.{n}.mlp.down_proj" for n in range(28, 32)]
+    assert modules("mistral-7b_fever") == [f"model.layers.{n}.mlp.down_proj" for n in range(28, 31)]
+    assert modules("gpt-j_zsre") == [f"transformer.h.{n}.mlp.fc_out" for n in [*range(7, 16), *range(18, 26)]]
+    assert modules("gpt-j_ultraeditbench_2m") == [f"transformer.h.{n}.mlp.fc_out" for n in [*range(8, 16), 22, 23, 24]]
+    assert modules("qwen2.5-7b_fever") == [f"model.layers.{n}.mlp.down_proj" for n in [*range(9, 16), *range(22, 27)]]
+    assert modules("llama-3-instruct_zsre") == [f"model.layers.{n}.mlp.down_proj" for n in [11, 12, 22, 23, 28, 29, 30]]
+    assert modules("ultraedit_llama-3-instruct_zsre") == [
+        *(f"model.layers.{n}.mlp.gate_proj" for n in range(11, 16)),
+        *(f"model.layers.{n}.mlp.up_proj" for n in range(18, 25)),
+    ]
+    assert modules("ultraedit_gemma-3-27b_zsre") == [
+        f"model.language_model.layers.{n}.mlp.{kind}_proj" for kind in ("gate", "up") for n in range(52, 61)
+    ]
+
+
+@pytest.mark.parametrize("ablation", files("ablation"))
+def test_an_ablation_changes_a_published_row_and_nothing_but_its_editor_or_warm_up(ablation: str) -> None:
+    row, changed = (run_config("experiment=mistral-7b_fever", *more) for more in ([], [f"ablation={ablation}"]))
+    assert (row.model, row.num_seq) == (changed.model, changed.num_seq)
+    assert ablation == "warm_up_start" or row.editor != changed.editor
+
+
+def test_an_editor_on_a_published_row_keeps_its_own_method() -> None:
+    editor = run_config("experiment=mistral-7b_zsre", "editor=ultraedit").editor
+    assert isinstance(editor, ClosedFormConfig)
+    assert (editor.name, editor.alpha, editor.preheat_mode) == ("ultraedit", 1.0, PreheatMode.none)
+
+
+def test_every_yaml_file_belongs_to_a_group_the_tests_compose() -> None:
+    known = {"dataset", "model", "editor", "experiment", "ablation", "released"}
+    assert {path.parent.name for path in CONFIG_DIR.glob("*/*.yaml")} == known
+    used = "".join(path.read_text() for path in CONFIG_DIR.glob("*/*.yaml"))
+    unused = [path.stem for path in (CONFIG_DIR / "released").glob("*.yaml") if f"- {path.stem}\n" not in used]
+    assert [name for name in unused if f"- /released/{name}\n" not in used] == []
