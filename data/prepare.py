@@ -430,9 +430,7 @@ class Downloader:
         return start > 0
 
     def _write(self, response: httpx.Response, part: Path, start: int, task: TaskID) -> None:
-        with part.open("r+b" if start else "wb") as file:
-            file.seek(start)
-            file.truncate()
+        with part.open("ab" if start else "wb") as file:  # start is 0 or the size of the part
             for chunk in response.iter_raw():
                 file.write(chunk)
                 self._progress.advance(task, len(chunk))
@@ -473,6 +471,7 @@ def _check_answer(response: httpx.Response, remote: Remote, offset: int, part: P
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise FetchError(f"{remote.url}: sent compressed though asked not to; resuming and sizes would be wrong")
     if response.headers.get("Content-Type", "").startswith("text/html"):
+        # told from the header, so that a log-in page does not wipe out the bytes an earlier run brought
         raise FetchError(f"{remote.url}: a web page, not the data")
     try:
         start, total = _announced(response, offset)

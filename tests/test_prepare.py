@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tracemalloc
@@ -66,6 +67,8 @@ class Route:
     statuses: list[int] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     shift: int = 0  # a lying Content-Range
+    longest: int | None = None  # bytes of an answer to a Range request, which may be fewer than asked for
+    announced: bool = True  # False: no Content-Length, the end of the connection is the end of the file
 
 
 class Server:
@@ -95,16 +98,23 @@ class Server:
                 handler, status, b"<html>no</html>", {"Content-Type": "text/html", **(route.headers if route else {})}
             )
             return
-        start = self._start(route, handler)
+        start, stop = self._start(route, handler), len(route.body)
+        if not route.announced:
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(route.body)
+            handler.close_connection = True
+            return
         headers = {"ETag": route.etag, "Content-Type": route.content_type, **route.headers}
         if start >= len(route.body) > 0:
             self._send(handler, 416, b"", {"Content-Range": f"bytes */{len(route.body)}"})
             return
         if start:
-            last = len(route.body) - 1
+            stop = min(len(route.body), start + (route.longest or len(route.body)))
+            last = stop - 1
             headers["Content-Range"] = f"bytes {start + route.shift}-{last}/{len(route.body)}"
         self._send(
-            handler, 206 if start else 200, route.body[start:], headers, route.cuts.pop(0) if route.cuts else None
+            handler, 206 if start else 200, route.body[start:stop], headers, route.cuts.pop(0) if route.cuts else None
         )
 
     @staticmethod
@@ -251,6 +261,51 @@ def test_a_part_that_is_already_whole_needs_no_byte_more(server, loader, setting
     server.routes["/f.json"] = Route()
     prepare_file(_file(UNPINNED), settings, loader)
     assert server.requests == [("/f.json", f"bytes={len(BODY)}-", '"v1"')]  # answered 416, bytes */size
+
+
+def test_a_whole_part_of_known_size_is_checked_without_asking_the_host(server, loader, settings) -> None:
+    part = settings.raw_dir / "made/made.json.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(BODY)
+    part.with_name("made.json.part.etag").write_text(json.dumps({"url": "elsewhere", "sha256": PINNED.sha256}))
+    assert prepare_file(_file(PINNED), settings, loader).read_bytes() == BODY
+    assert server.requests == []
+
+
+def test_an_answer_shorter_than_the_range_asked_for_is_continued(server, loader, settings) -> None:
+    server.routes["/f.json"] = Route(cuts=[1000], longest=150_000)
+    assert prepare_file(_file(UNPINNED), settings, loader).read_bytes() == BODY
+    asked = [request[1] for request in server.requests]
+    assert asked[:3] == [None, "bytes=1000-", "bytes=151000-"]
+
+
+def test_a_short_file_without_content_length_is_found_by_its_known_size(server, loader, settings) -> None:
+    lines = b"\n".join(json.dumps(row).encode() for row in _rows(9))
+    server.routes["/f.json"] = Route(body=lines[: lines.rindex(b"\n")], announced=False)  # whole rows: it parses
+    with pytest.raises(FetchError, match=rf"bytes arrived, {len(lines)} expected"):
+        prepare_file(_file(replace(UNPINNED, size=len(lines))), settings, loader)
+
+
+def test_a_log_in_page_does_not_wipe_out_the_bytes_that_are_here(server, loader, settings) -> None:
+    route = server.routes["/f.json"] = Route(cuts=[5000, 0, 0])
+    with pytest.raises(FetchError, match="gave up"):
+        prepare_file(_file(UNPINNED), settings, loader)
+    server.routes["/f.json"] = Route(body=b"<html>", etag="", content_type="text/html")
+    with pytest.raises(FetchError, match="a web page"):
+        prepare_file(_file(UNPINNED), settings, loader)
+    server.routes["/f.json"] = route
+    prepare_file(_file(UNPINNED), settings, loader)
+    assert server.requests[-1] == ("/f.json", "bytes=5000-", '"v1"')
+
+
+def test_the_bytes_are_on_disk_before_the_file_gets_its_name(server, loader, settings, monkeypatch) -> None:
+    server.routes["/f.json"] = Route()
+    target = settings.raw_dir / "made/made.json"
+    synced: list[tuple[int, bool]] = []
+    monkeypatch.setattr(prepare.os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, target.exists())))
+    prepare_file(_file(UNPINNED), settings, loader)
+    assert (target.stat().st_ino, False) in synced
+    assert synced[-1] == (target.parent.stat().st_ino, True)  # then the folder, which holds the name
 
 
 def test_a_broken_sidecar_and_a_wrong_content_range_only_cost_a_restart(server, loader, settings) -> None:
@@ -497,6 +552,7 @@ def test_the_table_of_files_is_sound() -> None:
     assert len({file.path for file in FILES}) == len(FILES) == 12
     assert len({sha256 for _, sha256, _ in pinned}) == 11
     assert all(re.fullmatch("[0-9a-f]{64}", sha256) and size for _, sha256, size in pinned)
+    assert len(prepare.WIKIBIGEDIT_SNAPSHOTS) == 8
     assert prepare.WIKIBIGEDIT_SNAPSHOTS[0] == "wiki_big_edit_20240201_20240220.json"
     assert prepare.WIKIBIGEDIT_SNAPSHOTS[-1] == "wiki_big_edit_20240620_20240701.json"
 
