@@ -86,7 +86,9 @@ def _convert_packaged(name: str, cache_dir: Path) -> Path:
     spec = importlib.util.find_spec(name.removeprefix("pypi:"))
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
     if not found:
-        raise ValueError(f"model.name_or_path={name}: no installed package of that name holds a GGUF file; run.sh installs it")
+        raise ValueError(
+            f"model.name_or_path={name}: no installed package of that name holds a GGUF file; run.sh installs it"
+        )
     gguf = found[0]
     target = cache_dir / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
     if target.is_dir():
@@ -298,9 +300,10 @@ class _Tracer:
     nothing below it is recorded.
     """
 
-    def __init__(self, modules: Mapping[str, EditModule], rows: Tensor, positions: Tensor) -> None:
-        self.keys: dict[str, Tensor] = {}
+    def __init__(self, modules: Mapping[str, EditModule], shape: torch.Size, rows: Tensor, positions: Tensor) -> None:
+        self.keys: dict[str, Tensor] = {}  # (N, d_k) by module
         self.outputs: dict[str, Tensor] = {}
+        self._shape = shape  # (B, L)
         self._at = (rows, positions)
         self._modules = modules
         self._handles: list[Any] = []
@@ -315,11 +318,15 @@ class _Tracer:
         for handle in self._handles:
             handle.remove()
 
+    def at_positions(self, activations: Tensor) -> Tensor:  # (N, d)
+        """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
+        return activations.reshape(*self._shape, -1)[self._at]
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 output.requires_grad_(True)
-            self.keys[name] = inputs[0].detach()[self._at]
+            self.keys[name] = self.at_positions(inputs[0].detach())
             self.outputs[name] = output
 
         return keep
@@ -421,7 +428,7 @@ class LanguageModel:
         """Fill the batch's rows of the captures and return its share of the loss."""
         within = _count_within(at[0])
         rows, positions = at[0].to(self.device), at[1].to(self.device)
-        with _Tracer(self.edited, rows, positions) as trace:
+        with _Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
             self._check_all_ran(trace)
             losses = functional.cross_entropy(logits.float(), batch.targets.to(self.device), reduction="none")
@@ -432,7 +439,7 @@ class LanguageModel:
             into = captures[name]
             there = target.to(into.keys.device)
             into.keys[there] = trace.keys[name].to(into.keys)
-            into.value_grads[there] = grad[rows, positions].to(into.value_grads)
+            into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
         return loss.detach().double()
 
     def _check_all_ran(self, trace: _Tracer) -> None:
