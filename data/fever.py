@@ -1,0 +1,28 @@
+"""FEVER: claims to be judged; the edit is the verdict."""
+
+from __future__ import annotations
+
+from data.dataset import Dataset, Row, answer, choice, question, samples, texts
+from data.records import EditRecord, Question
+
+
+def to_record(row: Row, index: int, seed: int) -> EditRecord:
+    """prompt -> alt, one of equiv_prompt, chosen by (seed, row), -> alt, unrel_prompt -> unrel_ans."""
+    return EditRecord(
+        index,
+        edit=question(row, "prompt", "alt"),
+        rephrase=Question(choice(seed, index).choice(texts(row, "equiv_prompt")), answer(row, "alt")),
+        locality=question(row, "unrel_prompt", "unrel_ans"),
+    )
+
+
+DATASET = Dataset(
+    "fever",
+    ("prompt", "equiv_prompt", "alt", "unrel_prompt", "unrel_ans"),
+    to_record,
+    raw_files={
+        "train": ("fever/fever_train.json",),
+        "eval": ("fever/fever_eval_20k.json", "fever/fever_eval_100k.json"),
+    },
+    sample_files=samples("fever"),
+)

@@ -1,0 +1,211 @@
+"""Files to records: found, streamed once into an Arrow copy that is checked row by row, memory-mapped from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+import datasets
+import ijson
+import pyarrow
+from datasets.arrow_writer import ArrowWriter
+
+from data.dataset import Dataset, ToRecord
+from data.records import EditRecord
+
+logger = logging.getLogger(__name__)
+
+FORMAT = (
+    1  # to be raised when readers take other fields of a row or check it otherwise: older copies are then left alone
+)
+BATCH_ROWS = 1024
+PATH_KEYS = {"train": "dataset.train_path", "eval": "dataset.valid_path"}
+LFS_HEAD = b"version https://git-lfs"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which file
+
+
+def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir: Path, sample_dir: Path) -> Path:
+    """The file of a split, train or eval: the one asked for, else the full one, else the shipped sample.
+
+    That the sample serves is logged at WARNING. Raises ValueError where the file asked for is not there, and where
+    the data set has no sample to fall back on.
+    """
+    key = PATH_KEYS[split]
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"{key}={path}: no such file; set it to a JSON or JSON Lines file, or to null")
+        return Path(path)
+    candidates = [raw_dir / name for name in dataset.raw_files.get(split, ())]
+    if found := next((file for file in candidates if file.is_file()), None):
+        return found
+    if split not in dataset.sample_files:
+        raise ValueError(f"{key}=null: dataset={dataset.name} ships no {split} file; set {key} to your file")
+    sample = sample_dir / dataset.sample_files[split]
+    if dataset.fetchable:
+        remedy = f"`python -m data.prepare {dataset.name}` fetches the full file"
+    else:
+        remedy = f"bring the full file as {candidates[0]}"
+    logger.warning("%s: the small sample %s serves as %s data; %s", dataset.name, sample.name, split, remedy)
+    return sample
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Records of a file
+
+
+class RecordFile(Sequence[EditRecord]):
+    """The records of a data file, parsed on access from a memory-mapped copy: memory does not grow with the file."""
+
+    def __init__(self, path: Path, sha256: str, rows: pyarrow.ChunkedArray, to_record: ToRecord, seed: int) -> None:
+        self.path, self.sha256 = path, sha256
+        self._rows, self._to_record, self._seed = rows, to_record, seed
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> EditRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[EditRecord]: ...
+    def __getitem__(self, place: int | slice) -> EditRecord | list[EditRecord]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        index = place + len(self) if place < 0 else place
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {place} of {self.path}, which has {len(self)}")
+        return self._record(index, self._rows[index].as_py())
+
+    def __iter__(self) -> Iterator[EditRecord]:
+        texts = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self._rows.iterchunks())
+        return itertools.starmap(self._record, enumerate(texts))
+
+    def _record(self, index: int, text: str) -> EditRecord:
+        return self._to_record(json.loads(text), index, self._seed)
+
+
+def open_records(path: str | Path, dataset: Dataset, *, cache_dir: Path, seed: int) -> RecordFile:
+    """The records of a JSON array or JSON Lines file, every row of it checked.
+
+    The first call streams the file into an Arrow copy in `cache_dir`, named by the content of the file and by how it
+    is read; later ones map that copy. Choices a reader makes among several texts follow `seed` and are not in the
+    copy. Raises ValueError, naming file and row, for the first thing that is wrong.
+    """
+    path = Path(path)
+    _check_head(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    reading = json.dumps([FORMAT, sha256, dataset.name, dataset.fields, dataset.variant])
+    name = f"{dataset.name}-{hashlib.sha256(reading.encode()).hexdigest()[:16]}.arrow"
+    copy = Path(cache_dir) / name
+    if not copy.is_file():
+        _convert(path, dataset, copy)
+    table = datasets.Dataset.from_file(str(copy)).data
+    return RecordFile(path, sha256, table.column("row"), dataset.to_record, seed)
+
+
+def _convert(path: Path, dataset: Dataset, copy: Path) -> None:
+    """Write the Arrow copy beside its place and rename it, so that it is complete or absent.
+
+    A row is kept as the JSON text of its fields: rows of one file may differ in form, and what is absent, null or of
+    the wrong type in the file must still be so in the copy.
+    """
+    part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        features = datasets.Features({"row": datasets.Value("string")})
+        with ArrowWriter(path=str(part), features=features) as writer:
+            for batch in _batches(_checked_rows(path, dataset)):
+                writer.write_batch({"row": batch}, writer_batch_size=BATCH_ROWS)
+            writer.finalize()
+        part.replace(copy)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep a converted copy of {path} in {copy.parent}: {error.strerror or error}; "
+            "make the folder writable, with room for about the size of the file"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(itertools.islice(texts, BATCH_ROWS)):
+        yield batch
+
+
+def _checked_rows(path: Path, dataset: Dataset) -> Iterator[str]:
+    """The JSON text of each row's fields, once the reader has found nothing wrong with them."""
+    index = -1
+    for index, row in enumerate(_rows(path)):
+        if not isinstance(row, dict):
+            raise ValueError(f"file {path}, row {index}: {_json_kind(row)}, not an object with fields")
+        try:
+            dataset.to_record(row, index, 0)
+        except ValueError as error:
+            raise ValueError(f"file {path}, row {index}: {error}") from error
+        yield json.dumps({name: row[name] for name in dataset.fields if name in row})
+    if index < 0:
+        raise ValueError(f"file {path}: holds no rows")
+
+
+def _json_kind(value: object) -> str:
+    return {list: "a list", str: "a text", type(None): "null", bool: "a truth value"}.get(type(value), "a number")
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The values of a JSON array, or the values one after the other of JSON Lines, never the whole file at once."""
+    index = 0
+    with path.open("rb") as file:
+        is_array = _first_byte(file) == b"["
+        try:
+            for value in ijson.items(file, "item" if is_array else "", multiple_values=not is_array, use_float=True):
+                yield value
+                index += 1
+        except ijson.JSONError as error:
+            raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
+
+
+def _broken(error: ijson.JSONError) -> str:
+    """What the parser has to say, its first line: the others draw the place with spaces."""
+    reason = error.args[0] if error.args else ""
+    reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
+    if "premature EOF" in reason:
+        return "the file ends in the middle of the JSON, as if cut off"
+    return f"broken JSON ({reason.strip().splitlines()[0].rstrip('.') if reason.strip() else 'unreadable'})"
+
+
+def _first_byte(file: IO[bytes]) -> bytes:
+    """The first byte that is not whitespace, the file being left at it."""
+    if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+        file.seek(0)
+    while (byte := file.read(1)).isspace():
+        pass
+    file.seek(-len(byte), os.SEEK_CUR)
+    return byte
+
+
+def _check_head(path: Path) -> None:
+    """ValueError where the file is missing, empty, a Git LFS pointer, or begins like neither JSON form."""
+    if not path.is_file():
+        raise ValueError(f"file {path}: no such file")
+    with path.open("rb") as file:
+        first = _first_byte(file)
+        head = file.read(len(LFS_HEAD))
+    if not first:
+        raise ValueError(f"file {path}: is empty")
+    if head == LFS_HEAD:
+        raise ValueError(
+            f"file {path}: a Git LFS pointer, not the data; run `git lfs pull` where it came from, or fetch the full "
+            "files with `python -m data.prepare`"
+        )
+    if first not in (b"[", b"{"):
+        raise ValueError(f"file {path}: neither a JSON array nor JSON Lines; it begins with {head[:20]!r}")
