@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data.sample.build import FOLDER, SIZES, Fact, all_facts, build, claim, edits, fill
+from data.sample.build import FOLDER, SIZES, Fact, all_facts, build, claim, edits, fill, held_out
 from data.sample.relations import RELATIONS
 
 PROMPT = {
@@ -20,7 +20,6 @@ PROMPT = {
     "ultraeditbench": "prompt",
     "counterfact": "prompt",
 }
-LOCALITY = {"zsre": "loc", "wikibigedit": "loc", "ultraeditbench": "loc", "counterfact": "locality_prompt"}
 FILES = [(dataset, split) for dataset in SIZES for split in ("train", "eval")]
 both_splits = pytest.mark.parametrize(("dataset", "split"), FILES)
 both_splits_of_questions = pytest.mark.parametrize(("dataset", "split"), [f for f in FILES if f[0] != "fever"])
@@ -60,7 +59,7 @@ def test_sizes_and_variety() -> None:
     assert len({fact["prompt"] for fact in known_facts()}) == len(known_facts()) >= 300
     for split in ("train", "eval"):
         assert len({asked()[row["src"]].relation.name for row in rows("zsre", split)}) >= 12
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 1_000_000
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 1_150_000
 
 
 def test_every_question_asks_for_one_fact() -> None:
@@ -116,18 +115,33 @@ def test_fever_turns_the_verdict_of_the_edit_and_keeps_the_others(split: str) ->
 def test_locality_is_true_and_about_something_else(dataset: str, split: str) -> None:
     for edit in edits(dataset, split, SIZES[dataset][split == "eval"]):
         assert edit.locality.relation != edit.fact.relation
-        assert edit.locality.subject != edit.fact.subject
-    for row in rows(dataset, split) if dataset in LOCALITY else []:
-        prompt = row[LOCALITY[dataset]]
-        assert prompt.endswith("?") == (dataset not in ("zsre", "counterfact"))
-        fact = asked()[f"{prompt}?" if dataset == "zsre" else prompt]
-        assert (row.get("loc_ans", row.get("locality_ground_truth")),) == fact.answers
+        assert edit.locality.name != edit.fact.name
+        assert edit.locality.held_out
+    if dataset == "counterfact":
+        assert all((r["locality_ground_truth"],) == asked()[r["locality_prompt"]].answers for r in rows(dataset, split))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("dataset", ["zsre", "wikibigedit", "ultraeditbench"])
+def test_locality_questions_follow_a_true_example_of_their_kind(dataset: str, split: str) -> None:
+    made = edits(dataset, split, SIZES[dataset][split == "eval"])
+    for row, fact in zip(rows(dataset, split), (edit.locality for edit in made), strict=True):
+        end = fill(fact.relation.questions[0], fact.subject)
+        shown = row["loc"].removesuffix(end.removesuffix("?") if dataset == "zsre" else end)
+        assert shown != row["loc"]
+        asks, says = shown.strip().removesuffix(".").split("? ")
+        assert (says,) == asked()[f"{asks}?"].answers
+        assert (says, asked()[f"{asks}?"].relation) != (fact.truth, fact.relation)
+        assert (row["loc_ans"],) == fact.answers
 
 
 def test_no_probe_of_old_knowledge_is_ever_edited() -> None:
     made = [edit for d, s in FILES for edit in edits(d, s, SIZES[d][s == "eval"])]
-    probes = {asked()[fact["prompt"]] for fact in known_facts()} | {edit.locality for edit in made}
-    assert not probes & {edit.fact for edit in made}
+    assert all(fact.held_out for fact in held_out())
+    assert not {edit.fact for edit in made} & {*held_out(), *(edit.locality for edit in made)}
+    for row, fact in zip(known_facts(), held_out(), strict=True):
+        assert asked()[row["prompt"][-len(fill(fact.relation.clozes[0], fact.subject)) :]] == fact
+        assert row["attribute"] == fact.truth == row["prediction"].strip(" .")
 
 
 def test_locality_prompts_are_spread_over_the_held_out_facts() -> None:
