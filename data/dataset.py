@@ -9,6 +9,16 @@ from typing import Any
 
 from data.records import EditRecord, Question
 
+JSON_KINDS: dict[type, str] = {
+    str: "a text",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
 Row = Mapping[str, Any]
 ToRecord = Callable[[Row, int, int], EditRecord]
 
@@ -91,6 +101,4 @@ def choice(seed: int, index: int) -> random.Random:
 
 
 def _described(value: object) -> str:
-    kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    kind = next((words for kind, words in kinds.items() if isinstance(value, kind)), type(value).__name__)
-    return f"{kind} ({str(value)[:40]})"
+    return f"{JSON_KINDS.get(type(value), type(value).__name__)} ({repr(value)[:40]})"

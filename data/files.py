@@ -16,7 +16,7 @@ import ijson
 import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
-from data.dataset import Dataset, ToRecord
+from data.dataset import JSON_KINDS, Dataset, ToRecord
 from data.records import EditRecord
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,8 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> None:
             "make the folder writable, with room for about the size of the file"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -147,7 +148,7 @@ def _checked_rows(path: Path, dataset: Dataset) -> Iterator[str]:
     index = -1
     for index, row in enumerate(_rows(path)):
         if not isinstance(row, dict):
-            raise ValueError(f"file {path}, row {index}: {_json_kind(row)}, not an object with fields")
+            raise ValueError(f"file {path}, row {index}: {JSON_KINDS[type(row)]}, not an object with fields")
         try:
             dataset.to_record(row, index, 0)
         except ValueError as error:
@@ -155,10 +156,6 @@ def _checked_rows(path: Path, dataset: Dataset) -> Iterator[str]:
         yield json.dumps({name: row[name] for name in dataset.fields if name in row})
     if index < 0:
         raise ValueError(f"file {path}: holds no rows")
-
-
-def _json_kind(value: object) -> str:
-    return {list: "a list", str: "a text", type(None): "null", bool: "a truth value"}.get(type(value), "a number")
 
 
 def _rows(path: Path) -> Iterator[Any]:
