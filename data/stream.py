@@ -6,7 +6,7 @@ Nothing here keeps a place in the data: turn i is a function of the seed and i, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
@@ -17,8 +17,6 @@ from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 logger = logging.getLogger(__name__)
 
 AnswerTokens = Literal["joint", "separate"]
-Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
-"""`tokenize` with the run's tokenizer and answer tokens filled in."""
 
 DEFAULT_WARM_UP_TURNS = 20  # the papers' number; what `num_seq_zsre: null` means where the data holds as many
 
