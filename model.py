@@ -1,6 +1,6 @@
 """The language model: the only file that touches it.
 
-`outline` reads what a model is without its weights, so that a mistake in the configuration shows before anything is
+`outline` reads what a model is without its weights, so that a mistake in the configuration shows before they are
 loaded. `LanguageModel` captures keys and value gradients, applies updates, scores answers, and saves.
 
 Letters: N captured tokens of a turn, d_k key size, d_v value size, B sequences, L tokens, M answer tokens, V vocabulary.
@@ -13,7 +13,6 @@ import fnmatch
 import hashlib
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from data.records import Capture, LowRankUpdate, TokenBatch, TokenSequence, Turn
 from data.batches import compute_batches
+from data.records import Capture, LowRankUpdate, TokenBatch, TokenSequence, Turn
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +169,10 @@ def _explained(source: ModelSource) -> Iterator[None]:
 
 
 def find_edit_modules(model: nn.Module, patterns: str | Sequence[str], auto_layers: int) -> dict[str, nn.Module]:
-    """The modules named by `patterns`, names or globs, in the model's own order; or `auto`: the MLP output projection of
-    the last `auto_layers` layers."""
+    """The modules that `patterns` name, in the model's own order.
+
+    Patterns are names or globs; `auto` stands for the MLP output projections of the last `auto_layers` layers.
+    """
     modules = dict(model.named_modules())
     if patterns == "auto":
         chosen = _output_projections(model, modules, auto_layers)
@@ -207,14 +208,15 @@ def _output_projections(model: nn.Module, modules: Mapping[str, nn.Module], laye
     by_layer: dict[int, str] = {}
     for name, module in modules.items():
         layer = re.search(r"\.(\d+)\.", name)
-        if layer and name.rsplit(".", 1)[-1] in OUTPUT_PROJECTIONS and "attn" not in name and _is_linear(module):
+        elsewhere = re.search("attn|vision|audio", name)
+        if layer and not elsewhere and name.rsplit(".", 1)[-1] in OUTPUT_PROJECTIONS and _is_linear(module):
             by_layer[int(layer[1])] = name
     fused = _fused_experts(model)
     if fused:
         raise ValueError(_experts_message("model.edit_modules=auto", fused[0]))
     if not by_layer:
         raise ValueError(
-            f"model.edit_modules=auto: no module of the model is named {', '.join(OUTPUT_PROJECTIONS)}; name them yourself"
+            f"model.edit_modules=auto: no module of the model is named {', '.join(OUTPUT_PROJECTIONS)}; name the modules"
         )
     return {by_layer[layer] for layer in sorted(by_layer)[-layers:]}
 
@@ -228,7 +230,7 @@ def _fused_experts(model: nn.Module) -> list[str]:
 
 
 def _is_expert(name: str, module: nn.Module) -> bool:
-    """Whether the module holds fused experts, or is one expert of a mixture, which sees only the tokens routed to it."""
+    """Whether the module holds fused experts, or is one expert, which sees only the tokens routed to it."""
     return any(weight.ndim == 3 for weight in module.parameters(recurse=False)) or bool(
         re.search(r"experts\.\d+\.", name)
     )
@@ -256,7 +258,7 @@ class WeightChange:
 class EditModule:
     """A linear map whose weight is edited; the one place that turns (d_k, d_v) maths to the module's own layout.
 
-    With `master`, a weight of lower precision keeps a float32 master that takes the updates, and holds its rounded copy.
+    With `master`, a weight of lower precision holds the rounded copy of a float32 master, which takes the updates.
     """
 
     def __init__(self, module: nn.Module, master: bool = True) -> None:
@@ -392,9 +394,8 @@ class LanguageModel:
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         """Keys and value gradients at the positions that predict the answer tokens (DESIGN section 1, capture).
 
-        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the float32 tensors that
-        are filled, by default on the model's device. The result does not depend on how sequences fall into compute
-        batches. Raises FloatingPointError where the loss is not finite.
+        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the float32 tensors
+        to fill, by default on the model's device. How sequences fall into compute batches changes no result. Raises FloatingPointError where the loss is not finite.
         """
         counts = [len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences]
         first_row = torch.tensor([0, *counts]).cumsum(0)

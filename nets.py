@@ -18,9 +18,9 @@ class LifelongNormalizer(nn.Module):
     """Running count, mean and scatter of z = [k | g] over every row ever observed (Chan et al. 1983).
 
     With delta = mean_b - mu:  mu += b delta/(n+b),  S += S_b + (n b/(n+b)) delta delta^T,  n += b.
-    Keys keep the diagonal of the scatter; value gradients keep all of it if `full` (StableEdit's whitening needs it), else
-    the diagonal. Standard deviations and covariances are derived on reading. Buffers are float64, so that row two
-    million still counts.
+    Keys keep the diagonal of the scatter; value gradients keep all of it if `full` (StableEdit's whitening needs it),
+    else the diagonal. Standard deviations and covariances are derived on reading. Buffers are float64, so that row
+    two million still counts.
     """
 
     count: Tensor  # ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 class StableEditSettings:
     """The keys of the same names in the configuration.
 
-    `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory and changes no result.
+    `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory, never a result.
     `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
     diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
     alone, the last two whitening as stable does.
@@ -45,9 +45,11 @@ class StableEditSettings:
 class StableEdit(nn.Module):
     """V_i = -gamma ||k_hat_i||^2 g_tilde_i, then the ridge update of raw keys towards V.
 
-    k_hat is the diagonally normalised key; g_tilde the fully whitened value gradient, or the diagonally normalised one in
-    warm-up turns and until n > d_v + 1.
+    k_hat is the diagonally normalised key; g_tilde the fully whitened value gradient, or in warm-up turns and until
+    n > d_v + 1 the diagonally normalised one.
     """
+
+    Settings: ClassVar = StableEditSettings
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], settings: StableEditSettings, device: torch.device
@@ -86,7 +88,7 @@ class StableEdit(nn.Module):
     def _whitenings(self, phase: Phase) -> dict[str, Tensor]:
         """One decomposition a group and turn; empty where the diagonal form serves."""
         self._floored = {}
-        roots = {}
+        roots: dict[str, Tensor] = {}
         if phase is Phase.WARM_UP:
             return roots
         for group in self.normalizers:
@@ -101,7 +103,9 @@ class StableEdit(nn.Module):
     def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
         chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size)
         shifts = [self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], roots) for rows in chunks]
-        left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.batch_size)
+        left, right = linalg.ridge_update(
+            capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.batch_size
+        )
         return LowRankUpdate(left, right)
 
     def _value_shifts(
@@ -126,7 +130,7 @@ class StableEdit(nn.Module):
         return -self.settings.lr * normal_keys.square().sum(1, keepdim=True) * normal_values
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
-        """Per group: rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form)."""
+        """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form)."""
         return {group: self._group_statistics(group) for group in self.normalizers}
 
     def _group_statistics(self, group: str) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from model import LanguageModel
 # What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
 PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
 # Records scored together: enough for tight length buckets, few enough to forget.
-BLOCK = 512
+BLOCK = 128
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Summary = dict[str, dict[str, float | int]]

@@ -29,7 +29,7 @@ class Reference:
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def turn(self, sequences: Sequence[tuple[list[int], int]], batch_size: int, warm_up: bool) -> dict[str, Tensor]:
-        """`sequences` are (token ids, where the answer starts). Edits the model; returns DeltaW (d_k, d_v) by module."""
+        """`sequences` are (token ids, where the answer starts). Edits the model; returns DeltaW (d_k, d_v)."""
         keys, grads = self.capture(sequences, batch_size)
         if self.mode == "batch":
             self.rows = {}

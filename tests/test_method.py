@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import tiny_gpt2, tiny_llama
-from tests.reference import Reference
 
 from data.records import Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel, find_edit_modules
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.reference import Reference
 
 LLAMA = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 GPT2 = ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]

@@ -26,7 +26,7 @@ WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "n
 FAMILIES: dict[str, tuple[Any, dict[str, Any], str, tuple[int, int]]] = {
     # family: (config class, its sizes, the module `auto` takes in layer 3, its (d_k, d_v))
     "llama": (transformers.LlamaConfig, WIDTHS, "model.layers.3.mlp.down_proj", (24, 16)),
-    "mistral": (transformers.MistralConfig, {**WIDTHS, "num_key_value_heads": 1}, "model.layers.3.mlp.down_proj", (24, 16)),
+    "mistral": (transformers.MistralConfig, {**WIDTHS, "sliding_window": 4}, "model.layers.3.mlp.down_proj", (24, 16)),
     "qwen2": (transformers.Qwen2Config, {**WIDTHS, "num_key_value_heads": 1}, "model.layers.3.mlp.down_proj", (24, 16)),
     "gemma2": (
         transformers.Gemma2Config,
@@ -88,7 +88,7 @@ def test_families(family: str) -> None:
     """`auto` finds the output projections; batched answer logits are those of each sequence alone; edits move them."""
     config_class, sizes, last, shape = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(**{key: value for key, value in SMALL.items()}, **sizes)
+    config = config_class(**dict(SMALL.items()), **sizes)
     plain = transformers.AutoModelForCausalLM.from_config(config).eval()
     model = LanguageModel(plain, None, find_edit_modules(plain, "auto", 2), compute_tokens=40)
     assert list(model.shapes)[-1] == last
