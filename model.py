@@ -3,7 +3,8 @@
 `outline` reads what a model is without its weights, so that a mistake in the configuration shows before they are
 loaded. `LanguageModel` captures keys and value gradients, applies updates, scores answers, and saves.
 
-Letters: N captured tokens of a turn, d_k key size, d_v value size, B sequences, L tokens, M answer tokens, V vocabulary.
+Letters: N captured tokens of a turn, d_k key size, d_v value size, B sequences, L tokens, M answer tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def _output_projections(model: nn.Module, modules: Mapping[str, nn.Module], laye
         raise ValueError(_experts_message("model.edit_modules=auto", fused[0]))
     if not by_layer:
         raise ValueError(
-            f"model.edit_modules=auto: no module of the model is named {', '.join(OUTPUT_PROJECTIONS)}; name the modules"
+            f"model.edit_modules=auto: the model has no {', '.join(OUTPUT_PROJECTIONS)}; name the modules to edit"
         )
     return {by_layer[layer] for layer in sorted(by_layer)[-layers:]}
 
@@ -395,7 +396,8 @@ class LanguageModel:
         """Keys and value gradients at the positions that predict the answer tokens (DESIGN section 1, capture).
 
         With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the float32 tensors
-        to fill, by default on the model's device. How sequences fall into compute batches changes no result. Raises FloatingPointError where the loss is not finite.
+        to fill, by default on the model's device. How sequences fall into compute batches changes no result.
+        Raises FloatingPointError where the loss is not finite.
         """
         counts = [len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences]
         first_row = torch.tensor([0, *counts]).cumsum(0)

@@ -23,7 +23,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @settings(deadline=None, max_examples=50)
 @given(shapes, seeds, st.sampled_from([0.1, 1.0, 10.0]), st.sampled_from([None, 1, 5]))
-def test_ridge_update_is_a_stationary_point(shape: tuple[int, int, int], seed: int, alpha: float, chunk: int | None) -> None:
+def test_ridge_update_is_a_stationary_point(
+    shape: tuple[int, int, int], seed: int, alpha: float, chunk: int | None
+) -> None:
     """The gradient of ||K D - V||^2 + alpha ||D||^2 vanishes at D, on either side of N = d_k."""
     count, d_k, d_v = shape
     keys, shifts = rows(seed, count, d_k), rows(seed + 1, count, d_v)
@@ -42,7 +44,9 @@ def test_ridge_update_of_the_textbook() -> None:
 def test_dual_and_primal_agree_where_they_meet() -> None:
     keys, shifts = rows(0, 12, 12), rows(1, 12, 5)
     dual = linalg.dense(linalg.ridge_update(keys, shifts, 1.0))
-    padded = linalg.ridge_update(torch.cat([keys, keys.new_zeros(1, 12)]), torch.cat([shifts, shifts.new_zeros(1, 5)]), 1.0)
+    padded = linalg.ridge_update(
+        torch.cat([keys, keys.new_zeros(1, 12)]), torch.cat([shifts, shifts.new_zeros(1, 5)]), 1.0
+    )
     assert padded[0] is None  # 13 rows of 12: the primal side
     assert relative(padded[1], dual.double()) < 1e-6
 

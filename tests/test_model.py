@@ -23,21 +23,23 @@ SMALL = {
     "eos_token_id": 256,
 }
 WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+GPT_WIDTHS = {"n_embd": 16, "n_layer": 4, "n_head": 2}
+GROUPED = {**WIDTHS, "num_key_value_heads": 1}
 FAMILIES: dict[str, tuple[Any, dict[str, Any], str, tuple[int, int]]] = {
     # family: (config class, its sizes, the module `auto` takes in layer 3, its (d_k, d_v))
     "llama": (transformers.LlamaConfig, WIDTHS, "model.layers.3.mlp.down_proj", (24, 16)),
-    "mistral": (transformers.MistralConfig, {**WIDTHS, "sliding_window": 4}, "model.layers.3.mlp.down_proj", (24, 16)),
-    "qwen2": (transformers.Qwen2Config, {**WIDTHS, "num_key_value_heads": 1}, "model.layers.3.mlp.down_proj", (24, 16)),
+    "mistral": (transformers.MistralConfig, {**GROUPED, "sliding_window": 4}, "model.layers.3.mlp.down_proj", (24, 16)),
+    "qwen2": (transformers.Qwen2Config, GROUPED, "model.layers.3.mlp.down_proj", (24, 16)),
     "gemma2": (
         transformers.Gemma2Config,
-        {**WIDTHS, "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 3.0},
+        {**GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0},
         "model.layers.3.mlp.down_proj",
         (24, 16),
     ),
-    "gpt2": (transformers.GPT2Config, {"n_embd": 16, "n_layer": 4, "n_head": 2}, "transformer.h.3.mlp.c_proj", (64, 16)),
+    "gpt2": (transformers.GPT2Config, GPT_WIDTHS, "transformer.h.3.mlp.c_proj", (64, 16)),
     "gpt-j": (
         transformers.GPTJConfig,
-        {"n_embd": 16, "n_layer": 4, "n_head": 2, "rotary_dim": 4},
+        {**GPT_WIDTHS, "rotary_dim": 4},
         "transformer.h.3.mlp.fc_out",
         (64, 16),
     ),
