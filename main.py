@@ -6,9 +6,12 @@ Reads top to bottom: compose, check everything that needs no weights, load, scor
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -55,6 +58,11 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
 CACHE = Path(platformdirs.user_cache_dir("stableedit"))
 SCORING: dict[Stage, str] = {"base": "scoring_base", "eval": "scoring_on_the_way", "final": "scoring_final"}
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+}
+"""What a file system says no with."""
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 
 
@@ -62,11 +70,12 @@ def main() -> None:
     """The command line. A mistake of the user's ends in one line, and exit code 1."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     try:
         check_command_line(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    job()
+        job()
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(error_line(error))
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -74,10 +83,23 @@ def job(composed: DictConfig) -> None:
     """One run, or one of a sweep."""
     try:
         run(to_run_config(composed), composed, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep goes on with its other jobs and reports at its end
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
+
+
+def error_line(error: Exception) -> str:
+    """What the user did, or the file system refuses, in one line; any other OSError is a fault of ours and goes on."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and str(error).startswith("Unable to configure handler"):
+        error = cause  # logging, about the run's main.log
+    if not isinstance(error, OSError):
+        return f"error: {' '.join(str(error).split())}"
+    if error.errno not in REFUSALS:
+        raise error
+    where = f"{error.filename}: " if error.filename else ""
+    return f"error: {where}{error.strerror}; free some space, or choose another folder, as with hydra.run.dir=FOLDER"
 
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
@@ -244,9 +266,20 @@ def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
 
 
 def check_export(cfg: RunConfig) -> None:
-    """ValueError where the edited model is to be saved over something."""
-    if cfg.model_cache and cfg.model_cache_dir and Path(cfg.model_cache_dir).expanduser().exists():
+    """ValueError where the edited model is to be saved over something, or where nothing can be saved."""
+    if not (cfg.model_cache and cfg.model_cache_dir):
+        return
+    target = Path(cfg.model_cache_dir).expanduser()
+    if target.exists():
         raise ValueError(f"model_cache_dir={cfg.model_cache_dir}: is there already; name a folder that is not")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"model_cache_dir={cfg.model_cache_dir}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
