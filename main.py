@@ -215,7 +215,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
         num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up,
+        num_warm_up=cfg.dataset.num_warm_up if "train" in files else None,  # without effect, as the user was told
         preheat_mode=cfg.editor.preheat_mode.name,
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
