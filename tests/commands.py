@@ -1,0 +1,133 @@
+"""Whole commands in this process: `main.main()` on a tiny random Llama and a few rows, all of it in one folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hydra.core.global_hydra import GlobalHydra
+from transformers import PreTrainedTokenizerFast
+
+import main
+from tests.conftest import tiny_llama
+
+MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")
+SPLITS = {"eval": "dataset.valid_path", "train": "dataset.train_path"}
+
+
+def save_tiny_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+    """A folder that `from_pretrained` reads."""
+    tiny_llama(seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def zsre_row(i: int) -> dict[str, Any]:
+    """Answers of one to five digits, so that token counts differ, and a turn of three facts has enough to whiten."""
+    return {
+        "src": f"What is the number of box {i}?",
+        "rephrase": f"Which number has box {i}?",
+        "ans": str(7919 * i % 100003),
+        "loc": f"what is the colour of cup {i}",
+        "loc_ans": f"c{i}",
+    }
+
+
+@dataclass
+class Commands:
+    """Runs commands as users type them; each gets the tiny model, its data and the folder to write to."""
+
+    folder: Path
+    model: Path
+
+    def write(self, split: str, rows: Any) -> Path:
+        """The rows as the file of that split; text is written as it is."""
+        path = self.folder / f"{split}.json"
+        path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
+        return path
+
+    def line(self, *overrides: str, run: str = "run") -> list[str]:
+        """The command line of a run of four turns of three facts after two of warm-up; `overrides` win."""
+        defaults = {
+            "model.name_or_path": self.model,
+            "model.edit_modules": f"[{','.join(MODULES)}]",
+            "model.lr": "0.1",
+            "dataset.valid_path": self.folder / "eval.json",
+            "dataset.train_path": self.folder / "train.json",
+            "dataset.n_edits": "3",
+            "dataset.batch_size": "2",
+            "tracker.wandb": "disabled",
+            "hydra.run.dir": self.folder / run,
+        }
+        flags = [word for word in overrides if word.startswith("-")]
+        keys = {word.split("=")[0].lstrip("+") for word in overrides}
+        settings = [f"{key}={value}" for key, value in defaults.items() if key not in keys]
+        return [*flags, *settings, *(word for word in overrides if word not in flags)]
+
+    def __call__(self, *overrides: str, run: str = "run") -> Run:
+        """Run to the end; the folder of the run."""
+        with command_line(self.line(*overrides, run=run)):
+            main.main()
+        return Run(self.folder / run)
+
+    def refused(self, *overrides: str, run: str = "run") -> str:
+        """The message that ends the run, which Python writes to stderr with exit code 1; its form is checked here."""
+        with command_line(self.line(*overrides, run=run)), pytest.raises(SystemExit) as end:
+            main.main()
+        message = end.value.code
+        assert isinstance(message, str), message
+        assert message.startswith("error: ")
+        assert "\n" not in message
+        assert "Traceback" not in message
+        return message
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    folder: Path
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def lines(self, name: str) -> list[Any]:
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+    def scores(self) -> dict[str, Any]:
+        """results.json without what the run cost."""
+        return {stage: scores for stage, scores in self.json("results.json").items() if stage != "cost"}
+
+    def phases(self) -> str:
+        """One letter a turn: w for warm-up, e for edit."""
+        return "".join(line["phase"][0] for line in self.lines("turns.jsonl"))
+
+
+@contextmanager
+def command_line(arguments: list[str]) -> Iterator[None]:
+    """sys.argv, and afterwards the logging and the Hydra that a process of its own would have taken with it."""
+    before, root = sys.argv, logging.getLogger()
+    handlers, level, environment = list(root.handlers), root.level, dict(os.environ)
+    sys.argv = ["main.py", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
+        GlobalHydra.instance().clear()
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_progress_bar()
