@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +13,21 @@ from typing import Any
 
 import pytest
 
-from data.sample.build import FOLDER, SIZES, Fact, all_facts, build, claim, edits, fill, held_out
-from data.sample.relations import RELATIONS
+from data.sample.build import (
+    EXAMPLES,
+    FOLDER,
+    SIZES,
+    Fact,
+    build,
+    claim,
+    edits,
+    facts_of,
+    fill,
+    held_out,
+    known_facts,
+    relation_facts,
+)
+from data.sample.relations import COMMON, RELATIONS, Relation
 
 PROMPT = {
     "zsre": "src",
@@ -32,8 +48,12 @@ def rows(dataset: str, split: str) -> list[dict[str, Any]]:
 
 
 @cache
-def known_facts() -> list[dict[str, str]]:
+def known_rows() -> list[dict[str, str]]:
     return json.loads((FOLDER / "knowns.json").read_text(encoding="utf-8"))
+
+
+def every_fact() -> tuple[Fact, ...]:
+    return facts_of(RELATIONS + COMMON)
 
 
 @cache
@@ -41,7 +61,7 @@ def asked() -> dict[str, Fact]:
     """Every question and cloze the tables can make, and the fact it asks for."""
     return {
         fill(template, fact.subject): fact
-        for fact in all_facts()
+        for fact in every_fact()
         for template in fact.relation.questions + fact.relation.clozes
     }
 
@@ -56,7 +76,7 @@ def test_sizes_and_variety() -> None:
     assert len(rows("zsre", "eval")) >= 1000
     assert len(rows("zsre", "train")) >= 500
     assert all(len(rows(dataset, "eval")) >= 300 and len(rows(dataset, "train")) >= 200 for dataset in SIZES)
-    assert len({fact["prompt"] for fact in known_facts()}) == len(known_facts()) >= 300
+    assert len({row["prompt"] for row in known_rows()}) == len(known_rows()) >= 300
     for split in ("train", "eval"):
         assert len({asked()[row["src"]].relation.name for row in rows("zsre", split)}) >= 12
     assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 1_150_000
@@ -64,8 +84,8 @@ def test_sizes_and_variety() -> None:
 
 def test_every_question_asks_for_one_fact() -> None:
     """Else two edits, or an edit and a locality prompt, could ask the same and want different answers."""
-    assert len(asked()) == sum(len(fact.relation.questions + fact.relation.clozes) for fact in all_facts())
-    assert len({relation.name for relation in RELATIONS}) == len(RELATIONS)
+    assert len(asked()) == sum(len(fact.relation.questions + fact.relation.clozes) for fact in every_fact())
+    assert len({relation.name for relation in RELATIONS + COMMON}) == len(RELATIONS + COMMON)
 
 
 @each_dataset
@@ -95,12 +115,12 @@ def test_edits_state_what_another_subject_of_the_relation_has(dataset: str, spli
     for row in rows(dataset, split):
         fact, answer = asked()[row[PROMPT[dataset]]], row.get("ans", row.get("target_new"))
         assert answer not in fact.answers
-        assert any(answer == other.truth for other in all_facts() if other.relation == fact.relation)
+        assert any(answer == other.truth for other in every_fact() if other.relation == fact.relation)
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_fever_turns_the_verdict_of_the_edit_and_keeps_the_others(split: str) -> None:
-    truth = {claim(c, f.subject, f.truth): f for f in all_facts() for c in f.relation.clozes}
+    truth = {claim(c, f.subject, f.truth): f for f in every_fact() for c in f.relation.clozes}
     for row in rows("fever", split):
         assert row["alt"] == ("no" if row["prompt"] in truth else "yes")
         assert row["unrel_ans"] == ("yes" if row["unrel_prompt"] in truth else "no")
@@ -111,14 +131,27 @@ def test_fever_turns_the_verdict_of_the_edit_and_keeps_the_others(split: str) ->
     assert all(verdicts.count((a, u)) > len(verdicts) / 8 for a in ("yes", "no") for u in ("yes", "no"))
 
 
+def runs_of_three(relations: Iterable[Relation]) -> set[tuple[str, ...]]:
+    """Every three words that stand in a row in a question or cloze, the subject between them aside."""
+    templates = (template for relation in relations for template in relation.questions + relation.clozes)
+    parts = (re.findall(r"[a-z']+", part) for template in templates for part in template.lower().split("{}"))
+    return {run for words in parts for run in zip(words, words[1:], words[2:], strict=False)}
+
+
+def test_common_knowledge_is_asked_for_in_words_no_edit_uses() -> None:
+    assert not runs_of_three(COMMON) & runs_of_three(RELATIONS)
+
+
 @both_splits
-def test_locality_is_true_and_about_something_else(dataset: str, split: str) -> None:
+def test_locality_relation_is_never_an_edited_one(dataset: str, split: str) -> None:
     for edit in edits(dataset, split, SIZES[dataset][split == "eval"]):
-        assert edit.locality.relation != edit.fact.relation
-        assert edit.locality.name != edit.fact.name
-        assert edit.locality.held_out
-    if dataset == "counterfact":
-        assert all((r["locality_ground_truth"],) == asked()[r["locality_prompt"]].answers for r in rows(dataset, split))
+        assert edit.fact.relation in RELATIONS
+        assert edit.locality.relation in COMMON
+        assert len(edit.locality.answers) == 1
+
+
+def names(ask: str, fact: Fact) -> bool:
+    return re.search(rf"\b{re.escape(fact.subject)}\b", ask, re.IGNORECASE) is not None
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -126,37 +159,50 @@ def test_locality_is_true_and_about_something_else(dataset: str, split: str) -> 
 def test_locality_questions_follow_a_true_example_of_their_kind(dataset: str, split: str) -> None:
     made = edits(dataset, split, SIZES[dataset][split == "eval"])
     for row, fact in zip(rows(dataset, split), (edit.locality for edit in made), strict=True):
-        end = fill(fact.relation.questions[0], fact.subject)
-        shown = row["loc"].removesuffix(end.removesuffix("?") if dataset == "zsre" else end)
-        assert shown != row["loc"]
-        asks, says = shown.strip().removesuffix(".").split("? ")
-        assert (says,) == asked()[f"{asks}?"].answers
-        assert (says, asked()[f"{asks}?"].relation) != (fact.truth, fact.relation)
-        assert (row["loc_ans"],) == fact.answers
+        *answered, last = re.findall(r"(.*?\?)(?: (.*?)\. |$)", row["loc"] + "?" * (dataset == "zsre"))
+        same = relation_facts(fact.relation)
+        assert asked()[answered[0][0]].relation == fact.relation
+        assert len(answered) == EXAMPLES
+        for ask, answer in answered:
+            assert any(names(ask, o) and answer == o.truth != fact.truth for o in same)
+        assert names(last[0], fact)
+        assert row["loc_ans"] == fact.truth
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_counterfact_probes_the_neighbourhood(split: str) -> None:
+    for row in rows("counterfact", split):
+        edited, near = asked()[row["prompt"]], asked()[row["locality_prompt"]]
+        assert near.relation == edited.relation
+        assert near.held_out
+        assert near.answers == (row["locality_ground_truth"],) != (row["target_new"],)
 
 
 def test_no_probe_of_old_knowledge_is_ever_edited() -> None:
     made = [edit for d, s in FILES for edit in edits(d, s, SIZES[d][s == "eval"])]
-    assert all(fact.held_out for fact in held_out())
-    assert not {edit.fact for edit in made} & {*held_out(), *(edit.locality for edit in made)}
-    for row, fact in zip(known_facts(), held_out(), strict=True):
+    assert not {edit.fact for edit in made} & {*held_out(), *known_facts(), *facts_of(COMMON)}
+    for row, fact in zip(known_rows(), known_facts(), strict=True):
         assert asked()[row["prompt"][-len(fill(fact.relation.clozes[0], fact.subject)) :]] == fact
         assert row["attribute"] == fact.truth == row["prediction"].strip(" .")
 
 
-def test_locality_prompts_are_spread_over_the_held_out_facts() -> None:
-    counts: dict[str, int] = {}
-    for row in rows("zsre", "eval"):
-        counts[row["loc"]] = counts.get(row["loc"], 0) + 1
-    assert len(counts) >= 250
-    assert max(counts.values()) <= 2 * len(rows("zsre", "eval")) / len(counts)
+def test_locality_prompts_are_many_and_spread_evenly() -> None:
+    assert len({row["loc"] for row in rows("zsre", "eval")}) >= 900
+    counts = Counter(edit.locality for edit in edits("zsre", "eval", SIZES["zsre"][1]))
+    assert len(counts) >= 400
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_common_knowledge_of_train_and_eval_is_apart() -> None:
+    train, held = ({row["loc"] for row in rows("zsre", split)} for split in ("train", "eval"))
+    assert not train & held
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_second_hops_follow_the_edited_answer(split: str) -> None:
     hops = [row for row in rows("wikibigedit", split) if row["mhop"] is not None]
     assert 15 <= len(hops) < len(rows("wikibigedit", split)) / 2
-    held_out = {(fact.name, fact.truth) for fact in all_facts() if fact.held_out}
+    held_out = {(fact.name, fact.truth) for fact in every_fact() if fact.held_out}
     assert all((row["ans"], row["mhop_ans"]) in held_out for row in hops)
     assert all((row["mhop"] is None) == (row["mhop_ans"] is None) for row in rows("wikibigedit", split))
 
@@ -170,13 +216,13 @@ def test_files_are_row_a_line_json(split: str) -> None:
 
 def test_element_numbers_run_without_a_gap() -> None:
     """A slipped line in the table would shift every later answer."""
-    numbers = [int(fact.truth) for fact in all_facts() if fact.relation.name == "atomic_number"]
+    numbers = [int(fact.truth) for fact in every_fact() if fact.relation.name == "atomic_number"]
     assert numbers[0] == 1
     assert all(after - before == 1 for before, after in pairwise(numbers))
 
 
 def test_tables_hold_no_stray_blanks_or_doubled_subjects() -> None:
-    for fact in all_facts():
+    for fact in every_fact():
         assert all(answer and answer == answer.strip() for answer in (*fact.answers, fact.subject))
-    keys = [(fact.relation.name, fact.subject) for fact in all_facts()]
+    keys = [(fact.relation.name, fact.subject) for fact in every_fact()]
     assert len(set(keys)) == len(keys)

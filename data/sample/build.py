@@ -1,8 +1,14 @@
 """Builds the shipped samples from the fact tables: `python -m data.sample.build`.
 
-Every file is a function of `facts/`, `relations.py` and the seeds below. A subject marked `*` in a table is held out:
-its facts are never edited, in any file, so that locality prompts, second hops and known facts stay true while the
-edits, which all state something false, accumulate. Train and eval files share no subject.
+Every file is a function of `facts/`, `relations.py` and the seeds below. Edits state something false about the world.
+Locality comes in two kinds, as in the data sets whose formats these are:
+
+- zsre, fever, wikibigedit and ultraeditbench ask for common knowledge (`COMMON`): other relations, in sentences that
+  resemble no edit's;
+- counterfact asks for the neighbourhood: the edit's own relation and sentence, another subject. It is the harder kind.
+
+A subject marked `*` in a table is held out: its facts are never edited, in any file, so that neighbours, second hops
+and known facts stay true while the edits accumulate. Train and eval files share no subject.
 """
 
 from __future__ import annotations
@@ -11,13 +17,14 @@ import csv
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.sample.relations import HOPS, RELATIONS, Relation
+from data.sample.relations import COMMON, HOPS, RELATIONS, Relation
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,10 @@ PERSONAS = (
     "For the record, and speaking as your lawyer, I must ask: {}",
     "Picture us at a campfire, and somebody asks: {}",
 )
+
+FOLLOW_UPS = ("And {}?", "Then {}?", "Now {}?", "{}?")
+SLOT = re.compile(r"((?:a|the|to|one|number|baby|more) )*\{\}", re.IGNORECASE)  # with the small words it needs
+EXAMPLES = 3  # answered ones before a locality question
 
 Row = dict[str, Any]
 
@@ -65,7 +76,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A fact to overwrite: `answer` is false; `locality` is a true fact about something else."""
+    """A fact to overwrite: `answer` is false; `locality` is a true fact of common knowledge."""
 
     fact: Fact
     answer: str
@@ -78,33 +89,30 @@ def read_table(table: str, folder: Path = FOLDER / "facts") -> list[dict[str, st
         return list(csv.DictReader(file))
 
 
-def relation_facts(relation: Relation) -> list[Fact]:
+@cache
+def relation_facts(relation: Relation) -> tuple[Fact, ...]:
     """The facts of a relation in the order of its table; an empty cell is no fact."""
     facts = []
     for row in read_table(relation.table):
         subject, cell = next(iter(row.values())), row[relation.name]
         if cell:
             facts.append(Fact(relation, subject.removeprefix("*"), tuple(cell.split("|")), subject.startswith("*")))
-    return facts
+    return tuple(facts)
 
 
 @cache
-def all_facts() -> tuple[Fact, ...]:
-    return tuple(fact for relation in RELATIONS for fact in relation_facts(relation))
+def facts_of(relations: tuple[Relation, ...]) -> tuple[Fact, ...]:
+    return tuple(fact for relation in relations for fact in relation_facts(relation))
 
 
 def split_of(subject: str) -> str:
     return "train" if random.Random(f"split {subject}").random() < TRAIN_SHARE else "eval"
 
 
-@cache
-def usual_answers(relation: str) -> frozenset[str]:
-    return frozenset(fact.truth for fact in all_facts() if fact.relation.name == relation)
-
-
 def false_answer(fact: Fact, rng: random.Random) -> str:
     """Another subject's usual answer to the same relation that does not hold of this subject."""
-    return rng.choice(sorted(usual_answers(fact.relation.name).difference(fact.answers)))
+    usual = {other.truth for other in relation_facts(fact.relation)}
+    return rng.choice(sorted(usual.difference(fact.answers)))
 
 
 def fill(template: str, subject: str) -> str:
@@ -118,38 +126,36 @@ def claim(cloze: str, subject: str, answer: str) -> str:
 
 
 def editable(split: str) -> list[Fact]:
-    return [fact for fact in all_facts() if not fact.held_out and split_of(fact.name) == split]
+    return [fact for fact in facts_of(RELATIONS) if not fact.held_out and split_of(fact.name) == split]
 
 
 @cache
 def held_out() -> tuple[Fact, ...]:
-    """The facts that no file edits, that a small model may know, and that have one answer only."""
-    return tuple(fact for fact in all_facts() if fact.held_out and fact.relation.easy and len(fact.answers) == 1)
+    """The facts about the world that no file edits and that have one answer only."""
+    return tuple(fact for fact in facts_of(RELATIONS) if fact.held_out and len(fact.answers) == 1)
 
 
-@cache
-def locality_facts(split: str) -> tuple[Fact, ...]:
-    return tuple(fact for fact in held_out() if split_of(fact.name) == split)
+def known_facts() -> list[Fact]:
+    return [fact for fact in held_out() if fact.relation.easy]
 
 
-def take_other(queue: list[Fact], fact: Fact) -> Fact:
-    """Removes and returns the first fact of the queue about another relation and another subject than `fact`."""
-    fits = (i for i, f in enumerate(queue) if f.relation is not fact.relation and f.subject != fact.subject)
-    return queue.pop(next(fits))
+def shuffled_forever(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
+    """Every fact once, in an order drawn anew each time round."""
+    while True:
+        yield from rng.sample(facts, len(facts))
 
 
-def edits(dataset: str, split: str, size: int) -> Iterable[Edit]:
+def edits(dataset: str, split: str, size: int) -> Iterator[Edit]:
     """`size` edits drawn without repetition; every locality fact is used before one is used again."""
     rng = random.Random(f"{dataset} {split}")
     pool = editable(split)
     if size > len(pool):
         raise ValueError(f"{dataset}: {size} {split} rows wanted, the fact tables hold {len(pool)}: add facts")
-    localities, queue = locality_facts(split), list[Fact]()
-    for fact in rng.sample(pool, size):
-        if len(queue) < len(localities) // 4:  # enough left to find another relation
-            queue += rng.sample(localities, len(localities))
+    chosen = rng.sample(pool, size)
+    localities = shuffled_forever([fact for fact in facts_of(COMMON) if split_of(fact.name) == split], rng)
+    for fact, locality in zip(chosen, localities, strict=False):
         own = random.Random(f"{dataset} {fact.relation.name} {fact.subject}")
-        yield Edit(fact, false_answer(fact, own), take_other(queue, fact), own)
+        yield Edit(fact, false_answer(fact, own), locality, own)
 
 
 def question(fact: Fact) -> str:
@@ -160,20 +166,40 @@ def paraphrase(fact: Fact, rng: random.Random) -> str:
     return fill(rng.choice(fact.relation.questions[1:]), fact.subject)
 
 
-def example(fact: Fact) -> Fact:
-    """Another held-out fact of the same relation, with another answer."""
-    others = [o for o in held_out() if o.relation is fact.relation and o.truth != fact.truth]
-    return random.Random(f"example {fact.relation.name} {fact.subject}").choice(others)
+def examples(fact: Fact, pool: Iterable[Fact], count: int, rng: random.Random) -> list[Fact]:
+    """Facts of the same relation with other answers than this one's."""
+    return rng.sample([f for f in pool if f.relation is fact.relation and f.truth != fact.truth], count)
 
 
-def locality_question(fact: Fact) -> str:
-    """The question after an answered one of its kind.
+def locality_question(fact: Fact, rng: random.Random) -> str:
+    """A question in full, then follow-ups that name a subject only, all answered but the last.
 
-    Asked alone, a question makes a small model start a sentence instead of the answer: SmolLM2-135M then gets 10% of
-    the answer tokens right, with the example 48%, and only what the unedited model gets right can show damage.
+    Asked alone, a question makes a small model start a sentence instead of the answer: SmolLM2-135M then gets about
+    one in ten answer tokens right, and only what the unedited model gets right can show damage. The examples are of
+    the same split.
     """
-    shown = example(fact)
-    return f"{question(shown)} {shown.truth}. {question(fact)}"
+    split = split_of(fact.name)
+    pool = [other for other in relation_facts(fact.relation) if split_of(other.name) == split]
+    shown = examples(fact, pool, EXAMPLES, rng)
+    wording, follow_up = rng.choice(fact.relation.questions), rng.choice(FOLLOW_UPS)
+    short = follow_up.format(slot(wording))
+    asked = [fill(wording, shown[0].subject), *(fill(short, other.subject) for other in (*shown[1:], fact))]
+    answered = [f"{ask} {other.truth}." for ask, other in zip(asked, shown, strict=False)]
+    return " ".join([*answered, asked[-1]])
+
+
+def slot(wording: str) -> str:
+    """`{}` with the small words before it: "a baby {}"."""
+    found = SLOT.search(wording)
+    if found is None:
+        raise ValueError(f"relations.py: {wording!r} has no {{}} for the subject: write one")
+    return found.group().lower()
+
+
+def neighbour(edit: Edit) -> Fact:
+    """A held-out fact of the edited relation, whose true answer is not what the edit states."""
+    stated = Fact(edit.fact.relation, edit.fact.subject, (edit.answer,), False)
+    return examples(stated, held_out(), 1, edit.rng)[0]
 
 
 def zsre_row(edit: Edit) -> Row:
@@ -181,7 +207,7 @@ def zsre_row(edit: Edit) -> Row:
         "src": question(edit.fact),
         "rephrase": paraphrase(edit.fact, edit.rng),
         "ans": edit.answer,
-        "loc": locality_question(edit.locality).removesuffix("?"),  # the format's reader adds it
+        "loc": locality_question(edit.locality, edit.rng).removesuffix("?"),  # the format's reader adds it
         "loc_ans": edit.locality.truth,
         "subject": edit.fact.name,
     }
@@ -221,7 +247,7 @@ def wikibigedit_row(edit: Edit) -> Row:
         "rephrase": paraphrase(edit.fact, edit.rng),
         "ans": edit.answer,
         "personas": edit.rng.choice(PERSONAS).format(paraphrase(edit.fact, edit.rng)),
-        "loc": locality_question(edit.locality),
+        "loc": locality_question(edit.locality, edit.rng),
         "loc_ans": edit.locality.truth,
         "mhop": mhop,
         "mhop_ans": mhop_ans,
@@ -233,26 +259,27 @@ def ultraeditbench_row(edit: Edit) -> Row:
         "prompt": question(edit.fact),
         "rephrase_prompt": paraphrase(edit.fact, edit.rng),
         "ans": edit.answer,
-        "loc": locality_question(edit.locality),
+        "loc": locality_question(edit.locality, edit.rng),
         "loc_ans": edit.locality.truth,
     }
 
 
 def counterfact_row(edit: Edit) -> Row:
     first, *others = edit.fact.relation.clozes
+    rephrase, near = edit.rng.choice(others), neighbour(edit)
     return {
         "prompt": fill(first, edit.fact.subject),
         "target_new": edit.answer,
         "ground_truth": edit.fact.truth,
         "subject": edit.fact.name,
-        "rephrase_prompt": fill(edit.rng.choice(others), edit.fact.subject),
-        "locality_prompt": fill(edit.locality.relation.clozes[0], edit.locality.subject),
-        "locality_ground_truth": edit.locality.truth,
+        "rephrase_prompt": fill(rephrase, edit.fact.subject),
+        "locality_prompt": fill(first, near.subject),
+        "locality_ground_truth": near.truth,
     }
 
 
 def knowns_rows() -> list[Row]:
-    """The held-out facts as sentences to complete, each after a complete one of its kind: what editing should keep."""
+    """Known facts as sentences to complete, each after a complete one of its kind: what editing should keep."""
     return [
         {
             "subject": fact.name,
@@ -260,8 +287,9 @@ def knowns_rows() -> list[Row]:
             "prediction": f" {fact.truth}.",
             "prompt": f"{claim(cloze, shown.subject, shown.truth)} {fill(cloze, fact.subject)}",
         }
-        for fact in held_out()
-        for cloze, shown in [(fact.relation.clozes[0], example(fact))]
+        for fact in known_facts()
+        for rng in [random.Random(f"example {fact.relation.name} {fact.subject}")]
+        for cloze, [shown] in [(fact.relation.clozes[0], examples(fact, known_facts(), 1, rng))]
     ]
 
 

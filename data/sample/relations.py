@@ -1,5 +1,7 @@
 """What the shipped samples ask: the relations of the fact tables and the sentences that ask for them.
 
+`RELATIONS` are about the world, and edits overwrite them; `COMMON` is never edited and serves locality questions.
+
 A relation is a column of a table in `facts/`. `{}` stands for the subject. Questions and clozes of a relation all ask
 for the same thing, so any two of them are paraphrases; a cloze completed with an answer and a full stop is a claim.
 """
@@ -15,9 +17,9 @@ class Relation:
 
     name: str  # the column
     table: str  # the file in facts/, without .csv
-    questions: tuple[str, ...]  # at least three
-    clozes: tuple[str, ...]  # at least three, each ending where the answer begins
-    easy: bool = True  # a small model may know it: its held-out subjects serve as locality prompts
+    questions: tuple[str, ...]  # at least three; two where nothing is edited
+    clozes: tuple[str, ...]  # at least three, each ending where the answer begins; one where nothing is edited
+    easy: bool = True  # a small model may know it: its held-out subjects serve as known facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,29 +420,95 @@ RELATIONS = (
             "In the solar system, the planet {} is the",
         ),
     ),
+)
+
+# What every speaker of English knows. No file edits these, and no sentence here shares three words in a row with one
+# above: a locality question is to resemble no edit.
+COMMON = (
     Relation(
         "opposite",
-        "common",
-        ("What is the opposite of {}?", "Which word means the opposite of {}?", "What word is an antonym of {}?"),
-        ("The opposite of {} is", "The antonym of {} is", "A word that means the opposite of {} is"),
+        "adjectives",
+        ("Which word means the opposite of {}?", "The reverse of {} is which word?"),
+        ("The opposite of {} is",),
     ),
     Relation(
-        "colour",
-        "common",
-        ("What color is {}?", "Which color does {} have?", "What is the color of {}?"),
-        ("The color of {} is", "The usual color of {} is", "Seen in daylight, the color of {} is"),
+        "comparative",
+        "adjectives",
+        ("In one word, what is more {}?", "Which one word says more {}?"),
+        ("Instead of more {}, one says",),
     ),
     Relation(
-        "young",
-        "common",
-        ("What is a young {} called?", "What do you call a baby {}?", "Which word means a young {}?"),
-        ("A young {} is called a", "A baby {} is known as a", "The word for a young {} is"),
+        "adverb",
+        "adjectives",
+        ("Which adverb comes from {}?", "Turn {} into an adverb: which word is it?"),
+        ("As an adverb, {} turns into",),
+    ),
+    Relation(
+        "past_tense",
+        "verbs",
+        ("Today I {}, but yesterday I did what?", "Which past tense does the verb {} have?"),
+        ("The past tense of the verb {} is",),
     ),
     Relation(
         "plural",
-        "common",
-        ("What is the plural of {}?", "Which word is the plural of {}?", "What is the plural form of the word {}?"),
-        ("The plural of {} is", "The plural form of {} is", "In English, the plural of the word {} is"),
+        "nouns",
+        ("One {}, but two what?", "Which plural does the noun {} have?"),
+        ("When there are two, the word {} turns into",),
+    ),
+    Relation(
+        "female",
+        "nouns",
+        ("Which word is the female form of {}?", "The male is called {}, and the female what?"),
+        ("The female form of {} is",),
+    ),
+    Relation(
+        "next_number",
+        "numbers",
+        ("Counting up, which number follows {}?", "After {} comes which number?"),
+        ("Counting up, the number after {} is",),
+    ),
+    Relation(
+        "ordinal",
+        "numbers",
+        ("Which ordinal goes with {}?", "In a race, number {} finishes in which place?"),
+        ("Of ordinals, the one for {} is",),
+    ),
+    Relation("result", "sums", ("How much is {}?", "Can you work out {}?"), ("In arithmetic, {} makes",)),
+    Relation(
+        "next_letter",
+        "letters",
+        ("In the alphabet, which letter follows {}?", "Which letter comes right after {}?"),
+        ("In the alphabet, the letter right after {} is",),
+    ),
+    Relation(
+        "next_time",
+        "calendar",
+        ("On a calendar, what follows {}?", "When {} is over, what comes next?"),
+        ("On a calendar, right after {} comes",),
+    ),
+    Relation(
+        "young",
+        "beasts",
+        ("Which name do we give to a baby {}?", "A baby {} goes by which name?"),
+        ("The word for a baby {} is",),
+    ),
+    Relation(
+        "sound",
+        "beasts",
+        ("Which noise does the {} make?", "What does the {} say?"),
+        ("The noise of the {} is written as",),
+    ),
+    Relation(
+        "colour",
+        "things",
+        ("What color is {}?", "Which crayon would draw {}?"),
+        ("The color children expect on {} is",),
+    ),
+    Relation(
+        "organ",
+        "actions",
+        ("Which part of your body do you use to {}?", "Which part of the body helps you to {}?"),
+        ("The part of the body you use to {} is the",),
     ),
 )
 
