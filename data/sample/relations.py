@@ -496,7 +496,7 @@ COMMON = (
         "sound",
         "beasts",
         ("Which noise does the {} make?", "What does the {} say?"),
-        ("The noise of the {} is written as",),
+        ("In print, the noise of the {} becomes",),
     ),
     Relation(
         "colour",
