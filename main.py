@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
-import platformdirs
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
@@ -41,22 +40,22 @@ from config.schema import (
     to_run_config,
 )
 from data import DATASETS
-from data.files import RecordFile, open_records, resolve_file
+from data.files import FORMAT, RecordFile, open_records, resolve_file
 from data.records import Phase, Turn
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from editor import EDITORS
 from editor.base import Editor
 from harness.console import Bar, RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
-from harness.evaluate import PROTOCOLS, Evaluation, RecordScore, Summary, Tokenize, protocols_of
+from harness.evaluate import PROTOCOLS, SCORES_FORMAT, Evaluation, RecordScore, Summary, Tokenize, protocols_of
+from harness.places import CACHE, ROOT
 from harness.spill import CaptureFolder
 from harness.tracking import RunFolder, Stage, Tracker, WandbMode, WandbSettings, canonical_json, check_wandb
 from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent
-CACHE = Path(platformdirs.user_cache_dir("stableedit"))
+RECORD_LINES = 300  # of records.jsonl, written together
 SCORING: dict[Stage, str] = {"base": "scoring_base", "eval": "scoring_on_the_way", "final": "scoring_final"}
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -105,6 +104,8 @@ def error_line(error: Exception) -> str:
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then the loop, in the order of its lines."""
     plan = make_plan(cfg)
+    with capture_memory(cfg, plan):
+        pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
     model = LanguageModel.load(
         plan.source,
         plan.tokenizer,
@@ -133,7 +134,7 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         model={"name": cfg.model.name_or_path, "revision": cfg.model.revision, "fingerprint": fingerprint},
         device=str(plan.device),
     )
-    diagnostics = TurnDiagnostics(plan.device)
+    diagnostics = TurnDiagnostics(plan.device, plan.editor_device)
 
     with (
         Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker,
@@ -145,10 +146,10 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
 
         with progress.turns(len(plan.stream)) as bar:
             for turn in plan.stream.from_turn(0):
-                watch = Stopwatch(plan.device)
+                watch = Stopwatch(plan.device, plan.editor_device)
                 with watch.measure("capture"):
                     capture = model.capture(turn, cfg.editor.token is Token.all, allocate)
-                with watch.measure("update"):
+                with watch.measure("update"), of_turn(turn):
                     updates = editor.update(capture.modules, turn.phase)
                 with watch.measure("apply"):
                     changes = model.apply(updates, turn.index)
@@ -166,6 +167,15 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
             model.export(target)
             log.info("the edited model is in %s", target)
     show_results(results, run_folder.path)
+
+
+@contextlib.contextmanager
+def of_turn(turn: Turn) -> Iterator[None]:
+    """An editor does not know which turn it is in: name it where its numbers fail."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"turn {turn.index}: {error}; the weights are those of the turn before") from error
 
 
 def is_due(turn: Turn, every: int, total: int) -> bool:
@@ -322,12 +332,13 @@ def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
     """The file that keeps the base model's scores: one for each model, data, and setting that can change a score."""
     identity = {
         "model": fingerprint,
+        "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "data": plan.files["eval"].sha256,
-        "reading": [cfg.dataset.name, cfg.dataset.field_map(), cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
-        "stream": [cfg.seed, cfg.dataset.shuffle, cfg.dataset.n_edits, plan.stream.num_turns, plan.stream.num_warm_up],
-        "warm_up_start": plan.stream.warm_up_start,
-        "sample": cfg.evaluation.sample,
-        "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens, torch.__version__],
+        "reading": [FORMAT, cfg.dataset.name, cfg.dataset.field_map(), cfg.seed],
+        "questions": [cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
+        "records": [cfg.dataset.shuffle, len(plan.stream.edited()), cfg.evaluation.sample],
+        "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
+        "versions": [SCORES_FORMAT, torch.__version__, transformers.__version__],
     }
     key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]
     return CACHE / "base" / f"{key}.jsonl"
@@ -339,6 +350,7 @@ class Scoring:
     def __init__(self, evaluation: Evaluation, tracker: Tracker, progress: RunProgress) -> None:
         self.evaluation, self.tracker, self.progress = evaluation, tracker, progress
         self.seconds: dict[str, float] = {}
+        self._lines: list[dict[str, Any]] = []
 
     def __call__(self, stage: Stage, done: int, cache: Path | None = None) -> Summary:
         """Score the base model, or the facts that the first `done` turns of the stream wrote."""
@@ -347,15 +359,23 @@ class Scoring:
         what = "the base model" if stage == "base" else f"after turn {done}"
         with self.progress.evaluation(what, self.evaluation.count(upto), unit="records") as bar:
             summary = self.evaluation.run(upto, partial(self._watch, stage, bar), cache)
+            self._write()
         name = SCORING[stage]
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.tracker.scores(done, summary, stage)
         return summary
 
     def _watch(self, stage: Stage, bar: Bar, score: RecordScore) -> None:
-        self.tracker.folder.append_records([{"stage": stage, **asdict(score)}])
+        line = {"stage": stage, "turn": self.evaluation.stream.turn_of(score.place), **asdict(score)}
+        self._lines.append(line)
+        if len(self._lines) >= RECORD_LINES:
+            self._write()
         if score.protocol == PROTOCOLS["edit"]:  # the first probe of every record
             bar.advance()
+
+    def _write(self) -> None:
+        self.tracker.folder.append_records(self._lines)
+        self._lines.clear()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -141,7 +142,11 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
         with torch.device("meta"):
-            model = _model_class(source).from_config(config, trust_remote_code=source.trust_remote_code)
+            model = _from_config(source, config)
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"model.class_name={source.class_name}: has no language-model head; AutoModelForCausalLM has one"
+        )
     modules = find_edit_modules(model, edit_modules, auto_layers)
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Outline(length, {name: EditModule(module).shape for name, module in modules.items()})
@@ -154,6 +159,14 @@ def _model_class(source: ModelSource) -> Any:
             f"model.class_name={source.class_name}: transformers has no such class; AutoModelForCausalLM serves most"
         )
     return found
+
+
+def _from_config(source: ModelSource, config: Any) -> Any:
+    """A model without weights; a concrete class names the method that its Auto class has in public otherwise."""
+    kind = _model_class(source)
+    if hasattr(kind, "from_config"):
+        return kind.from_config(config, trust_remote_code=source.trust_remote_code)
+    return kind._from_config(config)
 
 
 @contextlib.contextmanager
@@ -169,7 +182,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
         ) from error
 
 
-def find_edit_modules(model: nn.Module, patterns: str | Sequence[str], auto_layers: int) -> dict[str, nn.Module]:
+def find_edit_modules(model: Any, patterns: str | Sequence[str], auto_layers: int) -> dict[str, nn.Module]:
     """The modules that `patterns` name, in the model's own order.
 
     Patterns are names or globs; `auto` stands for the MLP output projections of the last `auto_layers` layers.
@@ -184,7 +197,7 @@ def find_edit_modules(model: nn.Module, patterns: str | Sequence[str], auto_laye
     return {name: module for name, module in modules.items() if name in chosen}
 
 
-def _matching(model: nn.Module, modules: Mapping[str, nn.Module], pattern: str) -> set[str]:
+def _matching(model: Any, modules: Mapping[str, nn.Module], pattern: str) -> set[str]:
     names = set(fnmatch.filter(modules, pattern))
     experts = fnmatch.filter(_fused_experts(model), pattern) + [n for n in sorted(names) if _is_expert(n, modules[n])]
     if experts:
@@ -197,6 +210,11 @@ def _matching(model: nn.Module, modules: Mapping[str, nn.Module], pattern: str) 
             f"model.edit_modules: {pattern!r} matches no module of the model; its linear maps are named like {linear!r}"
         )
     for name in sorted(names):
+        if modules[name] is model.get_output_embeddings():
+            raise ValueError(
+                f"model.edit_modules: {pattern!r} matches {name!r}, the language-model head, which has a row for every "
+                "token; edit linear maps inside the MLPs, such as '*.mlp.down_proj'"
+            )
         if not _is_linear(modules[name]):
             raise ValueError(
                 f"model.edit_modules: {pattern!r} matches {name!r}, a {type(modules[name]).__name__}, "
@@ -205,7 +223,7 @@ def _matching(model: nn.Module, modules: Mapping[str, nn.Module], pattern: str) 
     return names
 
 
-def _output_projections(model: nn.Module, modules: Mapping[str, nn.Module], layers: int) -> set[str]:
+def _output_projections(model: Any, modules: Mapping[str, nn.Module], layers: int) -> set[str]:
     by_layer: dict[int, str] = {}
     for name, module in modules.items():
         layer = re.search(r"\.(\d+)\.", name)
@@ -251,9 +269,9 @@ def _experts_message(what: str, name: str) -> str:
 class WeightChange:
     """What an update did to a module's weight, in the master's precision."""
 
-    norm: float  # ||DeltaW||, Frobenius
+    norm: float  # ||DeltaW||, Frobenius, as the editor gave it
     largest: float  # largest |entry| of DeltaW
-    drift: float  # ||W_t - W_0|| / ||W_0||
+    drift: float | None  # ||W_t - W_0|| / ||W_0||; None where W_0 is zero
 
 
 class EditModule:
@@ -275,16 +293,27 @@ class EditModule:
         precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
         self.master = weight.detach() if weight.is_meta else weight.detach().to(precise)  # no copy where it is precise
 
-    @torch.no_grad()
-    def add(self, update: LowRankUpdate) -> WeightChange:
-        """W += DeltaW in the master, then round into the weight the model computes with."""
+    def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
         right = update.right.to(self.master.device)
-        delta = right if update.left is None else update.left.to(right.device) @ right
+        return right if update.left is None else update.left.to(right.device) @ right
+
+    @torch.no_grad()
+    def size(self, update: LowRankUpdate) -> Tensor:  # (2,) float64
+        """Norm and largest |entry| of DeltaW: both finite if, and only if, DeltaW is."""
+        delta = self.delta(update)
+        return torch.stack([_norm(delta), delta.abs().max().double()])
+
+    @torch.no_grad()
+    def add(self, update: LowRankUpdate) -> None:
+        """W += DeltaW in the master, then round into the weight the model computes with."""
+        delta = self.delta(update)
         self.master += delta.T if self.transposed else delta
         self._round()
-        drift = (self.master - self.original).float().norm() / self.original.float().norm()
-        norm, largest, drift_value = torch.stack([delta.norm(), delta.abs().max(), drift]).tolist()
-        return WeightChange(norm, largest, drift_value)
+
+    @torch.no_grad()
+    def distance(self) -> Tensor:  # (2,) float64
+        """||W_t - W_0|| and ||W_0||."""
+        return torch.stack([_norm(self.master - self.original), _norm(self.original)])
 
     @torch.no_grad()
     def restore(self, master: Tensor) -> None:
@@ -294,6 +323,10 @@ class EditModule:
     def _round(self) -> None:
         if self.master.data_ptr() != self.weight.data_ptr():
             self.weight.copy_(self.master)
+
+
+def _norm(tensor: Tensor) -> Tensor:  # () float64
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
 
 
 class _Tracer:
@@ -325,12 +358,14 @@ class _Tracer:
         """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
         return activations.reshape(*self._shape, -1)[self._at]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            assert name not in self.outputs, f"{name} runs twice in one forward; its gradient would not be one tensor"
             if not output.requires_grad:
                 output.requires_grad_(True)
             self.keys[name] = self.at_positions(inputs[0].detach())
             self.outputs[name] = output
+            return output.clone()  # some families add to it in place, which a leaf of the graph forbids
 
         return keep
 
@@ -409,8 +444,14 @@ class LanguageModel:
             loss += self._capture_batch(batch, at, weights[batch.members], first_row[batch.members], captures)
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
-        if not torch.isfinite(torch.tensor(mean)):
+        if not math.isfinite(mean):
             raise FloatingPointError(f"turn {turn.index}: the loss is {mean}; the weights are those of the turn before")
+        for name, capture in captures.items():
+            if not bool(torch.isfinite(capture.keys).all() & torch.isfinite(capture.value_grads).all()):
+                raise FloatingPointError(
+                    f"turn {turn.index}: the keys or value gradients of {name} are not finite; "
+                    "the weights are those of the turn before"
+                )
         return TurnCapture(captures, mean)
 
     def _empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
@@ -465,9 +506,11 @@ class LanguageModel:
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            return self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits[0]
+            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         finally:
             handle.remove()
+        assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
+        return logits[0]
 
     @torch.inference_mode()
     def answer_logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
@@ -482,14 +525,20 @@ class LanguageModel:
 
     def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
         """Add the updates to the weights: all of them, or, where one is not finite, none."""
-        for name, update in updates.items():
-            factors = [update.right] if update.left is None else [update.left, update.right]
-            if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        sizes = {name: self.edited[name].size(update).tolist() for name, update in updates.items()}
+        for name, size in sizes.items():
+            if not all(map(math.isfinite, size)):
                 raise FloatingPointError(
                     f"turn {turn}: the update of {name} is not finite; the weights are those of the turn before. "
                     "A smaller editor.lr or a larger editor.alpha may keep it finite"
                 )
-        return {name: self.edited[name].add(update) for name, update in updates.items()}
+        for name, update in updates.items():
+            self.edited[name].add(update)
+        return {name: self._change(name, *size) for name, size in sizes.items()}
+
+    def _change(self, name: str, norm: float, largest: float) -> WeightChange:
+        moved, start = self.edited[name].distance().tolist()
+        return WeightChange(norm, largest, moved / start if start else None)
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every edited weight, in the precision that takes the updates."""
@@ -501,10 +550,10 @@ class LanguageModel:
             self.edited[name].restore(master)
 
     def fingerprint(self) -> str:
-        """A hash of all weights, from float64 sums of every tensor and of its squares: names a model in caches."""
+        """A hash of all weights, from float64 sums and norms of every tensor: names a model in caches."""
         digest = hashlib.sha256()
-        for name, weight in self.model.state_dict().items():
-            sums = torch.stack([weight.sum(dtype=torch.float64), weight.double().square().sum()])
+        for name, weight in self.model.named_parameters():  # tied weights once
+            sums = torch.stack([weight.sum(dtype=torch.float64), _norm(weight)])
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sums.tolist()}".encode())
         return digest.hexdigest()[:16]
 

@@ -48,25 +48,25 @@ class LifelongNormalizer(nn.Module):
         value_grads: Tensor,  # (b, d_v)
     ) -> None:
         """Merge the rows into the statistics; the order and the size of the chunks do not matter."""
-        rows = keys.shape[0]
-        if rows == 0:
+        if keys.shape[0] == 0:
             return
-        share = rows / (float(self.count) + rows)
-        self._merge(self.key_mean, self.key_scatter, keys.to(self.count.device).double(), share)
-        self._merge(self.value_mean, self.value_scatter, value_grads.to(self.count.device).double(), share)
-        self.count += rows
+        seen = float(self.count)
+        self._merge(self.key_mean, self.key_scatter, keys.to(self.count.device).double(), seen)
+        self._merge(self.value_mean, self.value_scatter, value_grads.to(self.count.device).double(), seen)
+        self.count += keys.shape[0]
 
+    @staticmethod
     def _merge(
-        self,
         mean: Tensor,  # (d,)
         scatter: Tensor,  # (d,) or (d, d)
         rows: Tensor,  # (b, d)
-        share: float,  # b / (n + b)
+        seen: float,  # n
     ) -> None:
+        share = len(rows) / (seen + len(rows))  # b / (n + b)
+        weight = seen * share  # n b / (n + b)
         batch_mean = rows.mean(0)
         centred = rows - batch_mean
         delta = batch_mean - mean
-        weight = float(self.count) * share  # n b / (n + b)
         if scatter.ndim == 2:
             scatter.addmm_(centred.T, centred).addr_(delta, delta, alpha=weight)
         else:
@@ -109,8 +109,9 @@ class LifelongNormalizer(nn.Module):
 
     @property
     def can_whiten(self) -> bool:
-        """Whether the posterior mean of the covariance is defined: n > d_v + 1."""
-        return self.full and float(self.count) > self.value_mean.numel() + 1
+        """Whether the posterior mean of the covariance is defined, n > d_v + 1, and not zero."""
+        enough = self.full and float(self.count) > self.value_mean.numel() + 1
+        return enough and bool(self.value_scatter.diagonal().any())
 
     def whitening(self, prior: float, floor: float, relative: bool) -> tuple[Tensor, float]:
         """Sigma^(-1/2) (d_v, d_v) and the floored fraction; Sigma = (eps0 I + S_g)/(n - d_v - 1).

@@ -26,7 +26,7 @@ from data.records import EditRecord, Phase, TokenBatch, TokenSequence, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
-from main import CACHE
+from harness.places import CACHE
 from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
 
 BUDGETS = {"cpu": (256, 384, 512, 768, 1024), "cuda": (4096, 8192, 16384)}

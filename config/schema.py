@@ -670,6 +670,7 @@ def register() -> None:
     store.store(group="schema", name="wikibigedit", node=WikiBigEditConfig)
     store.store(group="schema", name="jsonl", node=JsonlConfig)
     store.store(group="schema", name="model", node=ModelConfig)
+    store.store(group="schema", name="editor", node=EditorConfig)
     store.store(group="schema", name="closed_form", node=ClosedFormConfig)
     store.store(group="schema", name="hypernetwork", node=HyperNetworkConfig)
     store.store(group="schema", name="rledit", node=RLEditConfig)

@@ -1,9 +1,9 @@
 """Pure maths of the editors: tensors and floats in, tensors out.
 
 Letters: N rows (captured tokens), d_k key size, d_v value size, r rank of a factor pair.
-All sums run in float64: keys of a real model are nearly collinear, and a value gradient's covariance spans ten
-decades, so float32 would lose the small directions that ridge and whitening are about. Beside the language model the
-cost vanishes.
+Systems are built and solved in float64: keys of a real model are nearly collinear, and a value gradient's covariance
+spans ten decades, so float32 would lose the small directions that ridge and whitening are about. Beside the language
+model the cost vanishes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def inverse_square_root(
 def inner_product(first: Factors, second: Factors) -> float:
     """<DeltaW_1, DeltaW_2> of two updates from their factors, at a cost of r_1 r_2 (d_k + d_v).
 
-    <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed.
+    <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed. Left and right
+    factors may lie on different devices, as keys in memory-mapped files do.
     """
     (left, right), (other_left, other_right) = first, second
     if left is None and other_left is None:
@@ -100,8 +101,8 @@ def inner_product(first: Factors, second: Factors) -> float:
     if left is None:
         return inner_product(second, first)
     if other_left is None:
-        return float(((left.T @ other_right) * right).sum(dtype=torch.float64))
-    return float(((left.T @ other_left) * (right @ other_right.T)).sum(dtype=torch.float64))
+        return float(((left.T.to(right.device) @ other_right) * right).sum(dtype=torch.float64))
+    return float(((left.T @ other_left).to(right.device) * (right @ other_right.T)).sum(dtype=torch.float64))
 
 
 def dense(update: Factors) -> Tensor:

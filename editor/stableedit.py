@@ -103,9 +103,13 @@ class StableEdit(nn.Module):
     def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
         chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size)
         shifts = [self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], roots) for rows in chunks]
-        left, right = linalg.ridge_update(
-            capture.keys, torch.cat(shifts), self.settings.alpha, self.settings.batch_size
-        )
+        alpha = self.settings.alpha
+        try:
+            left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, self.settings.batch_size)
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                f"the keys of {name} are too large for a ridge of editor.alpha={alpha}; set a larger one"
+            ) from error
         return LowRankUpdate(left, right)
 
     def _value_shifts(
@@ -120,6 +124,7 @@ class StableEdit(nn.Module):
         if self.settings.RunningMeanStd_mode == "none":
             normal_keys, normal_values = keys.to(self.device).double(), value_grads.to(self.device).double()
         else:
+            assert normalizer.count > 0, "frozen statistics come from warm-up turns, and there were none"
             normal_keys = normalizer.normalize_keys(keys)
             root = roots.get(group)
             normal_values = (
@@ -131,7 +136,7 @@ class StableEdit(nn.Module):
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form)."""
-        return {group: self._group_statistics(group) for group in self.normalizers}
+        return {group.replace("/", "."): self._group_statistics(group) for group in self.normalizers}
 
     def _group_statistics(self, group: str) -> dict[str, float | None]:
         normalizer = self._normalizer(group)

@@ -20,10 +20,10 @@ from model import TurnCapture, WeightChange
 
 
 class Stopwatch:
-    """Seconds of each part of a turn, the device synchronised at both ends."""
+    """Seconds of each part of a turn, the devices synchronised at both ends."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self.gpus = {device for device in devices if device.type == "cuda"}
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -33,16 +33,16 @@ class Stopwatch:
         self.seconds[part] = self._now() - start
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        for gpu in self.gpus:
+            torch.cuda.synchronize(gpu)
         return time.perf_counter()
 
 
 class TurnDiagnostics:
     """Builds the line of each turn; remembers the updates of the turn before, and nothing older."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self.devices = devices
         self.edits_total = 0
         self._previous: Mapping[str, LowRankUpdate] = {}
         self._previous_norms: dict[str, float] = {}
@@ -79,7 +79,7 @@ class TurnDiagnostics:
                 for name, change in changes.items()
             },
             "statistics": editor.statistics(),
-            "memory": memory(self.device),
+            "memory": memory(*self.devices),
         }
 
     def _cosine(self, name: str, update: LowRankUpdate, norm: float) -> float | None:
@@ -91,13 +91,14 @@ class TurnDiagnostics:
         return linalg.inner_product((update.left, update.right), (before.left, before.right)) / scale
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Resident memory of the process now and at its highest, and what the device holds at its highest."""
+def memory(*devices: torch.device) -> dict[str, float]:
+    """Resident memory of the process now and at its highest, and what each GPU held at its highest."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
     figures = {
         "resident_bytes": psutil.Process().memory_info().rss,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
-    if device.type == "cuda":
-        figures["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    for device in devices:
+        if device.type == "cuda":
+            figures[f"{device}_peak_bytes".replace(":", "")] = torch.cuda.max_memory_allocated(device)
     return figures

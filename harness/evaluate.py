@@ -21,6 +21,8 @@ from model import LanguageModel
 PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
 # Records scored together: enough for tight length buckets, few enough to forget.
 BLOCK = 128
+# To be raised when the same model and data would score differently: older copies of base scores are then left alone.
+SCORES_FORMAT = 1
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Summary = dict[str, dict[str, float | int]]
@@ -31,7 +33,7 @@ Watch = Callable[["RecordScore"], None]
 class RecordScore:
     """One line of records.jsonl: how many answer tokens of one probe of one record the model gets right."""
 
-    turn: int  # that wrote the record
+    place: int  # of the record among those that edit turns write
     index: int  # row of the data file
     protocol: str  # ES, GS, ...
     correct: int
@@ -72,7 +74,7 @@ def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summa
 
 def score_records(
     model: LanguageModel,
-    records: Iterable[tuple[int, EditRecord]],  # (turn that writes it, record)
+    records: Iterable[tuple[int, EditRecord]],  # (place, record)
     tokenize: Tokenize,
     protocols: Mapping[str, str] = PROTOCOLS,
 ) -> Iterator[RecordScore]:
@@ -80,14 +82,14 @@ def score_records(
     stream = iter(records)
     while block := list(islice(stream, BLOCK)):
         probes = [
-            (turn, record.index, name, question)
-            for turn, record in block
+            (place, record.index, name, question)
+            for place, record in block
             for field, name in protocols.items()
             if (question := getattr(record, field)) is not None
         ]
         sequences = tokenize([question for *_, question in probes])
-        for (turn, index, name, _), right, sequence in zip(probes, _correct(model, sequences), sequences, strict=True):
-            yield RecordScore(turn, index, name, right, sequence.answer_length)
+        for (place, index, name, _), right, sequence in zip(probes, _correct(model, sequences), sequences, strict=True):
+            yield RecordScore(place, index, name, right, sequence.answer_length)
 
 
 def _correct(model: LanguageModel, sequences: Sequence[TokenSequence]) -> list[int]:
@@ -133,7 +135,7 @@ class Evaluation:
 
     def _scores(self, upto: int | None) -> Iterator[RecordScore]:
         records = self.stream.edited(upto)
-        chosen = ((self.stream.turn_of(place), records[place]) for place in self._places(upto))
+        chosen = ((place, records[place]) for place in self._places(upto))
         return score_records(self.model, chosen, self.tokenize, self.protocols)
 
 

@@ -21,12 +21,17 @@ class CaptureFolder:
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
-        self.folder = parent
+        self._folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        assert self._folder is not None, "a CaptureFolder is used inside its with block"
+        return self._folder
 
     def __enter__(self) -> CaptureFolder:
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="captures-", dir=self.parent))
+            self._folder = Path(tempfile.mkdtemp(prefix="captures-", dir=self.parent))
         except OSError as error:
             raise ValueError(
                 f"editor.cache_dir={self.parent}: cannot be written ({error.strerror}); choose another folder or null"

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made from their configurations, and the real model of the slow tests."""
+"""Tiny models and tokenizers, made from their configurations."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "harness/evaluate.py": "numpy torch.* model data data.records data.stream",
     "harness/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/spill.py": "torch",
+    "harness/places.py": "platformdirs",
     "harness/console.py": "rich.*",
     "harness/checkpoint.py": "torch safetensors.* data.records",
     "harness/tracking.py": "wandb.* data.records",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.records import Phase, TokenSequence, Turn
+from data.records import Capture, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel, find_edit_modules
@@ -65,15 +65,18 @@ def test_updates_agree_with_the_reference(make: Callable[..., Any], modules: lis
 
 
 @pytest.mark.parametrize(
-    ("floor", "mode"), [(0.01, "relative"), (0.5, "relative"), (1e-6, "absolute"), (1e-9, "absolute")]
+    ("floor", "mode", "floored"),
+    [(0.01, "relative", 0.0), (0.5, "relative", 0.3), (2e-4, "absolute", 0.7), (1e-2, "absolute", 1.0)],
 )
 @pytest.mark.parametrize("prior", [0.0, 1e-5])
-def test_floors_and_prior_agree_with_the_reference(floor: float, mode: str, prior: float) -> None:
-    compare(tiny_llama, LLAMA, whitening_floor=floor, whitening_floor_mode=mode, whitening_prior=prior)
+def test_floors_and_prior_agree_with_the_reference(floor: float, mode: str, floored: float, prior: float) -> None:
+    editor = compare(tiny_llama, LLAMA, whitening_floor=floor, whitening_floor_mode=mode, whitening_prior=prior)
+    # the floors were chosen so: none, some, most and all of the eigenvalues lie below
+    assert editor.statistics()["40x24"]["floored_fraction"] == pytest.approx(floored, abs=0.25)
 
 
-def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> None:
-    """Each turn starts both sides from the same weights, so that every update is compared by itself."""
+def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> StableEdit:
+    """Both sides begin with the same weights, and from there each edits its own model."""
     chosen = settings(**changes)
     model = harness(make, modules)
     editor = StableEdit(model.shapes, chosen, torch.device("cpu"))
@@ -90,6 +93,7 @@ def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> Non
         for name in modules:
             assert relative(dense(updates[name]), expected[name]) < 1e-5, (index, name)
             assert relative(model.edited[name].master, reference.model.get_submodule(name).weight) < 1e-6
+    return editor
 
 
 @pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
@@ -125,9 +129,10 @@ def test_compute_batches_change_nothing(every_token: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stable", "original"])
-def test_chunks_inside_the_editor_change_nothing(mode: str) -> None:
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)], ids=["primal", "dual"])
+def test_chunks_inside_the_editor_change_nothing(make: Callable[..., Any], modules: list[str], mode: str) -> None:
     def weights(chunk: int) -> dict[str, torch.Tensor]:
-        model = harness(tiny_llama, LLAMA)
+        model = harness(make, modules)
         editor = StableEdit(model.shapes, settings(batch_size=chunk, RunningMeanStd_mode=mode), torch.device("cpu"))
         for index, phase in enumerate(PHASES):
             model.apply(editor.update(model.capture(random_turn(index, phase)).modules, phase), index)
@@ -168,4 +173,19 @@ def test_editor_state_survives_a_restart() -> None:
         whole.update(capture, EDIT)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
     ours, theirs = (editor.update(captures[2], EDIT) for editor in (whole, resumed))
-    assert all(torch.equal(ours[name].right, theirs[name].right) for name in LLAMA)
+    assert all(torch.equal(dense(ours[name]), dense(theirs[name])) for name in LLAMA)
+    assert whole.statistics() == resumed.statistics()
+
+
+def test_value_gradients_of_zero_ask_for_no_update() -> None:
+    """Nothing varies, so there is nothing to whiten by: the diagonal form serves, and gives zero."""
+    captures = {name: Capture(torch.randn(60, 40), torch.zeros(60, 24)) for name in LLAMA}
+    editor = StableEdit(dict.fromkeys(LLAMA, (40, 24)), settings(), torch.device("cpu"))
+    assert not any(dense(update).any() for update in editor.update(captures, EDIT).values())
+
+
+def test_keys_beyond_any_ridge_name_their_module() -> None:
+    captures = {LLAMA[0]: Capture(1e25 * torch.ones(30, 40), torch.randn(30, 24))}
+    editor = StableEdit({LLAMA[0]: (40, 24)}, settings(), torch.device("cpu"))
+    with pytest.raises(FloatingPointError, match=r"the keys of model\.layers\.1\.mlp\.down_proj are too large"):
+        editor.update(captures, EDIT)

@@ -44,6 +44,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], str, tuple[int, int]]] = {
         (64, 16),
     ),
     "gpt-neox": (transformers.GPTNeoXConfig, WIDTHS, "gpt_neox.layers.3.mlp.dense_4h_to_h", (24, 16)),
+    "falcon": (  # adds to the MLP's output in place
+        transformers.FalconConfig,
+        {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "transformer.h.3.mlp.dense_4h_to_h",
+        (64, 16),
+    ),
     "opt": (
         transformers.OPTConfig,
         {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "word_embed_proj_dim": 16},
@@ -158,7 +164,7 @@ def test_snapshot_and_restore_are_bitwise(dtype: torch.dtype, master: bool) -> N
 
 
 def test_masters_keep_what_bf16_would_lose() -> None:
-    """A thousand steps, each far below half a unit in the last place of the weight."""
+    """Hundreds of steps, each far below half a unit in the last place of the weight."""
     ends = {}
     for master in (True, False):
         model = llama(dtype=torch.bfloat16, master=master)
@@ -182,6 +188,23 @@ def test_an_update_that_is_not_finite_leaves_every_weight_as_it_was() -> None:
     ):
         model.apply(updates, 7)
     assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
+def test_finite_factors_of_an_update_that_is_not_finite() -> None:
+    model = llama()
+    before = model.snapshot()
+    with pytest.raises(FloatingPointError, match=r"turn 0: the update of .* is not finite"):
+        model.apply(an_update(model, scale=1e38), 0)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
+def test_captures_that_are_not_finite_name_turn_and_module() -> None:
+    """The keys of one module overflow while the loss is finite."""
+    model = llama()
+    model.edited[LLAMA_MODULES[1]].module.register_forward_pre_hook(lambda _m, inputs: (inputs[0] + torch.inf,))
+    model.edited[LLAMA_MODULES[1]].module.register_forward_hook(lambda _m, _i, output: output.nan_to_num(0, 0, 0))
+    with pytest.raises(FloatingPointError, match=r"turn 0: the keys or value gradients of model\.layers\.3\."):
+        model.capture(a_turn())
 
 
 def test_a_loss_that_is_not_finite_names_the_turn() -> None:
@@ -237,6 +260,19 @@ def test_patterns_that_name_no_linear_map(pattern: str, message: str) -> None:
 def test_globs_keep_the_models_order() -> None:
     found = find_edit_modules(tiny_llama(), ["*.3.mlp.down_proj", "*.[01].mlp.down_proj"], 0)
     assert list(found) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 3)]
+
+
+def test_the_head_is_no_edit_module() -> None:
+    with pytest.raises(ValueError, match="matches 'lm_head', the language-model head"):
+        find_edit_modules(tiny_llama(), ["lm_head"], 0)
+
+
+def test_a_concrete_class_serves_as_well(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    source = ModelSource(str(tmp_path), class_name="LlamaForCausalLM")
+    assert list(outline(source, "auto", 1).shapes) == ["model.layers.3.mlp.down_proj"]
+    with pytest.raises(ValueError, match=r"model\.class_name=AutoModel: has no language-model head"):
+        outline(ModelSource(str(tmp_path), class_name="AutoModel"), "auto", 1)
 
 
 @pytest.mark.parametrize("pattern", ["auto", "model.layers.1.mlp.experts", "*.mlp.experts.down_proj"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_results_and_records_say_the_same(run: Commands) -> None:
         # in the order of the edits, and within a record in the order of the scores; edit turns come after 2 of warm-up
         assert [(line["index"], line["protocol"]) for line in lines] == [(i, p) for i in range(12) for p in SCORES[:3]]
         assert [line["turn"] for line in lines] == [2 + i // 3 for i in range(12) for _ in range(3)]
-        scores = [RecordScore(**{k: v for k, v in line.items() if k != "stage"}) for line in lines]
+        scores = [RecordScore(**{k: v for k, v in line.items() if k not in ("stage", "turn")}) for line in lines]
         assert summarize(scores, 1000, 42) == results[stage]
     assert len(done.lines("records.jsonl")) == 2 * 12 * 3
     assert [(line["turn"], line["stage"]) for line in done.lines("scores.jsonl")] == [(0, "base"), (6, "final")]
@@ -298,8 +299,7 @@ def test_the_saved_model_scores_what_the_run_says(run: Commands, tmp_path: Path,
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[half]
     edited = LanguageModel.load(source, tokenizer, MODULES, dtype=kind, device=torch.device("cpu"))
     records = open_records(tmp_path / "eval.json", DATASETS["zsre"], cache_dir=tmp_path / "again", seed=42)[:6]
-    turns = [(1 + i // 3, record) for i, record in enumerate(records)]
-    scores = score_records(edited, turns, lambda questions: main.tokenize(questions, tokenizer, "joint"))
+    scores = score_records(edited, enumerate(records), lambda questions: main.tokenize(questions, tokenizer, "joint"))
     assert summarize(scores, 1000, 42) == done.json("results.json")["final"]
 
 
