@@ -75,6 +75,9 @@ def main() -> None:
         job()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")

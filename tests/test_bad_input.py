@@ -488,6 +488,20 @@ def test_a_sweep_finishes_its_other_jobs(commands: Commands, capfd: pytest.Captu
     assert len(list(sweep.rglob("results.json"))) == 2
 
 
+def test_an_interrupted_run_says_so(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: RunFolder, line: Mapping[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append_turn", interrupted)
+    with command_line(commands.line()), pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 130
+    assert capfd.readouterr().err == "interrupted\n"
+    assert Run(commands.folder / "run").json("run.json")["error"] == "interrupted"
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
