@@ -69,6 +69,7 @@ def main() -> None:
     """The command line. A mistake of the user's ends in one line, and exit code 1."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     try:
         check_command_line(sys.argv[1:])
@@ -214,7 +215,7 @@ def make_plan(cfg: RunConfig) -> Plan:
     check_export(cfg)
     files = open_data(cfg)
     source = ModelSource(
-        locate(cfg.model.name_or_path, CACHE),
+        locate(cfg.model.name_or_path, CACHE, cfg.model.revision),
         cfg.model.class_name,
         cfg.model.revision,
         cfg.model.trust_remote_code,
@@ -271,6 +272,9 @@ def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:
             raise ValueError(
                 f"{key}={device}: this machine has {torch.cuda.device_count()} GPUs; choose another, or auto"
             )
+    if "cuda" in (model.type, editor.type):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
     return model, editor
 
 

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -63,8 +65,8 @@ class Outline:
     shapes: dict[str, tuple[int, int]]  # (d_k, d_v) of each edit module, in the model's own order
 
 
-def locate(name_or_path: str, cache_dir: Path) -> str:
-    """The folder or hub name to load from.
+def locate(name_or_path: str, cache_dir: Path, revision: str | None = None) -> str:
+    """The folder or hub name to load from; ValueError where there is no such folder, or the hub does not answer for it.
 
     `pypi:PACKAGE` stands for the GGUF file inside an installed package, which is converted once into `cache_dir`: from
     then on loading takes a second instead of twenty.
@@ -80,7 +82,23 @@ def locate(name_or_path: str, cache_dir: Path) -> str:
         raise ValueError(
             f"model.name_or_path={name_or_path}: no such folder; give a model's folder or a Hugging Face name"
         )
+    _check_hub(name_or_path, revision)
     return name_or_path
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once: transformers would try for half a minute before it gave up."""
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str) or huggingface_hub.constants.is_offline_mode():
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # of the hub's own kinds and of those of whichever HTTP library it uses
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model.name_or_path={name}: the hub does not give it ({first}); "
+            "give a folder that holds the model, or a Hugging Face name this machine can fetch"
+        ) from error
 
 
 def _convert_packaged(name: str, cache_dir: Path) -> Path:
@@ -141,8 +159,12 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
         config = transformers.AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-        with torch.device("meta"):
-            model = _from_config(source, config)
+    kind = _model_class(source)
+    with _explained(source), torch.device("meta"):
+        if hasattr(kind, "from_config"):  # an Auto class
+            model = kind.from_config(config, trust_remote_code=source.trust_remote_code)
+        else:
+            model = kind._from_config(config)
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"model.class_name={source.class_name}: has no language-model head; AutoModelForCausalLM has one"
@@ -154,19 +176,11 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
 
 def _model_class(source: ModelSource) -> Any:
     found = getattr(transformers, source.class_name, None)
-    if found is None or not hasattr(found, "from_pretrained"):
+    if not (hasattr(found, "from_config") or hasattr(found, "_from_config")):
         raise ValueError(
-            f"model.class_name={source.class_name}: transformers has no such class; AutoModelForCausalLM serves most"
+            f"model.class_name={source.class_name}: transformers has no such model; AutoModelForCausalLM serves most"
         )
     return found
-
-
-def _from_config(source: ModelSource, config: Any) -> Any:
-    """A model without weights; a concrete class names the method that its Auto class has in public otherwise."""
-    kind = _model_class(source)
-    if hasattr(kind, "from_config"):
-        return kind.from_config(config, trust_remote_code=source.trust_remote_code)
-    return kind._from_config(config)
 
 
 @contextlib.contextmanager
@@ -174,8 +188,8 @@ def _explained(source: ModelSource) -> Iterator[None]:
     """One line instead of the hub's page of advice when a model cannot be had."""
     try:
         yield
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model.name_or_path={source.path}: cannot be read ({first}); "
             "give a folder that holds the model, or a Hugging Face name this machine can fetch"
@@ -198,7 +212,7 @@ def find_edit_modules(model: Any, patterns: str | Sequence[str], auto_layers: in
 
 
 def _matching(model: Any, modules: Mapping[str, nn.Module], pattern: str) -> set[str]:
-    names = set(fnmatch.filter(modules, pattern))
+    names = set(fnmatch.filter(modules, pattern)) - {""}  # the model itself
     experts = fnmatch.filter(_fused_experts(model), pattern) + [n for n in sorted(names) if _is_expert(n, modules[n])]
     if experts:
         raise ValueError(_experts_message(f"model.edit_modules: {pattern!r}", experts[0]))
@@ -412,8 +426,9 @@ class LanguageModel:
         compute_tokens: int | None = None,
     ) -> LanguageModel:
         """Read the weights; `edit_modules` are names from the model's `outline`."""
+        kind = _model_class(source)
         with _explained(source):
-            model = _model_class(source).from_pretrained(
+            model = kind.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
             )
         model.to(device)

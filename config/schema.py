@@ -602,6 +602,12 @@ def settings_without_effect(run: RunConfig) -> list[str]:
     lines = []
     if no_warm_up and run.dataset.num_warm_up is not None:
         lines.append(f"{run.dataset.num_warm_up} warm-up turns have no effect with editor.preheat_mode=none")
+    keys = ("num_seq_zsre", "num_seq_wikibigedit")
+    used, unused = reversed(keys) if isinstance(run.dataset, WikiBigEditConfig) else keys
+    if getattr(run, unused) is not None:
+        lines.append(
+            f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
+        )
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     return lines

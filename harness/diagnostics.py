@@ -83,12 +83,13 @@ class TurnDiagnostics:
         }
 
     def _cosine(self, name: str, update: LowRankUpdate, norm: float) -> float | None:
-        """<DeltaW_t, DeltaW_(t-1)> / (||.|| ||.||); None where there is no turn before or a norm is zero."""
+        """<DeltaW_t, DeltaW_(t-1)> / (||.|| ||.||); None without a turn before, and where it is no finite number."""
         scale = norm * self._previous_norms.get(name, 0.0)
-        if scale == 0 or not math.isfinite(scale):
+        if scale == 0:
             return None
         before = self._previous[name]
-        return linalg.inner_product((update.left, update.right), (before.left, before.right)) / scale
+        cosine = linalg.inner_product((update.left, update.right), (before.left, before.right)) / scale
+        return cosine if math.isfinite(cosine) else None
 
 
 def memory(*devices: torch.device) -> dict[str, float]:

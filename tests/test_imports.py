@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data/sample/*.py": "data.sample.*",
     "data/__init__.py": "data.*",
     "data/*.py": "data.records data.dataset",  # data/<dataset>.py
-    "model.py": "torch.* transformers.* data.records data.batches",
+    "model.py": "torch.* transformers.* huggingface_hub safetensors data.records data.batches",
     "editor/linalg.py": "torch",
     "nets.py": "torch editor.linalg",
     "editor/base.py": "torch data.records",

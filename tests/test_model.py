@@ -304,5 +304,5 @@ def test_a_model_that_cannot_be_fetched() -> None:
 
 def test_a_class_transformers_does_not_have(tmp_path: Path) -> None:
     tiny_gpt2().config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.class_name=AutoModelForTelepathy: transformers has no such class"):
+    with pytest.raises(ValueError, match=r"model\.class_name=AutoModelForTelepathy: transformers has no such model"):
         outline(ModelSource(str(tmp_path), class_name="AutoModelForTelepathy"), "auto", 1)
