@@ -1,0 +1,47 @@
+"""What the README shows must work as shown."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.compose import check_command_line
+from data.records import Capture, Phase
+from editor import linalg
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", README.replace("\\\n", " "), flags=re.M)
+
+
+@pytest.mark.parametrize("command", [command.split("#")[0] for command in COMMANDS])
+def test_commands_compose(command: str) -> None:
+    check_command_line([word for word in shlex.split(command) if word])
+
+
+def test_there_are_commands_to_try() -> None:
+    assert len(COMMANDS) >= 8
+
+
+def test_the_editor_of_the_readme_edits() -> None:
+    """Its step is the descent step it claims to be, and it composes from the YAML beside it."""
+    code, yaml = (re.findall(rf"```{kind}\n(.*?)```", README, flags=re.S)[0] for kind in ("python", "yaml"))
+    room: dict[str, type] = {}
+    exec(compile(code, "README.md", "exec"), room)
+    keys, grads = torch.randn(5, 4), torch.randn(5, 3)
+    editor = room["Plain"]({"m": (4, 3)}, room["PlainSettings"](lr=0.1), torch.device("cpu"))
+    update = editor.update({"m": Capture(keys, grads)}, Phase.EDIT)["m"]
+    torch.testing.assert_close(linalg.dense((update.left, update.right)), -0.1 * keys.T @ grads)
+    assert "/schema/editor@_here_" in yaml
+
+
+def test_a_new_editor_composes(tmp_path: Path) -> None:
+    yaml = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)[0]
+    folder = tmp_path / "editor"
+    folder.mkdir()
+    (folder / "plain.yaml").write_text(yaml, encoding="utf-8")
+    check_command_line(["--config-dir", str(tmp_path), "editor=plain"])
