@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import main
 from data.records import LowRankUpdate
+from harness import places
 from harness.tracking import RunFolder
 from model import LanguageModel, WeightChange
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
@@ -38,7 +39,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTr
 
 @pytest.fixture
 def commands(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    monkeypatch.setattr(main, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     commands = Commands(tmp_path, model_folder)
     commands.write("eval", ROWS)
@@ -455,7 +456,7 @@ def test_a_place_for_the_edited_model_that_cannot_be_written(early: Commands) ->
 
 
 def test_a_cache_folder_that_cannot_be_written(early: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "CACHE", early.folder / "eval.json" / "cache")
+    monkeypatch.setattr(places, "CACHE", early.folder / "eval.json" / "cache")
     check(early.refused(), early.folder / "eval.json" / "cache", "make the folder writable")
 
 

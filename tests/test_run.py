@@ -20,6 +20,8 @@ from config.compose import CONFIG_DIR
 from config.schema import register
 from data import DATASETS
 from data.files import open_records
+from data.stream import tokenize
+from harness import places
 from harness.evaluate import RecordScore, score_records, summarize
 from model import LanguageModel, ModelSource, load_tokenizer
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
@@ -39,7 +41,7 @@ def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Without the check of the command line, half of such a run's time: test_bad_input.py has it."""
     register()
     monkeypatch.setattr(main, "check_command_line", lambda argv: None)
-    monkeypatch.setattr(main, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     commands = Commands(tmp_path, model_folder)
     commands.write("eval", [zsre_row(i) for i in range(12)])
@@ -138,7 +140,7 @@ def test_nothing_is_written_outside_the_run_folder_and_the_cache(run: Commands, 
 def test_the_same_seed_gives_the_same_bytes(run: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the base model is scored anew, the data converted anew, and compute batches are cut otherwise."""
     first = run("dataset.shuffle=true", run="first")
-    monkeypatch.setattr(main, "CACHE", tmp_path / "other_cache")
+    monkeypatch.setattr(places, "CACHE", tmp_path / "other_cache")
     second = run("dataset.shuffle=true", "editor.batch_size=2", run="second")
     assert first.scores() == second.scores()
     bytes_of = [
@@ -298,7 +300,7 @@ def test_the_saved_model_scores_what_the_run_says(run: Commands, tmp_path: Path,
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[half]
     edited = LanguageModel.load(source, tokenizer, MODULES, dtype=kind, device=torch.device("cpu"))
     records = open_records(tmp_path / "eval.json", DATASETS["zsre"], cache_dir=tmp_path / "again", seed=42)[:6]
-    scores = score_records(edited, enumerate(records), lambda questions: main.tokenize(questions, tokenizer, "joint"))
+    scores = score_records(edited, enumerate(records), lambda questions: tokenize(questions, tokenizer, "joint"))
     assert summarize(scores, 1000, 42) == done.json("results.json")["final"]
 
 

@@ -1,0 +1,177 @@
+"""From a configuration to a run that can start: data opened, model outlined, turns laid out, every mistake found.
+
+Nothing here reads a weight; what it refuses, it refuses in seconds, with a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from config.schema import PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from data import DATASETS
+from data.files import FORMAT, RecordFile, open_records, resolve_file
+from data.stream import AnswerTokens, EditStream, check_context, tokenize
+from harness import places
+from harness.evaluate import SCORES_FORMAT, Tokenize
+from harness.spill import CaptureFolder
+from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
+from model import Allocate, ModelSource, Outline, load_tokenizer, locate, outline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    files: dict[str, RecordFile]  # by split: eval and, with warm-up, train
+    stream: EditStream
+    tokenizer: Any
+    tokenize: Tokenize
+    source: ModelSource
+    outline: Outline
+    device: torch.device
+    editor_device: torch.device
+
+
+def make_plan(cfg: RunConfig) -> Plan:
+    """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong."""
+    for line in settings_without_effect(cfg):
+        log.warning("%s", line)
+    device, editor_device = devices(cfg)
+    check_wandb(wandb_settings(cfg.tracker).mode)
+    check_export(cfg)
+    files = open_data(cfg)
+    source = ModelSource(
+        locate(cfg.model.name_or_path, places.CACHE, cfg.model.revision),
+        cfg.model.class_name,
+        cfg.model.revision,
+        cfg.model.trust_remote_code,
+    )
+    model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
+    tokenizer = load_tokenizer(source)
+    answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
+    stream = EditStream(
+        files["eval"],
+        files.get("train", ()),
+        n_edits=cfg.dataset.n_edits,
+        batch_size=cfg.dataset.batch_size,
+        num_turns=cfg.num_seq,
+        num_warm_up=cfg.dataset.num_warm_up if "train" in files else None,  # without effect, as the user was told
+        preheat_mode=cfg.editor.preheat_mode.name,
+        tokenizer=tokenizer,
+        answer_tokens=answer_tokens,
+        seed=cfg.seed,
+        shuffle=cfg.dataset.shuffle,
+    )
+    if model_outline.context_length is not None:
+        fits = partial(check_context, tokenizer=tokenizer, context_length=model_outline.context_length)
+        fits(stream.edited(), answer_tokens=answer_tokens, file=str(files["eval"].path))
+        if "train" in files:
+            fits(stream.warmed_up(), answer_tokens=answer_tokens, file=str(files["train"].path))
+    with capture_memory(cfg, stream, model_outline.shapes):
+        pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
+    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
+    return Plan(files, stream, tokenizer, as_tokens, source, model_outline, device, editor_device)
+
+
+def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
+    """The files of a run by split: those to edit and, where there are warm-up turns, those to warm up with."""
+    dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
+    paths = {"eval": cfg.dataset.valid_path}
+    if cfg.editor.preheat_mode is not PreheatMode.none:
+        paths["train"] = cfg.dataset.train_path
+    return {
+        split: open_records(
+            resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample"),
+            dataset,
+            cache_dir=places.CACHE / "arrow",
+            seed=cfg.seed,
+        )
+        for split, path in paths.items()
+    }
+
+
+def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:
+    """Where the model runs and where the editor does; ValueError for a device this machine lacks."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    model = torch.device(found if cfg.model_device == "auto" else cfg.model_device)
+    editor = model if cfg.editor_device == "auto" else torch.device(cfg.editor_device)
+    for key, device in {"model_device": model, "editor_device": editor}.items():
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"{key}={device}: this machine has {torch.cuda.device_count()} GPUs; choose another, or auto"
+            )
+    if "cuda" in (model.type, editor.type):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
+    return model, editor
+
+
+def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
+    return Path(cfg.model_cache_dir).expanduser() if cfg.model_cache_dir else run_folder / "model"
+
+
+def check_export(cfg: RunConfig) -> None:
+    """ValueError where the edited model is to be saved over something, or where nothing can be saved."""
+    if not (cfg.model_cache and cfg.model_cache_dir):
+        return
+    target = Path(cfg.model_cache_dir).expanduser()
+    if target.exists():
+        raise ValueError(f"model_cache_dir={cfg.model_cache_dir}: is there already; name a folder that is not")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"model_cache_dir={cfg.model_cache_dir}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def capture_memory(
+    cfg: RunConfig,
+    stream: EditStream,
+    shapes: Mapping[str, tuple[int, int]],
+) -> Iterator[Allocate | None]:
+    """Where captures are allocated: None = in memory, or a folder that goes with the run."""
+    if cfg.editor.cache_dir is None:
+        yield None
+        return
+    with CaptureFolder(Path(cfg.editor.cache_dir)) as folder:
+        first = stream.turn(0)
+        lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in first.sequences)
+        folder.require(shapes, sum(lengths))
+        yield folder.allocate
+
+
+def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
+    """The file that keeps the base model's scores: one for each model, data, and setting that can change a score."""
+    identity = {
+        "model": fingerprint,
+        "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "data": plan.files["eval"].sha256,
+        "reading": [FORMAT, cfg.dataset.name, cfg.dataset.field_map(), cfg.seed],
+        "questions": [cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
+        "records": [cfg.dataset.shuffle, len(plan.stream.edited()), cfg.evaluation.sample],
+        "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
+        "versions": [SCORES_FORMAT, versions()],
+    }
+    key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]
+    return places.CACHE / "base" / f"{key}.jsonl"
+
+
+def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
+    """The tracker's group of the configuration, in words the tracker knows."""
+    return WandbSettings(cast(WandbMode, cfg.wandb.name), cfg.project, cfg.entity, cfg.group, tuple(cfg.tags))
