@@ -351,9 +351,8 @@ def check_wandb(mode: WandbMode) -> None:
     """
     if mode != "online":
         return
-    from wandb.sdk.lib import wbauth
-
     import wandb
+    from wandb.sdk.lib import wbauth
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     try:
