@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -52,6 +53,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + SIGTERM; run.json and wandb are told on the way out
     try:
         check_command_line(sys.argv[1:])
         job()

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -494,6 +495,19 @@ def test_an_interrupted_run_says_so(
     assert end.value.code == 130
     assert capfd.readouterr().err == "interrupted\n"
     assert Run(commands.folder / "run").json("run.json")["error"] == "interrupted"
+
+
+def test_a_run_that_is_told_to_end_leaves_no_run_that_seems_to_go_on(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM, as batch systems send it before they kill."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(RunFolder, "append_turn", lambda self, line: os.kill(os.getpid(), signal.SIGTERM))
+    with command_line(commands.line()), pytest.raises(SystemExit) as end:
+        main.main()
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143
+    assert Run(commands.folder / "run").json("run.json")["status"] == "failed"
 
 
 @pytest.mark.parametrize(
