@@ -29,14 +29,23 @@ def test_there_are_commands_to_try() -> None:
 
 def test_the_editor_of_the_readme_edits() -> None:
     """Its step is the descent step it claims to be, and it composes from the YAML beside it."""
-    code, yaml = (re.findall(rf"```{kind}\n(.*?)```", README, flags=re.S)[0] for kind in ("python", "yaml"))
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
     room: dict[str, type] = {}
     exec(compile(code, "README.md", "exec"), room)
     keys, grads = torch.randn(5, 4), torch.randn(5, 3)
     editor = room["Plain"]({"m": (4, 3)}, room["PlainSettings"](lr=0.1), torch.device("cpu"))
     update = editor.update({"m": Capture(keys, grads)}, Phase.EDIT)["m"]
     torch.testing.assert_close(linalg.dense((update.left, update.right)), -0.1 * keys.T @ grads)
-    assert "/schema/editor@_here_" in yaml
+
+
+def test_the_table_of_editors_is_the_one_shown() -> None:
+    """The README's second block is editor/__init__.py with two lines changed."""
+    shown = re.findall(r"```python\n(.*?)```", README, flags=re.S)[1].strip().splitlines()
+    theirs = [
+        line for line in (ROOT / "editor" / "__init__.py").read_text(encoding="utf-8").splitlines() if "EDITORS" in line
+    ]
+    assert shown[0] == "from editor.plain import Plain"
+    assert shown[-1] == theirs[0].replace("}", ', "plain": Plain}')
 
 
 def test_a_new_editor_composes(tmp_path: Path) -> None:
