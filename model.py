@@ -171,7 +171,7 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
         )
     modules = find_edit_modules(model, edit_modules, auto_layers)
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Outline(length, {name: EditModule(module).shape for name, module in modules.items()})
+    return Outline(length, {name: _shape(module) for name, module in modules.items()})
 
 
 def _model_class(source: ModelSource) -> Any:
@@ -299,13 +299,11 @@ class EditModule:
         weight = module.weight
         assert isinstance(weight, Tensor)
         self.weight = weight
-        # nn.Linear stores (d_v, d_k), Conv1D (d_k, d_v)
-        self.transposed = isinstance(module, nn.Linear)
-        rows, columns = weight.shape
-        self.shape = (columns, rows) if self.transposed else (rows, columns)  # (d_k, d_v)
-        self.original = weight if weight.is_meta else weight.detach().clone()
+        self.transposed = _is_transposed(module)
+        self.shape = _shape(module)  # (d_k, d_v)
+        self.original = weight.detach().clone()
         precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
-        self.master = weight.detach() if weight.is_meta else weight.detach().to(precise)  # no copy where it is precise
+        self.master = weight.detach().to(precise)  # no copy where it is precise already
 
     def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
         right = update.right.to(self.master.device)
@@ -337,6 +335,18 @@ class EditModule:
     def _round(self) -> None:
         if self.master.data_ptr() != self.weight.data_ptr():
             self.weight.copy_(self.master)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """nn.Linear stores (d_v, d_k), Conv1D (d_k, d_v)."""
+    return isinstance(module, nn.Linear)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d_k, d_v)."""
+    assert isinstance(module.weight, Tensor)
+    rows, columns = module.weight.shape
+    return (columns, rows) if _is_transposed(module) else (rows, columns)
 
 
 def _norm(tensor: Tensor) -> Tensor:  # () float64

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.records import EditRecord, Question, TokenSequence
-from data.stream import EditStream
+from data.stream import EditStream, questions_of
 from model import LanguageModel
 
 # What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
@@ -84,8 +84,8 @@ def score_records(
         probes = [
             (place, record.index, name, question)
             for place, record in block
-            for field, name in protocols.items()
-            if (question := getattr(record, field)) is not None
+            for field, question in questions_of(record).items()
+            if (name := protocols.get(field)) is not None
         ]
         sequences = tokenize([question for *_, question in probes])
         for (place, index, name, _), right, sequence in zip(probes, _correct(model, sequences), sequences, strict=True):

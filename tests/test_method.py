@@ -11,6 +11,7 @@ import torch
 
 from data.records import Capture, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
+from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel, find_edit_modules
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -50,7 +51,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def dense(update: Any) -> torch.Tensor:
-    return update.right if update.left is None else update.left @ update.right
+    return linalg.dense((update.left, update.right))
 
 
 # with d_v = 24 and about 60 rows a turn, full whitening begins in the first edit turn
