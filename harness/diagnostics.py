@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from data.records import LowRankUpdate, Phase, Turn
 from editor import linalg
@@ -38,14 +41,29 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class TurnDiagnostics:
-    """Builds the line of each turn; remembers the updates of the turn before, and nothing older."""
+@dataclass(frozen=True)
+class PastUpdate:
+    """The update of a turn that is over, kept to be compared with later ones."""
 
-    def __init__(self, *devices: torch.device) -> None:
+    turn: int
+    updates: Mapping[str, LowRankUpdate]
+    norms: Mapping[str, float]  # Frobenius, by module
+
+
+class TurnDiagnostics:
+    """Builds the line of each turn, with what the theory says of a good run (DESIGN section 1, its last paragraph).
+
+    Remembers the updates of the last `previous` turns and one drawn from all before them, as factors: `previous` + 1
+    times N (d_k + d_v) numbers a module, however many turns there are. Each is compared at a cost of N^2 (d_k + d_v).
+    """
+
+    def __init__(self, *devices: torch.device, previous: int = 4, seed: int = 0) -> None:
+        """`devices`: the model's and the editor's. `previous` = 0 remembers, and compares, nothing."""
         self.devices = devices
+        self.previous, self.seed = previous, seed
         self.edits_total = 0
-        self._previous: Mapping[str, LowRankUpdate] = {}
-        self._previous_norms: dict[str, float] = {}
+        self._window: list[PastUpdate] = []  # newest first
+        self._earlier: PastUpdate | None = None
 
     def line(
         self,
@@ -58,9 +76,11 @@ class TurnDiagnostics:
     ) -> dict[str, Any]:
         if turn.phase is Phase.EDIT:
             self.edits_total += len(turn.records)
-        cosines = {name: self._cosine(name, updates[name], changes[name].norm) for name in updates}
-        self._previous = updates
-        self._previous_norms = {name: change.norm for name, change in changes.items()}
+        now = PastUpdate(turn.index, updates, {name: change.norm for name, change in changes.items()})
+        cosines = [_cosines(now, before) for before in self._window]
+        earlier = _cosines(now, self._earlier) if self._earlier else {}
+        earlier_turn = self._earlier.turn if self._earlier else None
+        self._remember(now)
         return {
             "turn": turn.index,
             "phase": turn.phase.value,
@@ -73,23 +93,86 @@ class TurnDiagnostics:
                 name: {
                     "update_norm": change.norm,
                     "update_max": change.largest,
-                    "cosine_previous": cosines[name],
+                    "cosine_previous": cosines[0][name] if cosines else None,
+                    "cosines": [of_turn[name] for of_turn in cosines],  # with the turn before, the one before that, ...
+                    "cosine_earlier": earlier.get(name),
                     "drift": change.drift,
                 }
                 for name, change in changes.items()
             },
+            "earlier_turn": earlier_turn,
             "statistics": editor.statistics(),
             "memory": memory(*self.devices),
         }
 
-    def _cosine(self, name: str, update: LowRankUpdate, norm: float) -> float | None:
-        """<DeltaW_t, DeltaW_(t-1)> / (||.|| ||.||); None without a turn before, and where it is no finite number."""
-        scale = norm * self._previous_norms.get(name, 0.0)
-        if scale == 0:
-            return None
-        before = self._previous[name]
-        cosine = linalg.inner_product((update.left, update.right), (before.left, before.right)) / scale
-        return cosine if math.isfinite(cosine) else None
+    def _remember(self, now: PastUpdate) -> None:
+        """The window moves on; what leaves it takes the earlier one's place with the chance that keeps all alike.
+
+        Drawn from (seed, turn), so that a resumed run draws the same.
+        """
+        self._window.insert(0, now)
+        if len(self._window) > self.previous:
+            gone = self._window.pop()
+            if self.previous and random.Random(f"earlier {self.seed} {gone.turn}").random() * (gone.turn + 1) < 1:
+                self._earlier = gone
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs to write the same lines: contiguous tensors by flat names, and a JSON object."""
+        kept = [*self._window, *([self._earlier] if self._earlier else [])]
+        tensors: dict[str, Tensor] = {}
+        for past in kept:
+            for name, update in past.updates.items():
+                tensors |= _update_state(f"{past.turn}/{name}", update)
+        return tensors, {
+            "edits_total": self.edits_total,
+            "norms": {str(past.turn): dict(past.norms) for past in kept},
+            "window": [past.turn for past in self._window],
+            "earlier": self._earlier.turn if self._earlier else None,
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Go on from `state()` of another process; bitwise, for the factors keep their layout."""
+        past = {
+            int(turn): PastUpdate(
+                int(turn), {name: self._update_from(f"{turn}/{name}", tensors) for name in norms}, dict(norms)
+            )
+            for turn, norms in state["norms"].items()
+        }
+        self.edits_total = state["edits_total"]
+        self._window = [past[turn] for turn in state["window"]]
+        self._earlier = None if state["earlier"] is None else past[state["earlier"]]
+
+    def _update_from(self, prefix: str, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
+        left, rows = tensors.get(f"{prefix}/left"), tensors.get(f"{prefix}/left_rows")
+        if rows is not None:
+            left = rows.T
+        return LowRankUpdate(
+            None if left is None else left.to(self.devices[0]), tensors[f"{prefix}/right"].to(self.devices[-1])
+        )
+
+
+def _update_state(prefix: str, update: LowRankUpdate) -> dict[str, Tensor]:
+    """The factors, each in the layout it has: a left factor is mostly a turn's keys, transposed without a copy."""
+    tensors = {f"{prefix}/right": update.right.contiguous()}
+    if update.left is not None and update.left.is_contiguous():
+        tensors[f"{prefix}/left"] = update.left
+    elif update.left is not None:
+        tensors[f"{prefix}/left_rows"] = update.left.T.contiguous()
+    return tensors
+
+
+def _cosines(now: PastUpdate, before: PastUpdate) -> dict[str, float | None]:
+    """<DeltaW_t, DeltaW_s> / (||.|| ||.||) of each module; None where one is zero, or it is no finite number."""
+    return {name: _cosine(name, now, before) for name in now.updates}
+
+
+def _cosine(name: str, now: PastUpdate, before: PastUpdate) -> float | None:
+    scale = now.norms[name] * before.norms.get(name, 0.0)
+    if scale == 0:
+        return None
+    update, other = now.updates[name], before.updates[name]
+    cosine = linalg.inner_product((update.left, update.right), (other.left, other.right)) / scale
+    return cosine if math.isfinite(cosine) else None
 
 
 def memory(*devices: torch.device) -> dict[str, float]:
