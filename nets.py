@@ -5,6 +5,8 @@ Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -113,8 +115,8 @@ class LifelongNormalizer(nn.Module):
         enough = self.full and float(self.count) > self.value_mean.numel() + 1
         return enough and bool(self.value_scatter.diagonal().any())
 
-    def whitening(self, prior: float, floor: float, relative: bool) -> tuple[Tensor, float]:
-        """Sigma^(-1/2) (d_v, d_v) and the floored fraction; Sigma = (eps0 I + S_g)/(n - d_v - 1).
+    def whitening(self, prior: float, floor: float, relative: bool) -> tuple[Tensor, float, Tensor]:
+        """Sigma^(-1/2) (d_v, d_v), the floored fraction, the root's eigenvalues; Sigma = (eps0 I + S_g)/(n - d_v - 1).
 
         Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`.
         """
@@ -122,6 +124,22 @@ class LifelongNormalizer(nn.Module):
         identity = torch.eye(d_v, dtype=torch.float64, device=self.count.device)
         covariance = (prior * identity + self.value_scatter) / (self.count - d_v - 1)
         return linalg.inverse_square_root(covariance, floor, relative)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Copies of what normalises: mu and sigma of keys and of value gradients and, if full, the latters' Sigma."""
+        spread = {"key_std": self.key_std, "value_std": self.value_std}
+        if self.full:
+            spread["value_covariance"] = self.value_scatter / (self.count - 1).clamp_min(1)
+        return {"key_mean": self.key_mean.clone(), "value_mean": self.value_mean.clone(), **spread}
+
+    def changes_since(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """||x - x_before|| / ||x_before|| of each of the `moments`; None where there was nothing to change."""
+        changes: dict[str, float | None] = {}
+        for name, now in self.moments().items():
+            scale = float(torch.linalg.vector_norm(before[name]))
+            moved = float(torch.linalg.vector_norm(now - before[name]))
+            changes[f"{name}_change"] = moved / scale if scale > 0 else None
+        return changes
 
     def reset(self) -> None:
         """Forget every row."""

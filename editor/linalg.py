@@ -74,8 +74,8 @@ def inverse_square_root(
     covariance: Tensor,  # (d, d) symmetric positive semi-definite
     floor: float,
     relative: bool,
-) -> tuple[Tensor, float]:
-    """Sigma^(-1/2), the symmetric (ZCA) root, and the fraction of eigenvalues raised to the floor.
+) -> tuple[Tensor, float, Tensor]:
+    """Sigma^(-1/2), the symmetric (ZCA) root; the fraction of eigenvalues raised to the floor; the root's eigenvalues.
 
     The floor is `floor` itself or, if `relative`, `floor` times the mean eigenvalue. A zero matrix has nothing to
     whiten by: a relative floor raises ValueError there.
@@ -86,7 +86,7 @@ def inverse_square_root(
         raise ValueError("the covariance of the value gradients is zero, so no relative floor exists")
     floored = float((values < least).double().mean())
     scale = values.clamp_min(least).rsqrt()
-    return (vectors * scale) @ vectors.T, floored
+    return (vectors * scale) @ vectors.T, floored, scale
 
 
 def inner_product(first: Factors, second: Factors) -> float:

@@ -21,6 +21,15 @@ Mode = Literal["stable", "original", "none", "batch", "frozen"]
 # The modes that whiten value gradients fully, and so keep all of their scatter.
 FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 
+# Names of the quantiles of the whitening matrix's eigenvalues in turns.jsonl.
+SPECTRUM = {
+    "whitening_min": 0.0,
+    "whitening_q05": 0.05,
+    "whitening_median": 0.5,
+    "whitening_q95": 0.95,
+    "whitening_max": 1.0,
+}
+
 
 @dataclass(frozen=True)
 class StableEditSettings:
@@ -65,11 +74,12 @@ class StableEdit(nn.Module):
             if self.groups[name] not in self.normalizers:
                 self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, full)
         self.to(device)
-        self._floored: dict[str, float] = {}
+        self._found: dict[str, dict[str, float | None]] = {}  # of this turn, by group: for `statistics`
 
     @torch.no_grad()
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         """All rows of the turn enter the statistics before any of them is normalised."""
+        self._found = {group: {} for group in self.normalizers}
         self._observe(captures, phase)
         roots = self._whitenings(phase)
         return {name: self._module_update(name, capture, roots) for name, capture in captures.items()}
@@ -78,26 +88,29 @@ class StableEdit(nn.Module):
         mode = self.settings.RunningMeanStd_mode
         if mode == "none" or (mode == "frozen" and phase is Phase.EDIT):
             return
-        if mode == "batch":
-            for group in self.normalizers:
-                self._normalizer(group).reset()
-        for name, capture in captures.items():
-            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
-                self._normalizer(self.groups[name]).observe(capture.keys[rows], capture.value_grads[rows])
+        for group in self.normalizers:
+            normalizer = self._normalizer(group)
+            before = normalizer.moments()
+            if mode == "batch":
+                normalizer.reset()
+            for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
+                for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
+                    normalizer.observe(capture.keys[rows], capture.value_grads[rows])
+            self._found[group] |= normalizer.changes_since(before)
 
     def _whitenings(self, phase: Phase) -> dict[str, Tensor]:
         """One decomposition a group and turn; empty where the diagonal form serves."""
-        self._floored = {}
         roots: dict[str, Tensor] = {}
         if phase is Phase.WARM_UP:
             return roots
         for group in self.normalizers:
             if self._normalizer(group).can_whiten:
-                roots[group], self._floored[group] = self._normalizer(group).whitening(
+                roots[group], floored, spectrum = self._normalizer(group).whitening(
                     self.settings.whitening_prior,
                     self.settings.whitening_floor,
                     self.settings.whitening_floor_mode == "relative",
                 )
+                self._found[group] |= {"floored_fraction": floored, **_spectrum_quantiles(spectrum)}
         return roots
 
     def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
@@ -135,7 +148,11 @@ class StableEdit(nn.Module):
         return -self.settings.lr * normal_keys.square().sum(1, keepdim=True) * normal_values
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
-        """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form)."""
+        """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form).
+
+        Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
+        were whitened, quantiles of the eigenvalues of Sigma^(-1/2).
+        """
         return {group.replace("/", "."): self._group_statistics(group) for group in self.normalizers}
 
     def _group_statistics(self, group: str) -> dict[str, float | None]:
@@ -144,13 +161,21 @@ class StableEdit(nn.Module):
             "n": float(normalizer.count),
             "mean_abs": float(normalizer.value_mean.abs().mean()),
             "std_mean": float(normalizer.value_std.mean()),
-            "floored_fraction": self._floored.get(group),
+            "floored_fraction": None,
+            **self._found.get(group, {}),
         }
 
     def _normalizer(self, group: str) -> LifelongNormalizer:
         normalizer = self.normalizers[group]
         assert isinstance(normalizer, LifelongNormalizer)
         return normalizer
+
+
+def _spectrum_quantiles(
+    spectrum: Tensor,  # (d_v,)
+) -> dict[str, float | None]:
+    levels = torch.tensor(list(SPECTRUM.values()), dtype=spectrum.dtype, device=spectrum.device)
+    return dict(zip(SPECTRUM, torch.quantile(spectrum, levels).tolist(), strict=True))
 
 
 def _group(name: str, shape: tuple[int, int], scope: str) -> str:

@@ -66,17 +66,20 @@ def test_nearly_collinear_keys_lose_nothing() -> None:
 def test_inverse_square_root_whitens(size: int, seed: int) -> None:
     square = rows(seed, size, size).double()
     covariance = square @ square.T + 0.1 * torch.eye(size)
-    root, floored = linalg.inverse_square_root(covariance, 1e-12, relative=True)
+    root, floored, spectrum = linalg.inverse_square_root(covariance, 1e-12, relative=True)
     assert floored == 0
     torch.testing.assert_close(root, root.T)
     torch.testing.assert_close(root @ covariance @ root, torch.eye(size).double(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(spectrum.sort().values, torch.linalg.eigvalsh(root))
 
 
 @pytest.mark.parametrize(("floor", "relative_floor"), [(2.0, False), (0.5, True)])
 def test_floor_raises_small_eigenvalues(floor: float, relative_floor: bool) -> None:
     """Eigenvalues 1, 3, 8 of mean 4: both floors stand at 2 and lift the first alone."""
-    root, floored = linalg.inverse_square_root(torch.diag(torch.tensor([1.0, 3.0, 8.0])), floor, relative_floor)
+    covariance = torch.diag(torch.tensor([1.0, 3.0, 8.0]))
+    root, floored, spectrum = linalg.inverse_square_root(covariance, floor, relative_floor)
     torch.testing.assert_close(root.diagonal(), torch.tensor([2.0, 3.0, 8.0]).double().rsqrt())
+    torch.testing.assert_close(spectrum, root.diagonal())
     assert floored == pytest.approx(1 / 3)
 
 
