@@ -10,9 +10,11 @@ V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import hashlib
 import importlib.util
+import inspect
 import logging
 import math
 import re
@@ -31,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from data.batches import compute_batches
-from data.records import Capture, LowRankUpdate, TokenBatch, TokenSequence, Turn
+from data.batches import PADDING, compute_batches
+from data.records import Capture, LossTerm, LowRankUpdate, TokenBatch, TokenSequence, Turn
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ log = logging.getLogger(__name__)
 OUTPUT_PROJECTIONS = ("down_proj", "fc_out", "c_proj", "dense_4h_to_h", "fc2")
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
+# Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
+KEPT = 4
+# A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
+WORTH_SHARING = 16
 
 Allocate = Callable[[str, tuple[int, int]], Tensor]
 
@@ -402,6 +408,16 @@ class TurnCapture:
     loss: float
 
 
+@dataclass
+class _Read:
+    """Prompts that the model has read, and what it needs to read on behind them."""
+
+    members: list[int]  # (B,) places among the prompts
+    mask: Tensor  # (B, L) int64, 0 = padding
+    cache: Any  # keys and values of these L tokens; None before the first
+    logits: Tensor  # (M, V) that were asked for last
+
+
 # ------------------------------------------------------------------------------------------------ the language model
 
 
@@ -420,6 +436,7 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
+        self.precise = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of losses and gradients
         self.edited = {name: EditModule(module, master) for name, module in edit_modules.items()}
         self.compute_tokens = compute_tokens or COMPUTE_TOKENS.get(self.device.type, COMPUTE_TOKENS["cpu"])
 
@@ -455,14 +472,15 @@ class LanguageModel:
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         """Keys and value gradients at the positions that predict the answer tokens (DESIGN section 1, capture).
 
-        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the float32 tensors
-        to fill, by default on the model's device. How sequences fall into compute batches changes no result.
+        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the tensors to fill,
+        by default float32 ones on the model's device (float64 ones where the model is). How sequences fall into
+        compute batches changes no result.
         Raises FloatingPointError where the loss is not finite.
         """
         counts = [len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences]
         first_row = torch.tensor([0, *counts]).cumsum(0)
         captures = self._empty_captures(int(first_row[-1]), allocate)
-        weights = torch.tensor(turn.loss_weights, dtype=torch.float32)
+        weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in compute_batches(turn.sequences, self.compute_tokens):
             at = _every_position(batch) if every_token else (batch.rows, batch.positions)
@@ -480,7 +498,7 @@ class LanguageModel:
         return TurnCapture(captures, mean)
 
     def _empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
-        make = allocate or (lambda _name, shape: torch.empty(shape, device=self.device))
+        make = allocate or (lambda _name, shape: torch.empty(shape, dtype=self.precise, device=self.device))
         return {
             name: Capture(make(f"{name}.keys", (rows, d_k)), make(f"{name}.value_grads", (rows, d_v)))
             for name, (d_k, d_v) in self.shapes.items()
@@ -500,8 +518,8 @@ class LanguageModel:
         with _Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
             self._check_all_ran(trace)
-            losses = functional.cross_entropy(logits.float(), batch.targets.to(self.device), reduction="none")
-            loss = (losses * weights[batch.rows].to(self.device)).sum()
+            losses = functional.cross_entropy(logits.to(self.precise), batch.targets.to(self.device), reduction="none")
+            loss = (losses * weights[batch.rows].to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
         target = first_row[at[0]] + within
         for name, grad in zip(trace.outputs, grads, strict=True):
@@ -525,17 +543,25 @@ class LanguageModel:
         logits afterwards is kept. No attention mask is needed: padding stands on the right and attention is causal.
         """
         at = (batch.rows.to(self.device), batch.positions.to(self.device))
+        with self._head_sees(*at):
+            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
+        assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
+        return logits[0]
 
+    @contextlib.contextmanager
+    def _head_sees(
+        self,
+        rows: Tensor,  # (M,)
+        positions: Tensor,  # (M,)
+    ) -> Iterator[None]:
         def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0][at].unsqueeze(0), *inputs[1:])
+            return (inputs[0][rows, positions].unsqueeze(0), *inputs[1:])  # (1, M, d)
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
+            yield
         finally:
             handle.remove()
-        assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
-        return logits[0]
 
     @torch.inference_mode()
     def answer_logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
@@ -545,6 +571,240 @@ class LanguageModel:
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
         return compute_batches(sequences, self.compute_tokens)
+
+    # -- weight gradients
+
+    @torch.no_grad()
+    def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
+        """The logits that predict each answer token, in the order of the sequences: a `LossTerm`'s reference."""
+        first_row = _first_rows(sequences)
+        reference: Tensor | None = None
+        for batch in self.batches(sequences):
+            logits = self._logits(batch)
+            if reference is None:
+                reference = logits.new_empty((int(first_row[-1]), logits.shape[1]))
+            reference[_places(batch, first_row).to(self.device)] = logits
+        assert reference is not None, "a loss term without sequences has no reference"
+        return reference
+
+    def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
+        """dL/dW (d_k, d_v) of each edit module for the weighted sum L of the terms, and each term's own mean loss.
+
+        One backward a compute batch, down to the lowest edit module; no other weight's gradient is formed.
+        """
+        total = {name: torch.zeros_like(edited.weight, dtype=self.precise) for name, edited in self.edited.items()}
+        weights = [edited.weight for edited in self.edited.values()]
+        losses = []
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            for term in terms:
+                mean = torch.zeros((), dtype=torch.float64, device=self.device)
+                for loss in self._batch_losses(term):
+                    gradients = torch.autograd.grad(term.weight * loss, weights)
+                    for name, gradient in zip(total, gradients, strict=True):
+                        total[name] += gradient
+                    mean += loss.detach()
+                losses.append(float(mean))
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        return {n: total[n].T if edited.transposed else total[n] for n, edited in self.edited.items()}, losses
+
+    @torch.no_grad()
+    def losses(self, terms: Sequence[LossTerm]) -> list[float]:
+        """Each term's mean loss, not weighted."""
+        return [float(sum(loss.double() for loss in self._batch_losses(term))) for term in terms]
+
+    def _batch_losses(self, term: LossTerm) -> Iterator[Tensor]:
+        """Each compute batch's share of the term's mean."""
+        first_row = _first_rows(term.sequences)
+        for batch in self.batches(term.sequences):
+            logits = self._logits(batch).to(self.precise)
+            if term.reference is None:
+                loss = functional.cross_entropy(logits, batch.targets.to(self.device), reduction="sum")
+            else:
+                expected = term.reference[_places(batch, first_row).to(self.device)].to(self.precise).log_softmax(-1)
+                loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
+            yield loss / int(first_row[-1])
+
+    # -- text
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can look back on; None where its configuration sets no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuation of each prompt of token ids, special tokens included.
+
+        It stops before the model's own end token, after `max_new_tokens`, and where the context is full. Token for
+        token what transformers' `generate` writes for one prompt at a time, unless two tokens are as likely up to
+        rounding. Raises ValueError for a prompt without tokens or longer than the context.
+        """
+        self._check_lengths([len(prompt) for prompt in prompts])
+        room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
+        ends = self._end_tokens()
+        written: list[list[int]] = [[] for _ in prompts]
+        for read in self._read(prompts, max_new_tokens):
+            running = set(read.members)
+            for step in range(1, max_new_tokens + 1):
+                tokens = read.logits.argmax(-1)
+                for member, token in zip(read.members, tokens.tolist(), strict=True):
+                    if member in running and token not in ends:
+                        written[member].append(token)
+                    if token in ends or step == room[member]:
+                        running.discard(member)
+                if not running:
+                    break
+                self._read_on(read, tokens[:, None])
+        return written
+
+    @torch.inference_mode()
+    def label_log_probs(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[tuple[float, int]]]:
+        """For each prompt and each of its candidate continuations: sum of its tokens' log-probabilities, their number.
+
+        A prompt is read once, whatever the number of its labels. Raises ValueError for a prompt or a label without
+        tokens, and where a prompt and its label together are longer than the context.
+        """
+        longest = [max(map(len, candidates), default=1) for candidates in labels]
+        if any(not label for candidates in labels for label in candidates):
+            raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
+        fed = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
+        self._check_lengths(fed)
+        sums = [[0.0] * len(candidates) for candidates in labels]
+        for read in self._read(prompts, max(longest, default=1)):
+            first = _log_softmax(read.logits)
+            pairs = [(row, m, k) for row, m in enumerate(read.members) for k in range(len(labels[m]))]
+            where = torch.tensor([(row, labels[m][k][0]) for row, m, k in pairs], dtype=torch.int64)
+            rows, starts = where.view(-1, 2).to(self.device).unbind(1)
+            for (_, m, k), value in zip(pairs, first[rows, starts].tolist(), strict=True):
+                sums[m][k] = value
+            longer = [pair for pair in pairs if len(labels[pair[1]][pair[2]]) > 1]
+            size = max(1, KEPT * self.compute_tokens // (read.mask.shape[1] + max(longest)))
+            for chunk in (longer[start : start + size] for start in range(0, len(longer), size)):
+                rests = self._rest_log_probs(read, [row for row, *_ in chunk], [labels[m][k] for _, m, k in chunk])
+                for (_, m, k), rest in zip(chunk, rests, strict=True):
+                    sums[m][k] += rest
+        return [
+            [(total, len(label)) for total, label in zip(totals, candidates, strict=True)]
+            for totals, candidates in zip(sums, labels, strict=True)
+        ]
+
+    def _rest_log_probs(self, read: _Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probability of each label's tokens after its first, behind the given row of what was read."""
+        ids = torch.full((len(rows), max(map(len, labels)) - 1), PADDING)
+        for row, label in enumerate(labels):
+            ids[row, : len(label) - 1] = torch.tensor(label[:-1])
+        counts = torch.tensor([len(label) - 1 for label in labels])
+        at = torch.arange(len(rows)).repeat_interleave(counts)
+        targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
+        copied = _Read(rows, read.mask[rows], _select(read.cache, rows, self.device), read.logits)
+        logits = self._read_on(copied, ids.to(self.device), (at, _count_within(at)))
+        chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
+        return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
+
+    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[_Read]:
+        """Read the prompts, longest first, in batches padded on the left; what all of them begin with is read once.
+
+        `to_come` tokens at most will be read after each: they count towards the memory a batch may take.
+        """
+        if not prompts:
+            return
+        shared = self._shared_length(prompts, to_come)
+        start = None
+        if shared:
+            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
+            start = _Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
+            self._read_on(start, ids)
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        while order:
+            longest = len(prompts[order[0]])
+            kept = KEPT * self.compute_tokens // (longest + to_come)
+            size = max(1, min(self.compute_tokens // (longest - shared), kept))
+            yield self._read_batch(prompts, order[:size], shared, start)
+            order = order[size:]
+
+    def _read_batch(
+        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: _Read | None
+    ) -> _Read:
+        width = max(len(prompts[member]) for member in members) - shared
+        ids = torch.full((len(members), width), PADDING)
+        mask = torch.zeros_like(ids)
+        for row, member in enumerate(members):
+            own = torch.tensor(prompts[member][shared:])
+            ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
+        before = torch.ones(len(members), shared, dtype=mask.dtype)
+        cache = None if start is None else _select(start.cache, [0] * len(members), self.device)
+        read = _Read(members, before.to(self.device), cache, torch.empty(0))
+        self._read_on(read, ids.to(self.device), mask=mask.to(self.device))
+        return read
+
+    def _read_on(
+        self,
+        read: _Read,
+        ids: Tensor,  # (B, T)
+        at: tuple[Tensor, Tensor] | None = None,  # rows and positions asked about; None = the last of each row
+        mask: Tensor | None = None,  # (B, T), 0 = padding; None = all ones
+    ) -> Tensor:  # (M, V)
+        """Read T more tokens of each row; the logits asked about are also what `read` then holds."""
+        read.mask = torch.cat([read.mask, torch.ones_like(ids) if mask is None else mask], dim=1)
+        options = {}
+        if self._takes_positions:  # families that do not, derive them from the mask
+            limit = self.context_length
+            last = None if limit is None else limit - 1  # rows that have ended are read on beside the others
+            options["position_ids"] = (read.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
+        if at is None:
+            at = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
+        with self._head_sees(at[0].to(self.device), at[1].to(self.device)):
+            output = self.model(
+                input_ids=ids, attention_mask=read.mask, past_key_values=read.cache, use_cache=True, **options
+            )
+        read.cache, read.logits = output.past_key_values, output.logits[0]
+        return read.logits
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
+        """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be.
+
+        Padding then stands behind these tokens, which positions of their own make up for, but a window does not see.
+        """
+        if not self._takes_positions or len(prompts) == 1:
+            return 0
+        lengths = [len(prompt) for prompt in prompts]
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window is not None and max(lengths) + to_come > window:
+            return 0
+        first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others begin with what these two share
+        same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
+        same = min(same, min(lengths) - 1)
+        return same if same >= WORTH_SHARING else 0
+
+    def _end_tokens(self) -> set[int]:
+        """The tokens at which the model itself ends a text; none for a model that never does."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _room(self, length: int, max_new_tokens: int) -> int:
+        """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
+        limit = self.context_length
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - length + 1)
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        limit = self.context_length
+        for place, length in enumerate(lengths):
+            if length == 0:
+                raise ValueError(f"prompt {place} has no token: give it a text")
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"prompt {place} has {length} tokens, more than the model's context of {limit}: shorten it"
+                )
 
     # -- weights
 
@@ -596,10 +856,34 @@ class LanguageModel:
             raise
 
 
+def _select(cache: Any, rows: list[int], device: torch.device) -> Any:
+    """A copy of some rows of a cache."""
+    chosen = copy.deepcopy(cache)
+    chosen.batch_select_indices(torch.tensor(rows, device=device))
+    return chosen
+
+
+def _log_softmax(logits: Tensor) -> Tensor:  # (M, V), at least float32
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     rows, positions = inside.nonzero(as_tuple=True)
     return rows, positions
+
+
+def _first_rows(sequences: Sequence[TokenSequence]) -> Tensor:  # (sequences + 1,)
+    """Where each sequence's answer tokens begin when all of them are counted in order; at the end, their number."""
+    return torch.tensor([0, *(sequence.answer_length for sequence in sequences)]).cumsum(0)
+
+
+def _places(
+    batch: TokenBatch,
+    first_row: Tensor,  # of `_first_rows`
+) -> Tensor:  # (M,)
+    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
+    return first_row[batch.members][batch.rows] + _count_within(batch.rows)
 
 
 def _count_within(

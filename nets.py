@@ -1,6 +1,6 @@
-"""Tensors with state: the lifelong normaliser.
+"""Tensors with state: the lifelong normaliser, and the hypernetwork on top of it.
 
-Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size.
+Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size, r rank of a block.
 """
 
 from __future__ import annotations
@@ -141,7 +141,78 @@ class LifelongNormalizer(nn.Module):
             changes[f"{name}_change"] = moved / scale if scale > 0 else None
         return changes
 
+    def summary(self) -> dict[str, float | None]:
+        """Rows seen, mean |mu| and mean sigma of the value gradients."""
+        return {
+            "n": float(self.count),
+            "mean_abs": float(self.value_mean.abs().mean()),
+            "std_mean": float(self.value_std.mean()),
+        }
+
     def reset(self) -> None:
         """Forget every row."""
         for buffer in self.buffers():
             buffer.zero_()
+
+
+class HyperNetwork(nn.Module):
+    """(k', g') = h(LN([k | g])): residual low-rank blocks over normalised rows, one network for modules of one shape.
+
+    Every module of that shape has scales and shifts of its own in each block; the statistics of LN are shared, or one
+    for each module with `own_statistics`. A fresh network is the identity after LN, because B = 0 (MEND, arXiv
+    2110.11309, section 3.1; MALMEN, arXiv 2311.04661, section 4). Raises ValueError where `rank` exceeds the d_k + d_v
+    inputs, since a map of that size needs no more.
+    """
+
+    def __init__(self, d_k: int, d_v: int, n_modules: int, rank: int, n_blocks: int, own_statistics: bool) -> None:
+        super().__init__()
+        if rank > d_k + d_v:
+            raise ValueError(
+                f"editor.rank={rank}: the network of {d_k}x{d_v} modules has {d_k + d_v} inputs; set that or less"
+            )
+        self.d_k, self.d_v = d_k, d_v
+        self.normalizers = nn.ModuleList(
+            LifelongNormalizer(d_k, d_v, full=False) for _ in range(n_modules if own_statistics else 1)
+        )
+        self.blocks = nn.ModuleList(_Block(d_k + d_v, rank, n_modules) for _ in range(n_blocks))
+
+    def normalizer(self, module: int) -> LifelongNormalizer:
+        """The running statistics that module number `module` uses."""
+        normalizer = self.normalizers[module if len(self.normalizers) > 1 else 0]
+        assert isinstance(normalizer, LifelongNormalizer)
+        return normalizer
+
+    def forward(
+        self,
+        keys: Tensor,  # (b, d_k)
+        value_grads: Tensor,  # (b, d_v)
+        module: int,
+    ) -> tuple[Tensor, Tensor]:  # (b, d_k), (b, d_v) in the precision of the parameters
+        """k' and g' of rows of module number `module`; the statistics are constants here."""
+        normalizer = self.normalizer(module)
+        normal = torch.cat([normalizer.normalize_keys(keys), normalizer.normalize_values(value_grads)], 1)
+        rows = normal.to(next(self.parameters()).dtype)
+        for block in self.blocks:
+            rows = block(rows, module)
+        return rows[:, : self.d_k], rows[:, self.d_k :]
+
+
+class _Block(nn.Module):
+    """x + s_m * max(x A B + b, 0) + o_m."""
+
+    def __init__(self, size: int, rank: int, n_modules: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(size, rank) / size**0.5)  # A: x A has the variance of x
+        self.up = nn.Parameter(torch.zeros(rank, size))  # B
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.scale = nn.Parameter(torch.ones(n_modules, size))
+        self.shift = nn.Parameter(torch.zeros(n_modules, size))
+
+    def forward(
+        self,
+        rows: Tensor,  # (b, size)
+        module: int,
+    ) -> Tensor:  # (b, size)
+        # clamp, not relu: at 0, where a fresh block is, relu's gradient is 0 and B would never leave it; clamp's is 1
+        inner = torch.addmm(self.bias, rows @ self.down, self.up).clamp(min=0)
+        return torch.addcmul(rows + self.shift[module], self.scale[module], inner)

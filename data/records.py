@@ -1,7 +1,7 @@
 """The records that flow through the house.
 
 Letters: N rows (captured tokens) of a turn, d_k key size, d_v value size, B sequences of a compute batch,
-L tokens of its longest sequence, M answer tokens of the batch.
+L tokens of its longest sequence, M answer tokens of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -72,6 +72,33 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingTurn:
+    """Facts that a hypernetwork learns to edit from, and the questions that judge the edit (DESIGN section 1).
+
+    `edits.index` counts the turns of all passes over the training file; this is turn `place` of `of` in its pass.
+    """
+
+    edits: Turn
+    rephrases: tuple[TokenSequence, ...]
+    localities: tuple[TokenSequence, ...]
+    epoch: int
+    place: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """A part of a loss: `weight` times the mean over the answer tokens of `sequences`.
+
+    Of their cross-entropy or, with `reference`, of KL(reference || model).
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    weight: float
+    reference: Tensor | None = None  # (M, V) logits, in the order of the sequences and their tokens
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """A compute batch: sequences padded on the right, without the last token, which predicts nothing.
 
@@ -91,8 +118,8 @@ class TokenBatch:
 class Capture:
     """What one edit module saw in a turn, rows in the order of the turn's records and, within one, of its tokens."""
 
-    keys: Tensor  # (N, d_k) float32, inputs of the module
-    value_grads: Tensor  # (N, d_v) float32, gradients of the loss at its outputs
+    keys: Tensor  # (N, d_k) float32 (of a float64 model float64), inputs of the module
+    value_grads: Tensor  # (N, d_v) likewise, gradients of the loss at its outputs
 
 
 @dataclass(frozen=True, slots=True)

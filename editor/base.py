@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from data.records import Capture, LowRankUpdate, Phase
+from data.records import Capture, LossTerm, LowRankUpdate, Phase, TokenSequence
 
 
 class Editor(Protocol):
@@ -26,3 +26,39 @@ class Editor(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class CapturedTurn(Protocol):
+    """What a turn's facts did inside the model, by edit module, and the loss they had."""
+
+    @property
+    def modules(self) -> Mapping[str, Capture]: ...
+
+    @property
+    def loss(self) -> float: ...
+
+
+class EditableModel(Protocol):
+    """The language model, as what trains an editor on it sees it."""
+
+    def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> object:
+        """Add the updates to the weights of the edit modules."""
+        ...
+
+    def snapshot(self) -> dict[str, Tensor]: ...
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put the weights of a snapshot back, bit for bit."""
+        ...
+
+    def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
+        """The logits that predict each answer token, in order."""
+        ...
+
+    def losses(self, terms: Sequence[LossTerm]) -> list[float]:
+        """Each term's mean loss, not weighted."""
+        ...
+
+    def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
+        """dL/dW (d_k, d_v) of each edit module for the weighted sum of the terms, and each term's mean loss."""
+        ...

@@ -16,58 +16,110 @@ from torch import Tensor
 Factors = tuple[Tensor | None, Tensor]  # left (d_k, r) or None for the identity, right (r, d_v)
 
 
+class RidgeSystem:
+    """The normal equations of ||K DeltaW - V||^2 + alpha ||DeltaW||^2, factored once by Cholesky on the smaller side.
+
+    With N <= d_k that is K K^T + alpha I (N, N), else K^T K + alpha I (d_k, d_k). Keys are read `chunk` rows at a time.
+    `alpha` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,  # (N, d_k)
+        alpha: float,
+        device: torch.device,
+        chunk: int | None = None,
+    ) -> None:
+        self.keys, self.device, self.chunk = keys, device, chunk
+        count, d_k = keys.shape
+        self.dual = count <= d_k
+        matrix = self._gram() if self.dual else self._from_rows(keys, d_k)
+        matrix.diagonal().add_(alpha)
+        self._factor = torch.linalg.cholesky(matrix)
+
+    def update(
+        self,
+        value_shifts: Tensor,  # (N, d_v)
+    ) -> Factors:
+        """DeltaW = (K^T K + alpha I)^(-1) K^T V = K^T (K K^T + alpha I)^(-1) V in the keys' precision.
+
+        As factors: with N <= d_k (K^T, the (N, d_v) solution), else (None, DeltaW). Without rows the update is zero.
+        """
+        if self.dual:
+            return self.keys.T, self._solve(value_shifts.double()).to(self.keys.dtype)
+        return None, self._solve(self._from_rows(value_shifts, self.keys.shape[1])).to(self.keys.dtype)
+
+    def adjoint(
+        self,
+        gradient: Tensor,  # (d_k, d_v) dL/dDeltaW
+        update: Factors,  # what `update` gave
+    ) -> tuple[Tensor, float]:
+        """dL/dV (N, d_v) float64 and dL/dalpha (MALMEN, section 3.2, from the implicit function theorem).
+
+        dL/dV = K (K^T K + alpha I)^(-1) G and dL/dalpha = -<(K^T K + alpha I)^(-1) G, DeltaW>. In the dual form
+        DeltaW = K^T B, so that these are dV = (K K^T + alpha I)^(-1) K G and -<dV, B>.
+        """
+        target = gradient.to(self.device).double()
+        right = update[1].to(self.device).double()
+        if self.dual:
+            shifts_gradient = self._solve(self._times_keys(target))
+            return shifts_gradient, -float((shifts_gradient * right).sum())
+        solution = self._solve(target)
+        return self._times_keys(solution), -float((solution * right).sum())
+
+    def _solve(
+        self,
+        target: Tensor,  # (n, m)
+    ) -> Tensor:
+        return torch.cholesky_solve(target, self._factor)
+
+    def _gram(self) -> Tensor:
+        """K K^T (N, N), the lower triangle computed `chunk` rows by `chunk` rows and mirrored."""
+        count = self.keys.shape[0]
+        product = torch.zeros((count, count), dtype=torch.float64, device=self.device)
+        for rows in row_chunks(count, self.chunk):
+            block = self._block(rows)
+            for columns in row_chunks(rows.stop, self.chunk):
+                product[rows, columns] = block @ self._block(columns).T
+        return product.tril() + product.tril(-1).T
+
+    def _from_rows(
+        self,
+        rows_of: Tensor,  # (N, m)
+        d_k: int,
+    ) -> Tensor:  # (d_k, m) K^T times the rows
+        product = torch.zeros((d_k, rows_of.shape[1]), dtype=torch.float64, device=self.device)
+        for rows in row_chunks(rows_of.shape[0], self.chunk):
+            product.addmm_(self._block(rows).T, rows_of[rows].to(self.device).double())
+        return product
+
+    def _times_keys(
+        self,
+        matrix: Tensor,  # (d_k, m) float64
+    ) -> Tensor:  # (N, m) K times the matrix
+        product = matrix.new_empty((self.keys.shape[0], matrix.shape[1]))
+        for rows in row_chunks(self.keys.shape[0], self.chunk):
+            product[rows] = self._block(rows) @ matrix
+        return product
+
+    def _block(self, rows: slice) -> Tensor:
+        return self.keys[rows].to(self.device).double()
+
+
 def ridge_update(
     keys: Tensor,  # (N, d_k)
     value_shifts: Tensor,  # (N, d_v)
     alpha: float,
     chunk: int | None = None,
 ) -> Factors:
-    """DeltaW = (K^T K + alpha I)^(-1) K^T V = K^T (K K^T + alpha I)^(-1) V, by Cholesky on the smaller system.
-
-    The minimiser of ||K DeltaW - V||^2 + alpha ||DeltaW||^2 (ULTRAEDIT section 3; StableEdit Algorithm 1). Returned as
-    factors: with N <= d_k (K^T, the (N, d_v) solution), else (None, DeltaW). Rows are read `chunk` at a time. `alpha`
-    must be positive; without rows the update is zero.
-    """
-    count, d_k = keys.shape
-    if count <= d_k:
-        return keys.T, _solve(_gram(keys, value_shifts.device, chunk), value_shifts.double(), alpha).float()
-    normal = torch.zeros((d_k, d_k), dtype=torch.float64, device=value_shifts.device)
-    target = torch.zeros((d_k, value_shifts.shape[1]), dtype=torch.float64, device=value_shifts.device)
-    for rows in row_chunks(count, chunk):
-        block = keys[rows].to(value_shifts.device).double()
-        normal.addmm_(block.T, block)
-        target.addmm_(block.T, value_shifts[rows].double())
-    return None, _solve(normal, target, alpha).float()
-
-
-def _gram(
-    keys: Tensor,  # (N, d_k)
-    device: torch.device,
-    chunk: int | None,
-) -> Tensor:
-    """K K^T (N, N), the lower triangle computed `chunk` rows by `chunk` rows and mirrored."""
-    count = keys.shape[0]
-    product = torch.zeros((count, count), dtype=torch.float64, device=device)
-    for rows in row_chunks(count, chunk):
-        block = keys[rows].to(device).double()
-        for columns in row_chunks(rows.stop, chunk):
-            product[rows, columns] = block @ keys[columns].to(device).double().T
-    return product.tril() + product.tril(-1).T
+    """The minimiser DeltaW of ||K DeltaW - V||^2 + alpha ||DeltaW||^2 (ULTRAEDIT section 3; StableEdit Algorithm 1)."""
+    return RidgeSystem(keys, alpha, value_shifts.device, chunk).update(value_shifts)
 
 
 def row_chunks(count: int, chunk: int | None) -> Iterator[slice]:
     """Slices that cover `count` rows, `chunk` at a time; None takes all at once."""
     size = chunk or max(count, 1)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _solve(
-    matrix: Tensor,  # (n, n) symmetric positive semi-definite
-    target: Tensor,  # (n, m)
-    alpha: float,
-) -> Tensor:
-    matrix.diagonal().add_(alpha)
-    return torch.cholesky_solve(target, torch.linalg.cholesky(matrix))
 
 
 def inverse_square_root(

@@ -1,0 +1,119 @@
+"""Records to the turns that a hypernetwork is trained on.
+
+Like the stream of edits, this keeps no place in the data: training turn i is a function of the seed and i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.records import EditRecord, Phase, Question, TokenSequence, TrainingTurn, Turn
+from data.stream import mini_batch_weights
+
+Tokenize = Callable[[list[Question]], list[TokenSequence]]
+
+
+class TrainingStream:
+    """Passes over a training file, in turns of `n_edits` facts, as many as an edit turn has.
+
+    Every pass draws a new order from the seed, so that other facts meet in a turn. The file's last `held_out` full
+    turns are never trained on; `max_turns` bounds a pass (None: every full turn of the rest).
+    Raises ValueError, naming what to set, where that leaves no turn, or a turn without a question that its loss needs.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[EditRecord],
+        *,
+        n_edits: int,
+        batch_size: int,
+        epochs: int,
+        max_turns: int | None,
+        held_out: int,
+        needs_locality: bool,
+        tokenize: Tokenize,
+        seed: int,
+    ) -> None:
+        self.n_edits, self.batch_size, self.epochs = n_edits, batch_size, epochs
+        self._records, self._tokenize, self._seed = records, tokenize, seed
+        full = len(records) // n_edits
+        if full <= held_out:
+            raise ValueError(_too_short(len(records), full, n_edits, held_out))
+        self.turns_per_epoch = min(full - held_out, max_turns or full)
+        self._held_out = range((full - held_out) * n_edits, full * n_edits)
+        for probe in ("rephrase", *(["locality"] if needs_locality else [])):
+            self._require(probe)
+
+    def __len__(self) -> int:
+        """Turns of all passes."""
+        return self.epochs * self.turns_per_epoch
+
+    def turn(self, index: int) -> TrainingTurn:
+        """Turn `index`, counted from 0 over all passes; IndexError outside them."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"turn {index} of a training of {len(self)} turns")
+        epoch, place = divmod(index, self.turns_per_epoch)
+        rows = self._order(epoch)[place * self.n_edits : (place + 1) * self.n_edits]
+        return self._turn(index, epoch, place, self.turns_per_epoch, rows.tolist())
+
+    def from_turn(self, first: int) -> Iterator[TrainingTurn]:
+        """The turns from `first` to the end."""
+        return (self.turn(index) for index in range(first, len(self)))
+
+    def held_out(self) -> list[TrainingTurn]:
+        """The turns that are never trained on, in the order of the file."""
+        size, rows = self.n_edits, self._held_out
+        turns = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [self._turn(place, 0, place, len(turns), turn) for place, turn in enumerate(turns)]
+
+    def records(self) -> Sequence[EditRecord]:
+        """Every record that a turn reads, held-out ones included."""
+        used = [*range(self.turns_per_epoch * self.n_edits), *self._held_out]
+        return [self._records[row] for row in used]
+
+    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.turns_per_epoch * self.n_edits)
+
+    def _turn(self, index: int, epoch: int, place: int, of: int, rows: Sequence[int]) -> TrainingTurn:
+        records = tuple(self._records[row] for row in rows)
+        sequences = self._tokenize([record.edit for record in records])
+        weights = mini_batch_weights(sequences, self.batch_size)
+        return TrainingTurn(
+            edits=Turn(index, Phase.EDIT, records, tuple(sequences), weights),
+            rephrases=self._questions(records, "rephrase"),
+            localities=self._questions(records, "locality"),
+            epoch=epoch,
+            place=place,
+            of=of,
+        )
+
+    def _questions(self, records: Sequence[EditRecord], probe: str) -> tuple[TokenSequence, ...]:
+        """Those that the data holds."""
+        return tuple(self._tokenize([q for record in records if (q := getattr(record, probe)) is not None]))
+
+    def _require(self, probe: str) -> None:
+        rows = range(self.turns_per_epoch * self.n_edits)
+        holds = np.array([getattr(self._records[row], probe) is not None for row in rows])
+        held = np.array([getattr(self._records[row], probe) is not None for row in self._held_out], dtype=bool)
+        passes = [holds[self._order(epoch)] for epoch in range(self.epochs if not holds.all() else 0)]
+        if all(part.reshape(-1, self.n_edits).any(1).all() for part in (*passes, held)):
+            return
+        raise ValueError(
+            f"the training data has turns of dataset.n_edits={self.n_edits} facts without any {probe} question, which "
+            "the loss of meta-training needs; choose another dataset.train_path"
+            + (", or editor.loc_coef=0" if probe == "locality" else "")
+        )
+
+
+def _too_short(rows: int, full: int, n_edits: int, held_out: int) -> str:
+    kept = f" and editor.held_out_turns={held_out} of them are not trained on" if held_out else ""
+    turns = f"{full} full turns of dataset.n_edits={n_edits}{kept}"
+    return (
+        f"dataset.train_path: the training data holds {rows} rows, {turns}, which leaves none to train on; "
+        "set dataset.train_path to a larger file, or dataset.n_edits"
+        + (" or editor.held_out_turns" if held_out else "")
+        + " to less"
+    )

@@ -1,0 +1,176 @@
+"""What the editors with a hypernetwork share: rows through the network, and an edit that gradients can go back through.
+
+MEND's rule, an outer product, is in editor/mend.py; MALMEN's, a ridge solve, is here because RLEdit has it too.
+
+Letters: N rows of a turn, b rows of a chunk, d_k key size, d_v value size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.records import Capture, LowRankUpdate, Phase
+from editor import linalg
+from nets import HyperNetwork
+
+
+@dataclass(frozen=True)
+class HyperNetworkSettings:
+    """The keys of the same names in the configuration.
+
+    `lr` is where each module's learned step size eta_m starts; `batch_size` rows go through the network at a time,
+    which bounds memory, never a result.
+    """
+
+    lr: float
+    batch_size: int
+    statistics_scope: str
+    rank: int
+    n_blocks: int
+
+
+@dataclass(frozen=True)
+class RidgeSettings(HyperNetworkSettings):
+    """`alpha` is where each module's learned ridge lambda_m starts."""
+
+    alpha: float
+
+
+class Proposal(Protocol):
+    """A module's update, and the way back from it to the network's parameters."""
+
+    @property
+    def update(self) -> LowRankUpdate: ...
+
+    def backward(self, gradient: Tensor) -> None:
+        """Add to the parameters' gradients what dL/dDeltaW = `gradient` (d_k, d_v) makes of them.
+
+        The second of two stages: the first one, through the language model, gave `gradient`. Rows go through the
+        network in chunks, each with a graph of its own.
+        """
+        ...
+
+
+class HyperNetworkEditor(nn.Module):
+    """k', g' = h(LN([k | g])) for every row of a turn, one network a module shape; subclasses turn them into DeltaW."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], settings: HyperNetworkSettings, device: torch.device
+    ) -> None:
+        """`shapes` gives (d_k, d_v) of each edit module. The networks start from torch's global random state."""
+        super().__init__()
+        self.settings, self.device = settings, device
+        self.shapes = dict(shapes)
+        alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())}
+        self.networks = nn.ModuleDict(
+            {
+                _group(shape): HyperNetwork(
+                    *shape, len(names), settings.rank, settings.n_blocks, settings.statistics_scope == "module"
+                )
+                for shape, names in alike.items()
+            }
+        )
+        self._number = {name: names.index(name) for names in alike.values() for name in names}  # within its network
+        self._place = {name: place for place, name in enumerate(shapes)}  # in eta, lambda
+        self.log_eta = nn.Parameter(torch.full((len(shapes),), math.log(settings.lr)))
+        self.to(device)
+
+    def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
+        """All rows of the turn enter the statistics before any of them is normalised."""
+        self.observe(captures)
+        return {name: self.propose(name, capture).update for name, capture in captures.items()}
+
+    def observe(self, captures: Mapping[str, Capture]) -> None:
+        for name, capture in captures.items():
+            normalizer = self.network(name).normalizer(self._number[name])
+            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
+                normalizer.observe(capture.keys[rows], capture.value_grads[rows])
+
+    def propose(self, name: str, capture: Capture) -> Proposal:
+        """The update of one module from rows that are in the statistics already."""
+        raise NotImplementedError
+
+    def network(self, name: str) -> HyperNetwork:
+        network = self.networks[_group(self.shapes[name])]
+        assert isinstance(network, HyperNetwork)
+        return network
+
+    def eta(self, name: str) -> Tensor:  # ()
+        """The step size, learned as its logarithm: it stays positive, and a step of Adam changes it in proportion."""
+        return self.log_eta[self._place[name]].exp()
+
+    def chunks(self, name: str, capture: Capture) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The rows of a chunk, k' (b, d_k) and g' (b, d_v)."""
+        for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
+            yield rows, *self.network(name)(capture.keys[rows], capture.value_grads[rows], self._number[name])
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        """Rows seen, mean |mu| and mean sigma of the value gradients, by group that shares them; eta by module."""
+        found: dict[str, dict[str, float | None]] = {}
+        for name, shape in self.shapes.items():
+            group = _group(shape) if self.settings.statistics_scope == "shape" else name
+            if group not in found:
+                found[group] = self.network(name).normalizer(self._number[name]).summary()
+        for name in self.shapes:
+            found[name] = found.get(name, {}) | {"eta": self.eta(name).item()}
+        return found
+
+
+class RidgeEditor(HyperNetworkEditor):
+    """D_i = -eta_m (k_i . k'_i) g'_i, then the ridge update of raw keys towards D with a learned ridge lambda_m.
+
+    MALMEN (arXiv 2311.04661, sections 3.2 and 4), whose update RLEdit shares.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: RidgeSettings, device: torch.device) -> None:
+        super().__init__(shapes, settings, device)
+        self.log_lambda = nn.Parameter(torch.full((len(shapes),), math.log(settings.alpha), device=device))
+
+    def ridge(self, name: str) -> Tensor:  # ()
+        return self.log_lambda[self._place[name]].exp()
+
+    def propose(self, name: str, capture: Capture) -> Proposal:
+        return _RidgeProposal(self, name, capture)
+
+    def value_shifts(self, name: str, capture: Capture) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a chunk and their D (b, d_v)."""
+        for rows, new_keys, new_grads in self.chunks(name, capture):
+            match = (capture.keys[rows].to(new_keys) * new_keys).sum(1, keepdim=True)
+            yield rows, -self.eta(name) * match * new_grads
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        found = super().statistics()
+        for name in self.shapes:
+            found[name]["lambda"] = self.ridge(name).item()
+        return found
+
+
+class _RidgeProposal:
+    def __init__(self, editor: RidgeEditor, name: str, capture: Capture) -> None:
+        self.editor, self.name, self.capture = editor, name, capture
+        ridge = editor.ridge(name).item()
+        try:
+            self.system = linalg.RidgeSystem(capture.keys, ridge, editor.device, editor.settings.batch_size)
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                f"the keys of {name} are too large for a ridge of lambda={ridge:.3g}; set a larger editor.alpha"
+            ) from error
+        with torch.no_grad():
+            shifts = torch.cat([shift for _, shift in editor.value_shifts(name, capture)])
+        self.update = LowRankUpdate(*self.system.update(shifts))
+
+    def backward(self, gradient: Tensor) -> None:
+        shifts_gradient, ridge_gradient = self.system.adjoint(gradient, (self.update.left, self.update.right))
+        for rows, shifts in self.editor.value_shifts(self.name, self.capture):
+            shifts.backward(shifts_gradient[rows].to(shifts))
+        (ridge_gradient * self.editor.ridge(self.name)).backward()
+
+
+def _group(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"

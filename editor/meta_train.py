@@ -1,0 +1,288 @@
+"""Meta-training: a hypernetwork learns from what the language model says after its edits (DESIGN section 1).
+
+The gradient has two stages. One backward through the edited model gives G = dL/dDeltaW of each edit module; then G
+goes on into the network, whose rows are many and whose graph knows nothing of the language model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.records import Capture, LossTerm, LowRankUpdate, TrainingTurn, Turn
+from editor import linalg
+from editor.base import CapturedTurn, EditableModel
+from editor.hypernetwork import Proposal
+
+Watch = Callable[[str], AbstractContextManager[None]]
+"""Times a named part of a turn."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far the judgement of an edit reaches: what RLEdit adds to MALMEN's training."""
+
+    trajectory: int | None  # turns that edits stay in the model for, before it is put back; None: a whole pass
+    back_depth: int  # turns whose losses a turn answers for, itself included
+    time_decay: float  # a turn of age a weighs time_decay^a
+    reg_coef: float  # of ||DeltaW||^2, summed over modules
+    step_every_turn: bool  # else the optimiser steps at the end of a trajectory
+
+    def ends_with(self, turn: TrainingTurn) -> bool:
+        """Whether a trajectory ends with this turn."""
+        return turn.place + 1 == turn.of or (turn.place + 1) % (self.trajectory or turn.of) == 0
+
+
+ALONE = Horizon(trajectory=1, back_depth=1, time_decay=1.0, reg_coef=0.0, step_every_turn=True)
+"""Each turn edits the unedited model and is judged by itself (MEND, MALMEN)."""
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """The keys of the same names in the configuration."""
+
+    meta_lr: float
+    loc_coef: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class MetaLoss:
+    """What a turn's edit cost: its own rephrases and localities, the penalty, and the sum that is differentiated."""
+
+    rephrase: float  # cross-entropy, mean over answer tokens
+    locality: float  # KL(unedited || edited), mean over answer tokens; 0 where editor.loc_coef is
+    regulariser: float  # reg_coef ||DeltaW||^2
+    total: float  # with the losses of the turns that this one answers for
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """What a training turn did."""
+
+    edit_loss: float  # of the facts, before the edit
+    loss: MetaLoss
+    grad_norm: float | None  # of the network's parameters before clipping; None where the optimiser did not step
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A term of the loss by its name, and how many turns ago its questions' facts were edited."""
+
+    name: str
+    age: int
+    term: LossTerm
+
+
+class TrainedEditor(Protocol):
+    """An editor that can be trained."""
+
+    @property
+    def horizon(self) -> Horizon: ...
+    def observe(self, captures: Mapping[str, Capture]) -> None: ...
+    def propose(self, name: str, capture: Capture) -> Proposal: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
+
+
+class MetaTrainer:
+    """Trains an editor's network on one language model, which between trajectories is as it was found, bit for bit."""
+
+    def __init__(
+        self,
+        model: EditableModel,
+        editor: TrainedEditor,
+        settings: MetaSettings,
+        capture: Callable[[Turn], CapturedTurn],
+    ) -> None:
+        self.model, self.editor, self.settings, self.capture = model, editor, settings, capture
+        self.horizon = editor.horizon
+        self.parameters = list(editor.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.meta_lr)
+        self._unedited = model.snapshot()
+        self._edits_in_model = False
+        # token ids and reference logits of the turns that the next one answers for; no activations
+        self._window: deque[tuple[TrainingTurn, Tensor | None]] = deque(maxlen=self.horizon.back_depth)
+
+    def turn(self, turn: TrainingTurn, watch: Watch | None = None) -> MetaStep:
+        """Edit, judge, learn; at the end of a trajectory put the model back.
+
+        Raises FloatingPointError, naming turn and term, where a loss or the network's gradient is not finite; the
+        network is then that of the step before.
+        """
+        watch = watch or (lambda _part: nullcontext())
+        edit_loss, proposals, updates = self._edit(turn, watch)
+        with watch("gradient"):
+            terms = self._terms(self.horizon.back_depth)
+            gradients, losses = self.model.weight_gradients([part.term for part in terms])
+            loss = self._judge(turn, terms, losses, updates)
+        with watch("backward"):
+            for name, proposal in proposals.items():
+                proposal.backward(self._penalised(gradients.pop(name), updates[name]))
+            ended = self.horizon.ends_with(turn)
+            grad_norm = self._step(turn) if ended or self.horizon.step_every_turn else None
+        if ended:
+            self._end_trajectory()
+        return MetaStep(edit_loss, loss, grad_norm)
+
+    def validate(self, turns: Sequence[TrainingTurn]) -> MetaLoss:
+        """Mean losses of turns that teach nothing: network, statistics and model stay as they are.
+
+        For use between trajectories. Each turn is judged by itself, right after its edit.
+        """
+        assert not self._edits_in_model, "in the middle of a trajectory"
+        statistics = {name: buffer.clone() for name, buffer in self.editor.named_buffers()}
+        found = []
+        for turn in turns:
+            *_, updates = self._edit(turn, lambda _part: nullcontext())
+            terms = self._terms(1)
+            found.append(self._judge(turn, terms, self.model.losses([part.term for part in terms]), updates))
+            if self.horizon.ends_with(turn):
+                self._end_trajectory()
+        for name, buffer in self.editor.named_buffers():
+            buffer.copy_(statistics[name])
+        means = zip(*((loss.rephrase, loss.locality, loss.regulariser, loss.total) for loss in found), strict=True)
+        return MetaLoss(*(sum(column) / len(found) for column in means))
+
+    # -- a turn, in order
+
+    def _edit(self, turn: TrainingTurn, watch: Watch) -> tuple[float, dict[str, Proposal], dict[str, LowRankUpdate]]:
+        with watch("reference"):
+            self._window.append((turn, self._reference(turn)))
+        with watch("capture"):
+            captured = self.capture(turn.edits)
+        with watch("update"):
+            self.editor.observe(captured.modules)
+            proposals = {name: self.editor.propose(name, capture) for name, capture in captured.modules.items()}
+            updates = {name: proposal.update for name, proposal in proposals.items()}
+        with watch("apply"):
+            self._edits_in_model = True
+            self.model.apply(updates, turn.edits.index)
+        return captured.loss, proposals, updates
+
+    def _reference(self, turn: TrainingTurn) -> Tensor | None:
+        """What the unedited model says at the locality answers; None where nobody asks."""
+        if self.settings.loc_coef == 0 or not turn.localities:
+            return None
+        with self._without_edits():
+            return self.model.reference_logits(turn.localities)
+
+    @contextmanager
+    def _without_edits(self) -> Iterator[None]:
+        if not self._edits_in_model:
+            yield
+            return
+        edited = self.model.snapshot()
+        self.model.restore(self._unedited)
+        yield
+        self.model.restore(edited)
+
+    def _terms(self, depth: int) -> list[_Part]:
+        """The losses of the last `depth` turns of the trajectory, this one's first."""
+        parts = []
+        for age, (turn, reference) in enumerate(list(reversed(self._window))[:depth]):
+            weight = self.horizon.time_decay**age
+            parts.append(_Part("rephrase", age, LossTerm(turn.rephrases, weight)))
+            if reference is not None:
+                term = LossTerm(turn.localities, weight * self.settings.loc_coef, reference)
+                parts.append(_Part("locality", age, term))
+        return parts
+
+    def _judge(
+        self,
+        turn: TrainingTurn,
+        parts: Sequence[_Part],
+        losses: Sequence[float],
+        updates: Mapping[str, LowRankUpdate],
+    ) -> MetaLoss:
+        for part, loss in zip(parts, losses, strict=True):
+            _require_finite(turn, f"the {part.name} loss" + (f" of {part.age} turns before" if part.age else ""), loss)
+        own = {part.name: loss for part, loss in zip(parts, losses, strict=True) if part.age == 0}
+        weighted = sum(part.term.weight * loss for part, loss in zip(parts, losses, strict=True))
+        regulariser = self._regulariser(updates)
+        _require_finite(turn, "the regulariser", regulariser)
+        return MetaLoss(own["rephrase"], own.get("locality", 0.0), regulariser, weighted + regulariser)
+
+    def _regulariser(self, updates: Mapping[str, LowRankUpdate]) -> float:
+        if self.horizon.reg_coef == 0:
+            return 0.0
+        factors = [(update.left, update.right) for update in updates.values()]
+        return self.horizon.reg_coef * sum(linalg.inner_product(one, one) for one in factors)
+
+    def _penalised(
+        self,
+        gradient: Tensor,  # (d_k, d_v)
+        update: LowRankUpdate,
+    ) -> Tensor:
+        """With 2 reg_coef DeltaW, the gradient of the regulariser, which goes on into the network like the rest."""
+        if self.horizon.reg_coef == 0:
+            return gradient
+        delta = linalg.dense((update.left, update.right))
+        return gradient.add(delta.to(gradient), alpha=2 * self.horizon.reg_coef)
+
+    def _step(self, turn: TrainingTurn) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        _require_finite(turn, "the gradient of the hypernetwork", norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _end_trajectory(self) -> None:
+        self.model.restore(self._unedited)
+        self._edits_in_model = False
+        self._window.clear()
+
+    # -- stopping in the middle, and going on
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next turn depends on but the turns before it: `resume` is told those again."""
+        tensors = {f"network/{name}": tensor for name, tensor in self.editor.state_dict().items()}
+        tensors |= {f"gradient/{i}": p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+        if self._edits_in_model:
+            tensors |= {f"weight/{name}": weight for name, weight in self.model.snapshot().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam/{i}/{name}": tensor for name, tensor in moments.items()}
+        return tensors
+
+    def resume(self, state: Mapping[str, Tensor], before: Iterable[TrainingTurn]) -> None:
+        """Go on from a `state`; `before` are the last turns before the next one, oldest first, `back_depth` or more
+        where there are as many."""
+        network, gradients, weights = (_group(state, kind) for kind in ("network", "gradient", "weight"))
+        self.editor.load_state_dict(network)
+        for i, gradient in gradients.items():
+            self.parameters[int(i)].grad = gradient.to(self.parameters[int(i)].device)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _group(state, "adam").items():
+            i, name = key.split("/")
+            moments.setdefault(int(i), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for turn in before if weights else ():
+            if self.horizon.ends_with(turn):
+                self._window.clear()
+            else:
+                self._window.append((turn, self._reference(turn)))
+        if weights:
+            self.model.restore(weights)
+            self._edits_in_model = True
+
+
+def _group(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in state.items() if key.startswith(f"{kind}/")}
+
+
+def _require_finite(turn: TrainingTurn, what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"turn {turn.edits.index}: {what} is {value}; the network is that of the step before. "
+            "A smaller editor.meta_lr or editor.lr may keep it finite"
+        )

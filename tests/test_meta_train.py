@@ -1,0 +1,226 @@
+"""Meta-training against one plain autograd graph through edit and loss, in float64, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from data.records import Capture, Phase, TokenSequence, TrainingTurn, Turn
+from data.stream import mini_batch_weights
+from editor import linalg
+from editor.base import CapturedTurn
+from editor.hypernetwork import HyperNetworkEditor, HyperNetworkSettings, RidgeSettings
+from editor.malmen import MALMEN
+from editor.mend import MEND
+from editor.meta_train import MetaSettings, MetaTrainer
+from editor.rledit import RLEdit, RLEditSettings
+from model import LanguageModel, find_edit_modules
+from tests.conftest import tiny_gpt2, tiny_llama
+
+CPU = torch.device("cpu")
+# two modules of one shape, so that a network is shared; N is about 18 rows, below d_k = 40 (Llama) and 96 (GPT-2)
+LLAMA = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+# two shapes, so that there are two networks
+MIXED = ["model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
+GPT2 = ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
+MODELS = [(tiny_llama, LLAMA), (tiny_llama, MIXED), (tiny_gpt2, GPT2)]
+BASE: dict[str, Any] = {"lr": 0.02, "batch_size": 7, "statistics_scope": "shape", "rank": 5, "n_blocks": 2}
+HORIZON: dict[str, Any] = {
+    "reg_coef": 0.3, "time_decay": 0.7, "back_depth": 2, "update_every": "trajectory", "trajectory_length": None,
+}  # fmt: skip
+LOC_COEF = 0.6
+
+
+def mend(**changes: Any) -> Callable[..., HyperNetworkEditor]:
+    return lambda shapes: MEND(shapes, HyperNetworkSettings(**{**BASE, **changes}), CPU)
+
+
+def malmen(**changes: Any) -> Callable[..., HyperNetworkEditor]:
+    return lambda shapes: MALMEN(shapes, RidgeSettings(**{**BASE, "alpha": 2.0, **changes}), CPU)
+
+
+def rledit(**changes: Any) -> Callable[..., HyperNetworkEditor]:
+    return lambda shapes: RLEdit(shapes, RLEditSettings(**{**BASE, "alpha": 2.0, **HORIZON, **changes}), CPU)
+
+
+def sequences(generator: torch.Generator, count: int) -> tuple[TokenSequence, ...]:
+    made = []
+    for _ in range(count):
+        prompt, answer = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 9), (1, 5)))
+        made.append(TokenSequence(tuple(torch.randint(0, 256, (prompt + answer,), generator=generator).tolist()), prompt))
+    return tuple(made)
+
+
+def training_turn(index: int, of: int = 3, facts: int = 7) -> TrainingTurn:
+    generator = torch.Generator().manual_seed(index)
+    edits = sequences(generator, facts)
+    turn = Turn(index, Phase.EDIT, (), edits, mini_batch_weights(edits, 4))
+    questions = sequences(generator, facts), sequences(generator, facts - 2)
+    return TrainingTurn(turn, *questions, epoch=index // of, place=index % of, of=of)
+
+
+def language_model(make: Callable[..., Any], modules: list[str]) -> LanguageModel:
+    model = make(dtype=torch.float64)
+    for norm in (module for module in model.modules() if isinstance(module, LlamaRMSNorm)):
+        norm.forward = partial(exact_norm, norm)  # transformers computes it in float32
+    return LanguageModel(model, None, find_edit_modules(model, modules, 0), compute_tokens=40)
+
+
+def exact_norm(norm: LlamaRMSNorm, rows: Tensor) -> Tensor:
+    return norm.weight * rows * (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
+def editor_for(model: LanguageModel, make: Callable[..., HyperNetworkEditor], stir: float = 0.3) -> HyperNetworkEditor:
+    """With parameters away from where the fresh network has a kink; `stir` 0 keeps it fresh."""
+    torch.manual_seed(3)
+    editor = make(model.shapes).double()
+    with torch.no_grad():
+        for parameter in editor.parameters():
+            parameter += stir * torch.randn_like(parameter) / max(parameter.shape) ** 0.5
+    return editor
+
+
+def trainer_for(model: LanguageModel, editor: HyperNetworkEditor, **changes: float) -> MetaTrainer:
+    values: dict[str, float] = {"meta_lr": 0.0, "loc_coef": LOC_COEF, "max_grad_norm": 1e12, **changes}
+    return MetaTrainer(model, editor, MetaSettings(**values), model.capture)
+
+
+# ------------------------------------------------------------------------------------------------ the plain graph
+
+
+class Plain:
+    """The same losses from one graph: network, update, edited model, loss. Written from DESIGN section 1."""
+
+    def __init__(self, model: LanguageModel, editor: HyperNetworkEditor) -> None:
+        self.model, self.editor = model, editor
+        self.names = list(model.shapes)
+        self.start = {name: model.edited[name].master.clone() for name in self.names}
+        self.edited = dict(self.start)  # what earlier turns of the trajectory left, as constants
+        self.seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        self.past: list[TrainingTurn] = []
+
+    def loss(self, turn: TrainingTurn, depth: int = 1, decay: float = 1.0, reg_coef: float = 0.0) -> Tensor:
+        captures = self.capture(turn)
+        for name in self.names:
+            self.seen.setdefault(self.model.shapes[name], []).append((captures[name].keys, captures[name].value_grads))
+        deltas = {name: self.delta(name, captures[name]) for name in self.names}
+        weights = {name: self.edited[name] + self.oriented(name, delta) for name, delta in deltas.items()}
+        self.past.append(turn)
+        total = torch.zeros((), dtype=torch.float64)
+        for age, past in enumerate(self.past[::-1][:depth]):
+            rephrase = self.cross_entropy(past.rephrases, weights)
+            locality = self.divergence(past.localities, weights)
+            total = total + decay**age * (rephrase + LOC_COEF * locality)
+        total = total + reg_coef * sum((delta**2).sum() for delta in deltas.values())
+        self.edited = {name: weight.detach() for name, weight in weights.items()}
+        return total
+
+    def capture(self, turn: TrainingTurn) -> dict[str, Capture]:
+        self.model.restore(self.edited)
+        captures = self.model.capture(turn.edits).modules
+        self.model.restore(self.start)
+        return captures
+
+    def delta(self, name: str, capture: Capture) -> Tensor:
+        K, G = capture.keys, capture.value_grads
+        rows = self.seen[self.model.shapes[name]]
+        all_k, all_g = torch.cat([k for k, _ in rows]), torch.cat([g for _, g in rows])
+        eps = 2.0**-23
+        x = torch.cat([(K - all_k.mean(0)) / (all_k.std(0) + eps), (G - all_g.mean(0)) / (all_g.std(0) + eps)], 1)
+        alike = [other for other in self.names if self.model.shapes[other] == self.model.shapes[name]]
+        network: Any = self.editor.network(name)
+        for block in network.blocks:
+            inner = torch.relu(x @ block.down @ block.up + block.bias)
+            x = x + block.scale[alike.index(name)] * inner + block.shift[alike.index(name)]
+        new_k, new_g = x.split([K.shape[1], G.shape[1]], 1)
+        place = self.names.index(name)
+        eta = self.editor.log_eta[place].exp()
+        if isinstance(self.editor, MEND):
+            return -eta * new_k.T @ new_g
+        D = -eta * (K * new_k).sum(1, keepdim=True) * new_g
+        ridge: Any = self.editor.log_lambda
+        identity = torch.eye(K.shape[1], dtype=torch.float64)
+        return torch.linalg.solve(K.T @ K + ridge[place].exp() * identity, K.T @ D)
+
+    def oriented(self, name: str, delta: Tensor) -> Tensor:
+        return delta.T if isinstance(self.model.edited[name].module, nn.Linear) else delta
+
+    def log_probs(self, sequence: TokenSequence, weights: dict[str, Tensor]) -> Tensor:
+        named = {f"{name}.weight": weight for name, weight in weights.items()}
+        output = functional_call(self.model.model, named, kwargs={"input_ids": torch.tensor([sequence.ids])})
+        return output.logits[0, sequence.answer_start - 1 : -1].log_softmax(-1)
+
+    def cross_entropy(self, questions: Iterable[TokenSequence], weights: dict[str, Tensor]) -> Tensor:
+        found = [
+            -self.log_probs(s, weights)[i, s.ids[s.answer_start + i]] for s in questions for i in range(s.answer_length)
+        ]
+        return torch.stack(found).mean()
+
+    def divergence(self, questions: Iterable[TokenSequence], weights: dict[str, Tensor]) -> Tensor:
+        found = []
+        for s in questions:
+            before, after = self.log_probs(s, self.start), self.log_probs(s, weights)
+            found.append((before.exp() * (before - after)).sum(1))
+        return torch.cat(found).mean()
+
+
+def gradients_of(editor: HyperNetworkEditor) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in editor.named_parameters()}
+
+
+class Recorder(MetaTrainer):
+    """Keeps the gradients instead of stepping."""
+
+    kept: dict[str, Tensor]
+
+    def _step(self, turn: TrainingTurn) -> float:
+        self.kept = gradients_of(self.editor)  # type: ignore[arg-type]
+        return 0.0
+
+
+@pytest.mark.parametrize(("make", "modules"), MODELS, ids=["llama", "mixed", "gpt2"])
+@pytest.mark.parametrize("method", [mend(), malmen(), malmen(statistics_scope="shape", batch_size=512)])
+def test_two_stages_give_the_gradient_of_one_graph(
+    make: Callable[..., Any], modules: list[str], method: Callable[..., HyperNetworkEditor]
+) -> None:
+    model = language_model(make, modules)
+    editor = editor_for(model, method)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    step = trainer.turn(training_turn(0))
+    ours = trainer.kept
+
+    editor.zero_grad()
+    loss = Plain(model, editor).loss(training_turn(0))
+    loss.backward()
+    assert step.loss.total == pytest.approx(float(loss.detach()), rel=1e-10)
+    assert_close(ours, gradients_of(editor))
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-8) -> None:
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (ours[name] - gradient).norm() / gradient.norm() < tolerance, name
+
+
+@pytest.mark.parametrize(("make", "modules"), MODELS, ids=["llama", "mixed", "gpt2"])
+def test_a_trajectory_gives_the_gradient_of_its_plain_graphs(make: Callable[..., Any], modules: list[str]) -> None:
+    """Three turns that stay in the model, decay, regulariser; each turn answers for itself and the one before."""
+    model = language_model(make, modules)
+    editor = editor_for(model, rledit())
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    totals = [trainer.turn(training_turn(index)).loss.total for index in range(3)]
+    ours = trainer.kept
+
+    editor.zero_grad()
+    plain = Plain(model, editor)
+    losses = [plain.loss(training_turn(i), depth=2, decay=0.7, reg_coef=0.3) for i in range(3)]
+    torch.stack(losses).sum().backward()
+    assert totals == pytest.approx([float(loss.detach()) for loss in losses], rel=1e-10)
+    assert_close(ours, gradients_of(editor))
