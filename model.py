@@ -34,7 +34,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from data.batches import PADDING, compute_batches
-from data.records import Capture, LowRankUpdate, TokenBatch, TokenSequence, Turn
+from data.records import Capture, LossTerm, LowRankUpdate, TokenBatch, TokenSequence, Turn
 
 log = logging.getLogger(__name__)
 
@@ -436,6 +436,7 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
+        self.precise = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of losses and gradients
         self.edited = {name: EditModule(module, master) for name, module in edit_modules.items()}
         self.compute_tokens = compute_tokens or COMPUTE_TOKENS.get(self.device.type, COMPUTE_TOKENS["cpu"])
 
@@ -471,14 +472,15 @@ class LanguageModel:
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         """Keys and value gradients at the positions that predict the answer tokens (DESIGN section 1, capture).
 
-        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the float32 tensors
-        to fill, by default on the model's device. How sequences fall into compute batches changes no result.
+        With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the tensors to fill,
+        by default float32 ones on the model's device (float64 ones where the model is). How sequences fall into
+        compute batches changes no result.
         Raises FloatingPointError where the loss is not finite.
         """
         counts = [len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences]
         first_row = torch.tensor([0, *counts]).cumsum(0)
         captures = self._empty_captures(int(first_row[-1]), allocate)
-        weights = torch.tensor(turn.loss_weights, dtype=torch.float32)
+        weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in compute_batches(turn.sequences, self.compute_tokens):
             at = _every_position(batch) if every_token else (batch.rows, batch.positions)
@@ -496,7 +498,7 @@ class LanguageModel:
         return TurnCapture(captures, mean)
 
     def _empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
-        make = allocate or (lambda _name, shape: torch.empty(shape, device=self.device))
+        make = allocate or (lambda _name, shape: torch.empty(shape, dtype=self.precise, device=self.device))
         return {
             name: Capture(make(f"{name}.keys", (rows, d_k)), make(f"{name}.value_grads", (rows, d_v)))
             for name, (d_k, d_v) in self.shapes.items()
@@ -516,8 +518,8 @@ class LanguageModel:
         with _Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
             self._check_all_ran(trace)
-            losses = functional.cross_entropy(logits.float(), batch.targets.to(self.device), reduction="none")
-            loss = (losses * weights[batch.rows].to(self.device)).sum()
+            losses = functional.cross_entropy(logits.to(self.precise), batch.targets.to(self.device), reduction="none")
+            loss = (losses * weights[batch.rows].to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
         target = first_row[at[0]] + within
         for name, grad in zip(trace.outputs, grads, strict=True):
@@ -569,6 +571,62 @@ class LanguageModel:
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
         return compute_batches(sequences, self.compute_tokens)
+
+    # -- weight gradients
+
+    @torch.no_grad()
+    def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
+        """The logits that predict each answer token, in the order of the sequences: a `LossTerm`'s reference."""
+        first_row = _first_rows(sequences)
+        reference: Tensor | None = None
+        for batch in self.batches(sequences):
+            logits = self._logits(batch)
+            if reference is None:
+                reference = logits.new_empty((int(first_row[-1]), logits.shape[1]))
+            reference[_places(batch, first_row).to(self.device)] = logits
+        assert reference is not None, "a loss term without sequences has no reference"
+        return reference
+
+    def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
+        """dL/dW (d_k, d_v) of each edit module for the weighted sum L of the terms, and each term's own mean loss.
+
+        One backward a compute batch, down to the lowest edit module; no other weight's gradient is formed.
+        """
+        total = {name: torch.zeros_like(edited.weight, dtype=self.precise) for name, edited in self.edited.items()}
+        weights = [edited.weight for edited in self.edited.values()]
+        losses = []
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            for term in terms:
+                mean = torch.zeros((), dtype=torch.float64, device=self.device)
+                for loss in self._batch_losses(term):
+                    gradients = torch.autograd.grad(term.weight * loss, weights)
+                    for name, gradient in zip(total, gradients, strict=True):
+                        total[name] += gradient
+                    mean += loss.detach()
+                losses.append(float(mean))
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        return {n: total[n].T if edited.transposed else total[n] for n, edited in self.edited.items()}, losses
+
+    @torch.no_grad()
+    def losses(self, terms: Sequence[LossTerm]) -> list[float]:
+        """Each term's mean loss, not weighted."""
+        return [float(sum(loss.double() for loss in self._batch_losses(term))) for term in terms]
+
+    def _batch_losses(self, term: LossTerm) -> Iterator[Tensor]:
+        """Each compute batch's share of the term's mean."""
+        first_row = _first_rows(term.sequences)
+        for batch in self.batches(term.sequences):
+            logits = self._logits(batch).to(self.precise)
+            if term.reference is None:
+                loss = functional.cross_entropy(logits, batch.targets.to(self.device), reduction="sum")
+            else:
+                expected = term.reference[_places(batch, first_row).to(self.device)].to(self.precise).log_softmax(-1)
+                loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
+            yield loss / int(first_row[-1])
 
     # -- text
 
@@ -813,6 +871,19 @@ def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     rows, positions = inside.nonzero(as_tuple=True)
     return rows, positions
+
+
+def _first_rows(sequences: Sequence[TokenSequence]) -> Tensor:  # (sequences + 1,)
+    """Where each sequence's answer tokens begin when all of them are counted in order; at the end, their number."""
+    return torch.tensor([0, *(sequence.answer_length for sequence in sequences)]).cumsum(0)
+
+
+def _places(
+    batch: TokenBatch,
+    first_row: Tensor,  # of `_first_rows`
+) -> Tensor:  # (M,)
+    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
+    return first_row[batch.members][batch.rows] + _count_within(batch.rows)
 
 
 def _count_within(
