@@ -1,6 +1,7 @@
 """Edit a language model, turn by turn:  python main.py dataset=zsre editor=stableedit
 
-Reads top to bottom: compose, check everything that needs no weights, load, score the base, edit, score, save.
+Reads top to bottom: compose, check everything that needs no weights, load, score the base, edit, score, save. A run
+that was stopped goes on with resume=auto, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line
 from config.schema import EditorConfig, EditPrecision, Half, RunConfig, Token, to_run_config
-from data.records import Phase, Turn
+from data.records import Turn
+from data.stream import EditStream
 from editor import EDITORS
 from editor.base import Editor
+from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
 from harness.evaluate import Evaluation, protocols_of
-from harness.plan import base_cache, capture_memory, export_folder, make_plan, wandb_settings
+from harness.interrupt import Interrupted, Interruption
+from harness.plan import Plan, base_cache, capture_memory, check_export, export_folder, make_plan, wandb_settings
+from harness.resume import LoopState, earlier_run, move_into
 from harness.scoring import Scoring
 from harness.tracking import RunFolder, Tracker
 from model import LanguageModel
@@ -89,8 +95,31 @@ def error_line(error: Exception) -> str:
 
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
-    """Look at everything that can be wrong before the model is loaded; then the loop, in the order of its lines."""
+    """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
     plan = make_plan(cfg)
+    about = {
+        "config": plain_config(composed),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "inputs": {split: file.sha256 for split, file in plan.files.items()},
+        "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
+        "device": str(plan.device),
+    }
+    roots = roots_of_runs()
+    with earlier_run(cfg.resume, roots, about) as earlier:
+        if earlier is not None:
+            move_into(earlier.path, folder, roots)
+        if earlier is not None and earlier.run["status"] == "finished":
+            log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
+            show_results(earlier.results(), earlier.path)
+        else:
+            check_export(cfg)
+            edit(cfg, plan, about, folder, earlier)
+
+
+def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlier: RunFolder | None) -> None:
+    """The loop, in the order of its lines. A new run is recorded in `folder`, an earlier one where it is."""
+    checkpoints = Checkpoints((earlier.path if earlier else folder) / "checkpoints", "turn", cfg.keep)
+    start = checkpoints.newest() if earlier else None
     model = LanguageModel.load(
         plan.source,
         plan.tokenizer,
@@ -100,7 +129,7 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         master=cfg.model.edit_precision is EditPrecision.master,
         compute_tokens=cfg.model.compute_tokens,
     )
-    fingerprint = model.fingerprint()
+    about["model"]["fingerprint"] = fingerprint = model.fingerprint()
     editor = build_editor(cfg.editor, model.shapes, plan.editor_device)
     evaluation = Evaluation(
         model,
@@ -111,44 +140,52 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         resamples=cfg.evaluation.resamples,
         seed=cfg.seed,
     )
-    run_folder = RunFolder.create(
-        folder,
-        config=plain_config(composed),
-        overrides=list(HydraConfig.get().overrides.task),
-        inputs={split: file.sha256 for split, file in plan.files.items()},
-        model={"name": cfg.model.name_or_path, "revision": cfg.model.revision, "fingerprint": fingerprint},
-        device=str(plan.device),
-    )
-    diagnostics = TurnDiagnostics(plan.device, plan.editor_device)
+    diagnostics = TurnDiagnostics(plan.device, plan.editor_device, seed=cfg.seed)
+    run_folder = earlier or RunFolder.create(folder, **about)
+    state = LoopState(checkpoints, run_folder, model, editor, diagnostics)
+    done, total = state.restore(start, about) if earlier else 0, len(plan.stream)
 
     with (
+        run_folder,
         Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker,
         RunProgress() as progress,
         capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate,
+        Interruption() as interruption,
     ):
         score = Scoring(evaluation, tracker, progress)
-        base = score("base", 0, base_cache(cfg, plan, fingerprint))
+        score.seconds = state.seconds  # with those that a resumed run spent before
+        try:
+            base = run_folder.scores("base") if done else score("base", 0, base_cache(cfg, plan, fingerprint))
 
-        with progress.turns(len(plan.stream)) as bar:
-            for turn in plan.stream.from_turn(0):
-                watch = Stopwatch(plan.device, plan.editor_device)
-                with watch.measure("capture"):
-                    capture = model.capture(turn, cfg.editor.token is Token.all, allocate)
-                with watch.measure("update"), of_turn(turn):
-                    updates = editor.update(capture.modules, turn.phase)
-                with watch.measure("apply"):
-                    changes = model.apply(updates, turn.index)
-                line = diagnostics.line(turn, capture, updates, changes, editor, watch.seconds)
-                tracker.turn(line)
-                bar.advance(edits_total=line["edits_total"], phase=line["phase"])
-                if is_due(turn, cfg.evaluation.every, len(plan.stream)):
-                    score("eval", turn.index + 1)
+            with progress.turns(total, done=done) as bar:
+                for turn in plan.stream.from_turn(done):
+                    if is_due(cfg.evaluation.every, done, plan.stream):
+                        score("eval", done)
+                    with interruption.held():
+                        watch = Stopwatch(plan.device, plan.editor_device)
+                        with watch.measure("capture"):
+                            capture = model.capture(turn, cfg.editor.token is Token.all, allocate)
+                        with watch.measure("update"), of_turn(turn):
+                            updates = editor.update(capture.modules, turn.phase)
+                        with watch.measure("apply"):
+                            changes = model.apply(updates, turn.index)
+                        line = diagnostics.line(turn, capture, updates, changes, editor, watch.seconds)
+                        tracker.turn(line)
+                        done = turn.index + 1
+                        if cfg.checkpoint_every and (done % cfg.checkpoint_every == 0 or done == total):
+                            state.save(done)
+                    bar.advance(edits_total=line["edits_total"], phase=line["phase"])
 
-        final = score("final", len(plan.stream))
-        results = {"base": base, "final": final, "cost": {**run_folder.cost(), "seconds": score.seconds}}
+            final = score("final", done)
+        except Interrupted as stop:
+            if cfg.checkpoint_every and done:
+                state.save(done)
+            log.warning("%s after turn %d of %d; %s", stop.signal, done, total, state.how_to_go_on(about["overrides"]))
+            raise
+        results = {"base": base, "final": final, "cost": {**run_folder.cost(), "seconds": state.seconds}}
         tracker.results(results)
-        if cfg.model_cache:
-            target = export_folder(cfg, run_folder.path)
+        target = export_folder(cfg, run_folder.path)
+        if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
             model.export(target)
             log.info("the edited model is in %s", target)
     show_results(results, run_folder.path)
@@ -163,10 +200,25 @@ def of_turn(turn: Turn) -> Iterator[None]:
         raise FloatingPointError(f"turn {turn.index}: {error}; the weights are those of the turn before") from error
 
 
-def is_due(turn: Turn, every: int, total: int) -> bool:
-    """Whether what happens every so many turns is due after this one; not in warm-up, and the end has its own line."""
-    done = turn.index + 1
-    return every > 0 and done % every == 0 and done < total and turn.phase is Phase.EDIT
+def is_due(every: int, done: int, stream: EditStream) -> bool:
+    """Whether what happens every so many turns is due after `done` of them; not in warm-up, nor before the first."""
+    warm_up = range(stream.warm_up_start, stream.warm_up_start + stream.num_warm_up)
+    return every > 0 and done > 0 and done % every == 0 and done - 1 not in warm_up
+
+
+def roots_of_runs() -> list[Path]:
+    """The folders that this configuration puts runs below: the part of Hydra's folders that is no run's own."""
+    raw = OmegaConf.to_container(HydraConfig.get(), resolve=False)
+    assert isinstance(raw, dict)
+    shared = ["/".join(takewhile(is_shared, raw[kind]["dir"].split("/"))) for kind in ("run", "sweep")]
+    resolved = OmegaConf.to_container(OmegaConf.create(shared), resolve=True)
+    assert isinstance(resolved, list)
+    return [Path(HydraConfig.get().runtime.cwd, str(root)) for root in resolved]
+
+
+def is_shared(part: str) -> bool:
+    """Whether a part of a path is the same for all runs: it names no time, no choice and no number of a job."""
+    return "${" not in part.replace("${oc.env:", "")
 
 
 def build_editor(cfg: EditorConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Editor:

@@ -520,12 +520,15 @@ class RunConfig(Section):
     """Save the edited model at the end."""
     model_cache_dir: str | None = None
     """Folder for it; null = model/ in the run folder."""
-    checkpoint_every: int = 0
-    """Turns between checkpoints; 0 = none."""
+    checkpoint_every: int = 50
+    """Turns between checkpoints, the last turn always being one of them; 0 = none."""
     keep: int = 2
     """Checkpoints that stay."""
     resume: str | None = None
-    """null = a fresh run; auto = the newest unfinished run of this configuration; or a run folder."""
+    """null = a new run; auto = the newest run of this configuration and data, where there is one; or a run folder.
+
+    A run that is finished is not run again.
+    """
 
     def mistakes(self) -> list[str]:
         return [*root_mistakes(vars(self)), *not_built_yet(vars(self)), *warm_up_mistakes(self)]
@@ -539,8 +542,6 @@ NOT_BUILT_YET: dict[str, tuple[Any, str]] = {
     "evaluation.generation": (0, "scores by generation are"),
     "evaluation.retention": (0, "retention scores are"),
     "downstream_eval_steps": (0, "GLUE-style evaluation is"),
-    "checkpoint_every": (0, "checkpoints are"),
-    "resume": (None, "resuming is"),
 }
 EDITORS_NOT_BUILT_YET = ("mend", "malmen", "rledit")
 

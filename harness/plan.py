@@ -50,7 +50,6 @@ def make_plan(cfg: RunConfig) -> Plan:
         log.warning("%s", line)
     device, editor_device = devices(cfg)
     check_wandb(wandb_settings(cfg.tracker).mode)
-    check_export(cfg)
     files = open_data(cfg)
     source = ModelSource(
         locate(cfg.model.name_or_path, places.CACHE, cfg.model.revision),

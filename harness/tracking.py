@@ -3,7 +3,7 @@
 The run folder is the record; wandb is a copy that is nicer to look at. Every number is written to a file before wandb
 sees it, so a run with `tracker.wandb=disabled`, or one that loses its network, is complete on disk.
 
-    with Tracker(RunFolder.create(path, ...), WandbSettings(mode="offline", project="stableedit")) as tracker:
+    with RunFolder.create(path, ...) as folder, Tracker(folder, WandbSettings(mode="offline")) as tracker:
         tracker.turn(line)
         tracker.scores(turn, scores, stage="final")
         tracker.results(results)
@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 from data.records import Phase
+from harness.lock import FolderLock
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +53,13 @@ PLACES: Final = (
     "dataset.train_path",
     "dataset.valid_path",
 )
+LINES: Final = ("turns.jsonl", "scores.jsonl", "records.jsonl")
+LOGGED: Final = ("turns.jsonl", "scores.jsonl")  # those whose lines wandb gets, one step each
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "numpy", "stableedit")
 PROJECT: Final = Path(__file__).resolve().parent.parent
 TAG_LENGTH: Final = 64  # wandb refuses longer tags
 ERROR_LENGTH: Final = 500
+INTERRUPTED: Final = (130, 143)  # 128 + SIGINT and SIGTERM, as shells have it
 
 
 def canonical_json(value: Any, what: str, *, indent: int | None = None) -> str:
@@ -99,14 +104,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def run_id(config: Mapping[str, Any], inputs: Mapping[str, str], revision: str | None) -> str:
     """What was run, in 16 hex digits: SHA-256 over config without `PLACES`, hashes of the data, model revision."""
-    identity = {"config": _without(config, PLACES), "inputs": dict(inputs), "revision": revision}
+    identity = {"config": leave_out(config, PLACES), "inputs": dict(inputs), "revision": revision}
     return hashlib.sha256(canonical_json(identity, "config").encode()).hexdigest()[:16]
 
 
-def _without(config: Mapping[str, Any], places: Iterable[str], prefix: str = "") -> dict[str, Any]:
+def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = "") -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in places}
     return {
-        key: _without(value, places, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        key: leave_out(value, places, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in kept.items()
     }
 
@@ -151,7 +156,7 @@ def _now() -> str:
 
 def one_line(error: BaseException | str) -> str:
     """An error as one line for `run.json`: its type and the first line of its message."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, BaseException) and _exit_code(error) in INTERRUPTED:
         return "interrupted"
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
@@ -160,14 +165,36 @@ def one_line(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {first}".rstrip(": ")[:ERROR_LENGTH]
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` in that folder holds; ValueError where there is none, or none that can be read."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder}: holds no run (no run.json); name the folder of a run") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'}: cannot be read ({one_line(error)})") from error
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file that may not be there."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 class RunFolder:
     """The files of a run (DESIGN section 6): `run.json`, `turns.jsonl`, `scores.jsonl`, `records.jsonl`,
     `results.json`. Lines are on disk when the call that wrote them returns; whole files are written atomically.
+
+    As a context manager: nobody else may write there until it is left.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: Path, run: dict[str, Any], lock: FolderLock) -> None:
         self.path = path
         self.run = run  # what run.json holds
+        self.mark: dict[str, int] = {}  # bytes of each file of lines when the last turn was over
+        self._lock = lock
 
     @classmethod
     def create(
@@ -191,6 +218,7 @@ class RunFolder:
             "error": None,
             "started": _now(),
             "finished": None,
+            "resumed": [],
             "config": dict(config),
             "overrides": list(overrides),
             "inputs": dict(inputs),
@@ -199,26 +227,80 @@ class RunFolder:
             "platform": platform.platform(),
             "versions": versions(),
             "git": git_state(),
+            "wandb_id": secrets.token_hex(4),
         }
-        folder = cls(path, run)
-        text = folder._run_json()
+        _check(run, "run.json")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "run.json").open("x").close()  # exclusive: of two runs that start at once, one gets the folder
-            write_atomically(path / "run.json", text)
-        except FileExistsError as error:
-            raise ValueError(
-                f"hydra.run.dir={path}: {Path(error.filename).name} is there already; choose a new folder for this run"
-            ) from None
+            folder = cls(path, run, FolderLock(path))
+            folder._start()
         except OSError as error:
             raise ValueError(
                 f"hydra.run.dir={path}: not writable ({error.strerror}); choose a folder you can write to"
             ) from error
         return folder
 
+    def _start(self) -> None:
+        try:
+            if (self.path / "run.json").exists():
+                raise ValueError(
+                    f"hydra.run.dir={self.path}: run.json is there already; choose a new folder for this run, "
+                    "or go on with that one, resume=auto"
+                )
+            self._write_run()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The record of an earlier run, as it was left; ValueError where there is none, or where it goes on."""
+        path = path.absolute()
+        read_run(path)  # a folder that holds no run gets no lock
+        folder = cls(path, {}, FolderLock(path))
+        folder.run = {"resumed": [], "wandb_id": secrets.token_hex(4)} | read_run(path)
+        return folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None:
+        """Continue from `turn`, at which the files of lines had these lengths: what came later is cut off.
+
+        ValueError, before anything is cut, where one of them is shorter.
+        """
+        held = self._lengths()
+        for name, length in lengths.items():
+            if held[name] < length:
+                raise ValueError(
+                    f"{self.path / name}: holds {held[name]} bytes, but held {length} after turn {turn}; "
+                    "put the whole file back, or begin a new run without resume"
+                )
+        for name, length in held.items():
+            if length > lengths.get(name, 0):
+                os.truncate(self.path / name, lengths.get(name, 0))
+        self.mark = dict(lengths)
+        self.run |= {"status": "running", "error": None, "finished": None}
+        self.run["resumed"] = [*self.run["resumed"], {"at": _now(), "turn": turn, "overrides": list(overrides)}]
+        self._write_run()
+
+    def sync(self) -> None:
+        """Lines that were written outlive a power cut."""
+        for name in LINES:
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _lengths(self) -> dict[str, int]:
+        return {name: file.stat().st_size if (file := self.path / name).exists() else 0 for name in LINES}
+
     def append_turn(self, line: Mapping[str, Any]) -> None:
-        """Add a turn to `turns.jsonl`."""
+        """Add a turn to `turns.jsonl`; a checkpoint of it goes back to what the files hold now."""
         self._append("turns.jsonl", [line])
+        self.mark = self._lengths()
 
     def append_scores(self, line: Mapping[str, Any]) -> None:
         """Add an evaluation to `scores.jsonl`: `turn`, `stage` (base, eval, final), `scores`."""
@@ -237,6 +319,24 @@ class RunFolder:
         with (self.path / "turns.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
+
+    def scores(self, stage: Stage) -> dict[str, Any]:
+        """The last evaluation of that stage in `scores.jsonl`."""
+        with (self.path / "scores.jsonl").open(encoding="utf-8") as file:
+            return [line["scores"] for line in map(json.loads, file) if line["stage"] == stage][-1]
+
+    def results(self) -> dict[str, Any]:
+        """What `results.json` holds; ValueError where it is gone."""
+        try:
+            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error.filename}: is gone, though run.json has the run as finished; begin it anew without resume"
+            ) from None
+
+    def logged(self) -> int:
+        """Lines that were written to where wandb's come from."""
+        return sum(count_lines(self.path / name) for name in LOGGED)
 
     def cost(self) -> dict[str, Any]:
         """What the turns in `turns.jsonl` cost, for `results["cost"]`; ValueError before the first turn.
@@ -270,17 +370,18 @@ class RunFolder:
         self._end("finished", None)
 
     def fail(self, error: BaseException | str) -> None:
-        """Mark the run failed, with one line that says why."""
-        self._end("failed", one_line(error))
+        """Mark the run failed, or interrupted, with one line that says why."""
+        line = one_line(error)
+        self._end("interrupted" if line == "interrupted" else "failed", line)
 
     def _end(self, status: str, error: str | None) -> None:
         self.run |= {"status": status, "error": error, "finished": _now()}
-        write_atomically(self.path / "run.json", self._run_json())
+        self._write_run()
 
-    def _run_json(self) -> str:
+    def _write_run(self) -> None:
         # In the order above, not sorted: people open this file to see first what it was and how it ended.
         _check(self.run, "run.json")
-        return json.dumps(self.run, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "run.json", json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         with (self.path / name).open("a", encoding="utf-8", newline="\n") as file:
@@ -321,8 +422,9 @@ class _NullSink:
 class _WandbSink:
     """One wandb run, set up so that a fresh dashboard reads well: every chart over `turn`, one section a prefix."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, step: int) -> None:
         self._run = run
+        self._step = step  # a resumed run says what it says again under the same numbers as before
         run.define_metric("turn", hidden=True)
         run.define_metric("*", step_metric="turn")
         for section, summary in {"time": "mean", "memory": "max", "update": "last,max"}.items():
@@ -334,7 +436,8 @@ class _WandbSink:
         for name in sorted(bounds):  # kept for custom charts, but not a chart of their own beside each score
             self._run.define_metric(name, step_metric="turn", hidden=True)
         self._hidden |= bounds
-        self._run.log(dict(metrics))
+        self._run.log(dict(metrics), step=self._step)
+        self._step += 1
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
         self._run.summary.update(dict(metrics))
@@ -396,7 +499,7 @@ def _open_sink(folder: RunFolder, settings: WandbSettings) -> _Sink:
         log.info("wandb: %s", run.url)
     else:
         log.info("wandb: offline; `wandb sync %s` sends the run", Path(run.dir).parent)
-    return _WandbSink(run)
+    return _WandbSink(run, folder.logged())
 
 
 def _start_wandb(folder: RunFolder, settings: WandbSettings) -> Any:
@@ -408,6 +511,8 @@ def _start_wandb(folder: RunFolder, settings: WandbSettings) -> Any:
     try:
         return wandb.init(
             **_identity(folder.run, settings),
+            id=folder.run["wandb_id"],
+            resume="allow" if folder.run["resumed"] and settings.mode == "online" else None,
             dir=str(folder.path),
             config=_wandb_config(folder.run),
             settings=wandb.Settings(mode=settings.mode, silent=True, console="off", disable_code=True, save_code=False),
@@ -502,7 +607,7 @@ def _exit_code(error: BaseException | None) -> int:
     if error is None:
         return 0
     if isinstance(error, KeyboardInterrupt):
-        return 130  # 128 + SIGINT, as shells have it
+        return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 1

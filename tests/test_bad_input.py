@@ -507,7 +507,7 @@ def test_a_run_that_is_told_to_end_leaves_no_run_that_seems_to_go_on(
         main.main()
     signal.signal(signal.SIGTERM, before)
     assert end.value.code == 143
-    assert Run(commands.folder / "run").json("run.json")["status"] == "failed"
+    assert Run(commands.folder / "run").json("run.json")["status"] == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,8 @@ MISTAKES = {
     "model=huggingface": ("model.name_or_path is not set", "model.lr=..."),
     "editor.RunningMeanStd_mode=frozen editor.preheat_mode=end": ("frozen", "editor.preheat_mode=start"),
     "editor=rledit editor.back_depth=0 editor.time_decay=1.2": ("editor.back_depth=0", "(0, 1]"),
-    "checkpoint_every=50": ("checkpoint_every=50", "leave it at 0"),
+    "checkpoint_every=-1": ("checkpoint_every=-1", "0 makes no checkpoints"),
+    "keep=0": ("keep=0", "1 or more"),
     "editor=mend": ("editor=mend", "choose stableedit or ultraedit"),
 }
 
@@ -183,8 +184,8 @@ def test_a_mistake_ends_in_one_line_with_a_remedy(line: str) -> None:
 
 
 def test_mistakes_are_reported_together() -> None:
-    message = refusal("num_seq=0 editor.alpha=-1 dataset.n_edits=-5 checkpoint_every=50")
-    for key in ("num_seq=0", "editor.alpha=-1", "dataset.n_edits=-5", "checkpoint_every=50"):
+    message = refusal("num_seq=0 editor.alpha=-1 dataset.n_edits=-5 checkpoint_every=-5")
+    for key in ("num_seq=0", "editor.alpha=-1", "dataset.n_edits=-5", "checkpoint_every=-5"):
         assert key in message
     message = refusal("typo=1 num_seq=abc editor.preheat_mode=begin")
     for key in ("typo=1", "num_seq=abc", "editor.preheat_mode=begin"):

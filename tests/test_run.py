@@ -27,7 +27,7 @@ from model import LanguageModel, ModelSource, load_tokenizer
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT
 
-FILES = {"main.log", "run.json", "turns.jsonl", "scores.jsonl", "results.json", "records.jsonl"}
+FILES = {"main.log", "run.json", "turns.jsonl", "scores.jsonl", "results.json", "records.jsonl", "checkpoints"}
 SCORES = ["ES", "GS", "LS", "ES_seq", "GS_seq", "LS_seq"]
 
 

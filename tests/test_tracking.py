@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from harness import tracking
+from harness.interrupt import Interrupted
 from harness.tracking import RunFolder, Tracker, WandbSettings, git_state, run_id, turn_metrics
 
 CONFIG: dict[str, Any] = {
@@ -161,7 +163,7 @@ def test_lines_are_on_disk_at_once_and_nothing_else_is_left(tmp_path: Path) -> N
     lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["index"] for line in lines[:-1]] == list(range(5))
     assert next(folder.turns()) == turn_line(0)
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "turns.jsonl", "records.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.lock", "turns.jsonl", "records.jsonl"}
 
 
 def test_results_have_the_same_bytes_in_any_order(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         folder.write_results({"final": {}})
     assert read(tmp_path / "results.json") == {"final": SCORES}
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.lock", "results.json"}
 
 
 def test_cost_sums_the_turns_up(tmp_path: Path) -> None:
@@ -222,11 +224,16 @@ def test_tracker_marks_how_the_run_ended(tmp_path: Path) -> None:
     assert read(tmp_path / "good" / "run.json")["status"] == "finished"
     assert read(tmp_path / "good" / "scores.jsonl") == {"turn": 0, "stage": "final", "scores": SCORES}
 
-    for error, line in ((RuntimeError("boom"), "RuntimeError: boom"), (KeyboardInterrupt(), "interrupted")):
-        path = tmp_path / type(error).__name__
+    for error, status, line in (
+        (RuntimeError("boom"), "failed", "RuntimeError: boom"),
+        (KeyboardInterrupt(), "interrupted", "interrupted"),
+        (Interrupted(signal.SIGTERM), "interrupted", "interrupted"),
+        (SystemExit("no"), "failed", "SystemExit: no"),
+    ):
+        path = tmp_path / f"{type(error).__name__}_{status}"
         with pytest.raises(type(error)), Tracker(create(path), WandbSettings(mode="disabled")):
             raise error
-        assert (read(path / "run.json")["status"], read(path / "run.json")["error"]) == ("failed", line)
+        assert (read(path / "run.json")["status"], read(path / "run.json")["error"]) == (status, line)
 
 
 def test_a_disk_that_is_full_does_not_hide_the_error_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,236 @@
+"""Checkpoints: tensors and a JSON state in a folder that is complete or absent, and verified before it is used.
+
+    checkpoints = Checkpoints(run_folder / "checkpoints", "turn", keep=2)
+    checkpoints.save(50, {"model": masters, "editor": buffers}, {"seconds": 3.5})
+    ...
+    found = checkpoints.newest()
+    found.place, found.state, found.tensors()["model"]
+
+`turn_50/tensors.safetensors` holds each tensor as <group>/<name>; `turn_50/state.json` the state, and the SHA-256 of
+both files. Whoever saves must be the only process that writes there (harness/lock.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FORMAT: Final = 1  # of state.json; `sha256` is the checksum of all else in it, in this format and in every later one
+STATE, TENSORS = "state.json", "tensors.safetensors"
+PIECE = 1 << 24  # bytes hashed at a time
+DTYPES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by the name of whose they are, without '/', and their own name."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose bytes are those that were written."""
+
+    path: Path
+    place: int
+    state: dict[str, Any]
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The groups as they were saved, in memory of their own: products follow the alignment of what they are of."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        with safe_open(self.path / TENSORS, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = file.get_tensor(key).clone()
+        return groups
+
+
+class Checkpoints:
+    """The checkpoints of one kind in a folder, each at a place that counts up, as <kind>_<place>/."""
+
+    def __init__(self, folder: Path, kind: str, keep: int) -> None:
+        self.folder, self.kind, self.keep = folder, kind, keep
+        self.latest: int | None = None  # the place of the newest one known to be whole
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint; damaged ones are passed over, at WARNING.
+
+        ValueError for one that a newer version of this program wrote.
+        """
+        for place in reversed(self.places()):
+            try:
+                found = read(self._path(place))
+            except DamagedError as error:
+                log.warning("%s; looking for one before it", error)
+            else:
+                self.latest = place
+                return found
+        return None
+
+    def places(self) -> list[int]:
+        """Where there are checkpoints, in order, damaged ones included."""
+        names = (path.name.removeprefix(f"{self.kind}_") for path in self.folder.glob(f"{self.kind}_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(self, place: int, groups: Groups, state: Mapping[str, Any]) -> None:
+        """Write beside, sync, rename; then all go but the last `keep`. Nothing where the newest stands here already.
+
+        ValueError, in one line, where the disk refuses; the checkpoints before it are then as they were.
+        """
+        if place == self.latest:
+            return
+        self._clear()
+        target = self._path(place)
+        beside = self.folder / f".{target.name}.new"
+        try:
+            beside.mkdir(parents=True)
+            tensors = {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
+            digest = write_safetensors(beside / TENSORS, tensors)
+            _write_state(beside / STATE, {"format": FORMAT, "place": place, "tensors": digest, "state": dict(state)})
+            _sync(beside)
+            if target.exists():  # a damaged one
+                self._discard(target)
+            beside.rename(target)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise self._not_written(target, error) from error
+        self.latest = place
+        self._prune()
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"{self.kind}_{place}"
+
+    def _clear(self) -> None:
+        """What a process that was killed left: nobody else writes here."""
+        for left in self.folder.glob(f".{self.kind}_*"):
+            shutil.rmtree(left)
+
+    def _prune(self) -> None:
+        """Those before the last `keep` go; and those of a later place, for they were passed over as damaged."""
+        places = self.places()
+        upto = places.index(self.latest) + 1 if self.latest is not None else 0
+        for place in [*places[: max(0, upto - self.keep)], *places[upto:]]:
+            self._discard(self._path(place))
+
+    def _discard(self, path: Path) -> None:
+        """Renamed first, so that a process killed meanwhile leaves no half of one."""
+        gone = path.with_name(f".{path.name}.gone")
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+    def _not_written(self, target: Path, error: OSError) -> ValueError:
+        before = "there is none before it" if self.latest is None else f"that of {self.kind} {self.latest} is whole"
+        return ValueError(
+            f"{target}: the checkpoint could not be written ({error.strerror}); {before}; "
+            f"make room, and go on with resume={self.folder.parent}"
+        )
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, every byte of it verified.
+
+    DamagedError where it is not what was written, ValueError where it is of a newer format.
+    """
+    about = _read_state(path / STATE)
+    if about["format"] > FORMAT:
+        raise ValueError(
+            f"{path}: a checkpoint of format {about['format']}, which a newer version of this program wrote; this one "
+            f"reads up to format {FORMAT}: go on with that version"
+        )
+    file = path / TENSORS
+    if not file.is_file() or _digest_of(file) != about["tensors"]:
+        raise DamagedError(f"{file}: damaged, not the bytes that were written")
+    return Checkpoint(path, about["place"], about["state"])
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write the tensors, sync, and return the file's SHA-256, which another core works out meanwhile.
+
+    The safetensors format is a length, a JSON header and the bytes; its own writer would have them hashed afterwards,
+    at the cost of writing them once more.
+    """
+    ordered = {name: tensors[name].detach() for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))}
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        hashed = [hasher.submit(digest.update, header := _header(ordered))]
+        file.write(header)
+        for tensor in ordered.values():
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for first in range(0, len(content), PIECE):
+                hashed.append(hasher.submit(digest.update, content[first : first + PIECE]))
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        for future in hashed:
+            future.result()
+    return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_state(path: Path, about: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump({**about, "sha256": _digest(about)}, file, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_bytes())
+        if isinstance(about, dict) and about.pop("sha256", None) == _digest(about):
+            return about
+    except (FileNotFoundError, ValueError):  # gone, cut, or no JSON any more
+        pass
+    raise DamagedError(f"{path}: damaged, not what was written")
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """What was created in it, or renamed, outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""SIGINT and SIGTERM while a run goes on: the turn is finished first."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 0.5  # seconds: a terminal and whatever launched the run may both pass the same Ctrl-C on
+
+
+class Interrupted(SystemExit):
+    """The run is to end, and its state is that of a whole turn; `code` is 128 + the signal, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+class Interruption:
+    """Raises Interrupted on the first signal: at once, or at the end of `held()`. A second one stops there and then."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._at = 0.0
+        self._held = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is inside is done whole."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._first is not None:
+            raise Interrupted(self._first)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._first is not None:
+            if time.monotonic() - self._at < ECHO:
+                return
+            raise SystemExit(128 + number)
+        self._first, self._at = number, time.monotonic()
+        if not self._held:
+            raise Interrupted(number)
+        log.warning("%s: finishing the turn first; a second one stops at once", signal.Signals(number).name)

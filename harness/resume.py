@@ -1,0 +1,256 @@
+"""Which run a command goes on with, what it must have in common with it, and where the loop stood."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from editor.base import Editor
+from harness.checkpoint import Checkpoint, Checkpoints
+from harness.diagnostics import TurnDiagnostics
+from harness.tracking import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
+from model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+NEWEST = "auto"  # what `resume` is where no folder is named
+DATA = {"eval": "dataset.valid_path", "train": "dataset.train_path"}
+MOST_NAMED = 8  # keys that fit into an error message
+NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold many files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run
+
+
+@contextmanager
+def earlier_run(resume: str | None, roots: Sequence[Path], about: Mapping[str, Any]) -> Iterator[RunFolder | None]:
+    """The run to go on with, or that is finished, locked for as long as the context lasts; None to begin a new one.
+
+    `resume` is null, auto or a run folder; auto looks below `roots` for the newest run of the same id that is finished
+    or has a checkpoint, else for the newest at all. `about` is what `run.json` would say of a new run. Raises
+    ValueError where the folder named holds no run, or another one: each key that differs is named.
+    """
+    path = None
+    if resume == NEWEST:
+        path = _newest(roots, about)
+    elif resume is not None:
+        path = Path(resume).expanduser()
+        _require_same(resume, read_run(path), about)
+    if path is None:
+        yield None
+        return
+    with RunFolder.open(path) as run_folder:
+        yield run_folder
+
+
+def _newest(roots: Sequence[Path], about: Mapping[str, Any]) -> Path | None:
+    wanted = run_id(about["config"], about["inputs"], about["model"]["revision"])
+    runs = sorted(_runs_below(roots), key=lambda found: (found[1]["started"], found[0]), reverse=True)
+    same = [(path, run) for path, run in runs if run["run_id"] == wanted]
+    for path, run in same:
+        if run["status"] == "finished" or any((path / "checkpoints").glob("*_*")):
+            return path
+    if same:
+        return same[0][0]
+    where = ", ".join(map(str, roots))
+    log.info("resume=%s: no run of this configuration and data below %s; this is the first", NEWEST, where)
+    for path, run in runs:
+        if run["inputs"] != about["inputs"] and not differences(run["config"], about["config"]):
+            log.warning("%s holds a run of this configuration, but %s", path, _changed_data(run, about))
+            break
+    return None
+
+
+def _runs_below(roots: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    seen: set[Path] = set()
+    for root in roots:
+        for folder, below, files in os.walk(root):
+            path = Path(folder)
+            below[:] = [] if path in seen else [name for name in below if name not in NEVER_RUNS and name[0] != "."]
+            if "run.json" in files and path not in seen:
+                try:
+                    yield path, read_run(path)
+                except ValueError as error:
+                    log.warning("%s; left out", error)
+            seen.add(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be the same
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys of two configurations that differ and can change a number, with both values."""
+    old, new = (dict(_leaves(leave_out(config, PLACES))) for config in (before, now))
+    keys = [key for key in {**new, **old} if (key in old, old.get(key)) != (key in new, new.get(key))]
+    return [f"{key}={_shown(old, key)} there and {_shown(new, key)} here" for key in keys]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    if key not in leaves:
+        return "not known"
+    return "null" if leaves[key] is None else str(leaves[key])
+
+
+def _require_same(resume: str, run: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    different = differences(run["config"], about["config"])
+    if different:
+        more = f", and {len(different) - MOST_NAMED} more" if len(different) > MOST_NAMED else ""
+        named = ", ".join(different[:MOST_NAMED])
+        raise ValueError(f"resume={resume}: another run, {named}{more}; set them as they were, or leave resume out")
+    if run["inputs"] != about["inputs"]:
+        raise ValueError(
+            f"resume={resume}: {_changed_data(run, about)}; bring the file back that the run was begun with, or leave "
+            "resume out"
+        )
+
+
+def _changed_data(run: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    now = about["inputs"]
+    names = [name for name in {**run["inputs"], **now} if run["inputs"].get(name) != now.get(name)]
+    return ", ".join(
+        f"the file of {DATA[name]} has changed since (SHA-256 {run['inputs'].get(name, '')[:8]}, now "
+        f"{now.get(name, '')[:8]})"
+        for name in names
+    )
+
+
+def _require_model(run: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    was, now = run["model"]["fingerprint"], about["model"]["fingerprint"]
+    if was != now:
+        raise ValueError(
+            f"model.name_or_path={run['model']['name']}: other weights than those that the run began with (fingerprint "
+            f"{was}, now {now}); bring them back, or leave resume out"
+        )
+
+
+def changed_circumstances(run: Mapping[str, Any], device: str) -> list[str]:
+    """What else may change the last bits of a number, a line each; a run goes on with it, and the user is told."""
+    pairs = {
+        "device": (run["device"], device),
+        **{name: (was, versions().get(name)) for name, was in run["versions"].items()},
+        "git commit": ((run["git"] or {}).get("commit"), (git_state() or {}).get("commit")),
+    }
+    return [f"{name} was {was} when the run began, and is {now}" for name, (was, now) in pairs.items() if was != now]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+
+
+class LoopState:
+    """What the turns so far have left behind beside lines: edited weights, statistics, past updates, seconds spent."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        folder: RunFolder,
+        model: LanguageModel,
+        editor: Editor,
+        diagnostics: TurnDiagnostics,
+    ) -> None:
+        self.checkpoints, self.folder = checkpoints, folder
+        self.model, self.editor, self.diagnostics = model, editor, diagnostics
+        self.seconds: dict[str, float] = {}  # of everything that is no turn
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` turns, at the lines that the last of them wrote."""
+        start = time.perf_counter()
+        past, memory = self.diagnostics.state()
+        masters = {name: edited.master for name, edited in self.model.edited.items()}
+        self.folder.sync()
+        self.checkpoints.save(
+            done,
+            {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past},
+            {
+                "run_id": self.folder.run["run_id"],
+                "lengths": self.folder.mark,
+                "diagnostics": memory,
+                "seconds": self.seconds,
+            },
+        )
+        self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
+
+    def restore(self, checkpoint: Checkpoint | None, about: Mapping[str, Any]) -> int:
+        """Weights, statistics, past updates and files as the checkpoint has them, or as before the first turn.
+
+        The turns done by then. ValueError, nothing being changed, for another model or another run's checkpoint.
+        """
+        run = self.folder.run
+        _require_model(run, about)
+        for line in changed_circumstances(run, about["device"]):
+            log.warning("%s: the last bits of numbers may differ from here on", line)
+        done, lengths = 0, {}
+        if checkpoint is not None:
+            if checkpoint.state["run_id"] != run["run_id"]:
+                raise ValueError(
+                    f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run['run_id']}; take it away"
+                )
+            done, lengths = checkpoint.place, checkpoint.state["lengths"]
+        groups = checkpoint.tensors() if checkpoint else {}
+        self.folder.go_on(lengths, done, about["overrides"])
+        if checkpoint is not None:
+            self.model.restore(groups["model"])
+            self.editor.load_state_dict(groups.get("editor", {}))
+            self.diagnostics.load_state(groups.get("diagnostics", {}), checkpoint.state["diagnostics"])
+            self.seconds |= checkpoint.state["seconds"]
+        log.info("going on after turn %d of the run in %s", done, self.folder.path)
+        return done
+
+    def how_to_go_on(self, overrides: Sequence[str]) -> str:
+        """What whoever stopped the run has to type."""
+        path = str(self.folder.path)
+        quoted = path if re.fullmatch(r"[\w./-]+", path) else f"'{path}'"  # what Hydra reads as it stands
+        kept = [line for line in overrides if not line.startswith("resume=")]
+        command = shlex.join(["python", "main.py", *kept, f"resume={quoted}"])
+        return f"to go on from turn {self.checkpoints.latest or 0}: {command}"
+
+
+def move_into(folder: Path, fresh: Path, roots: Sequence[Path]) -> None:
+    """Log into the run's own folder from here on; the one that was made for this command goes.
+
+    With what was logged there so far. It stays where there is more in it than Hydra's own files; empty folders between
+    it and the root of all runs go with it.
+    """
+    if folder.resolve() == fresh.resolve():
+        return
+    logs = []
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == fresh:
+            logs.append(_move_log(handler, folder))
+    if {path.name for path in fresh.iterdir()} <= {".hydra", *logs}:
+        shutil.rmtree(fresh)
+        for parent in fresh.parents:
+            if parent in roots or not any(parent.is_relative_to(root) for root in roots) or any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+
+def _move_log(handler: logging.FileHandler, folder: Path) -> str:
+    before = Path(handler.baseFilename)
+    handler.close()
+    with (folder / before.name).open("a", encoding="utf-8") as file:
+        file.write(before.read_text(encoding="utf-8"))
+    moved = logging.FileHandler(folder / before.name, encoding="utf-8")
+    moved.setFormatter(handler.formatter)
+    moved.setLevel(handler.level)
+    logging.getLogger().removeHandler(handler)
+    logging.getLogger().addHandler(moved)
+    return before.name
