@@ -1,0 +1,27 @@
+"""The command line of the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from harness.report import write_report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report", description="Pictures and tables of one run, or of several side by side."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or one that holds several")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write; one run: its own folder")
+    chosen = parser.parse_args(arguments)
+    try:
+        written = write_report(chosen.runs, chosen.to)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"{written}\n")
+
+
+if __name__ == "__main__":
+    main()

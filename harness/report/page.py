@@ -1,0 +1,239 @@
+"""The report as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+from harness.console import FORMS, SCORES, duration
+from harness.report.drawing import Named, Picture, interval
+from harness.report.paired import RESAMPLES, Difference
+from harness.report.score_figures import is_share, order
+
+CSS: Final = """
+:root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
+body { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; background: #fff; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.8rem 0 .6rem; }
+p.sub, figcaption, p.note { color: #55606e; }
+p.sub { margin-top: 0; overflow-wrap: anywhere; }
+.warning { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .6rem .9rem; margin: .8rem 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
+th { color: #55606e; font-weight: 600; border-bottom-color: #b8c0ca; }
+th:first-child, td:first-child { text-align: left; }
+td small { color: #55606e; }
+td.far { font-weight: 650; }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
+figure { margin: 0; }
+img { max-width: 100%; height: auto; display: block; }
+figcaption { font-size: .92rem; margin-top: .4rem; }
+summary { cursor: pointer; margin-top: 1rem; color: #55606e; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .92rem; }
+dt { color: #55606e; } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+LEVEL: Final = 0.05  # adjusted p-values below it are set bold
+
+
+def page(
+    runs: Sequence[Named],
+    pictures: Iterable[tuple[Picture, bytes]],  # with the PNG of each
+    differences: Mapping[str, Mapping[str, Difference] | str],  # by label: of each score, or why there is none
+    adjusted: Mapping[tuple[str, str], float],  # (label, score) -> p-value adjusted for their number
+) -> str:
+    """The whole page; every picture is inside it."""
+    body = [*_head(runs), *_results(runs), *_comparison(runs, differences, adjusted)]
+    for picture, png in pictures:
+        image = base64.b64encode(png).decode()
+        body.append(f"<h2>{escape(picture.title)}</h2>")
+        body.append(
+            f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{image}">'
+            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        )
+    body += [_about(named) for named in runs]
+    title = escape(_title(runs))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style></head>\n'
+        f"<body>\n{chr(10).join(body)}\n</body></html>\n"
+    )
+
+
+def _title(runs: Sequence[Named]) -> str:
+    configs = [named.run.about["config"] for named in runs]
+    datasets, models = (list(dict.fromkeys(_name(config, key) for config in configs)) for key in ("dataset", "model"))
+    what = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    return f"{what} on {', '.join(datasets)}, {', '.join(models)}"
+
+
+def _name(config: Mapping[str, Any], section: str) -> str:
+    part = config.get(section, {})
+    return Path(str(part.get("name_or_path") or part.get("name") or "?")).name
+
+
+def _head(runs: Sequence[Named]) -> Iterator[str]:
+    yield f"<h1>{escape(_title(runs))}</h1>"
+    if len(runs) == 1:
+        yield f'<p class="sub">{escape(str(runs[0].run.folder))}</p>'
+    for named in runs:
+        if named.run.unfinished:
+            yield f'<p class="warning"><b>{escape(named.label)}</b>: {escape(named.run.unfinished)}.</p>'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    return f'<div class="scroll"><table><tr>{titles}</tr>{"".join(lines)}</table></div>'
+
+
+def _results(runs: Sequence[Named]) -> Iterator[str]:
+    """Base, final and change of one run; of several, the final scores side by side."""
+    yield "<h2>Scores</h2>"
+    if not any(named.run.results.get(stage) for named in runs for stage in ("base", "final")):
+        yield '<p class="note">No evaluation is complete yet.</p>'
+        return
+    yield _one_runs_results(runs[0]) if len(runs) == 1 else _all_runs_results(runs)
+    note = "Percent where the score is a share; means over records with 95% bootstrap intervals."
+    yield f'<p class="note">{note} {"".join(_cost(named) for named in runs if len(runs) == 1)}</p>'
+
+
+def _one_runs_results(named: Named) -> str:
+    base, final = (named.run.results.get(stage, {}) for stage in ("base", "final"))
+    names = sorted(dict.fromkeys([*base, *final]), key=order)
+    rows = [
+        [_label(name), _score(name, base.get(name)), _score(name, final.get(name)), _change(name, base, final),
+         _count(final.get(name) or base.get(name))]
+        for name in names
+    ]  # fmt: skip
+    return _table(["score", "base model", "edited model", "change", "records"], rows)
+
+
+def _all_runs_results(runs: Sequence[Named]) -> str:
+    names = sorted(dict.fromkeys(n for named in runs for n in named.run.results.get("final", {})), key=order)
+    bases = {tuple(_score(name, named.run.results.get("base", {}).get(name)) for name in names) for named in runs}
+    rows = [["base model", *cells] for cells in (sorted(bases) if len(bases) == 1 else ())]
+    rows += [
+        [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
+        for named in runs
+    ]
+    return _table(["run", *names], rows)
+
+
+def _comparison(
+    runs: Sequence[Named],
+    differences: Mapping[str, Mapping[str, Difference] | str],
+    adjusted: Mapping[tuple[str, str], float],
+) -> Iterator[str]:
+    if not differences:
+        return
+    yield f"<h2>Each run against {escape(runs[0].label)}</h2>"
+    found = {label: one for label, one in differences.items() if not isinstance(one, str)}
+    names = sorted(dict.fromkeys(name for one in found.values() for name in one), key=order)
+    if names:
+        compared = [named for named in runs if named.label in found]
+        yield _table(["run", *names], (_differences(named, names, found[named.label], adjusted) for named in compared))
+        yield (
+            '<p class="note">Difference in percentage points over the records that both runs scored at their end, '
+            "paired by row of the data file: mean with a 95% paired bootstrap interval, and p of a two-sided sign-flip "
+            f"permutation test ({RESAMPLES:,} flips), adjusted for all {len(adjusted)} tests of this table (Holm). "
+            f"Bold where p &lt; {LEVEL}.</p>"
+        )
+    for label, why in differences.items():
+        if isinstance(why, str):
+            yield f'<p class="note">{escape(label)} is not compared: {escape(why)}.</p>'
+
+
+def _differences(
+    named: Named, names: Sequence[str], found: Mapping[str, Difference], adjusted: Mapping[tuple[str, str], float]
+) -> list[str]:
+    return [_swatch(named), *(_difference(found.get(name), adjusted.get((named.label, name))) for name in names)]
+
+
+def _difference(difference: Difference | None, p: float | None) -> str:
+    if difference is None or p is None:
+        return "-"
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    text = f"{mean:+.1f} <small>[{low:+.1f}, {high:+.1f}] p {_p(p)}</small>"
+    return f"<b>{text}</b>" if p < LEVEL else text
+
+
+def _p(p: float) -> str:
+    return "&lt; 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def _label(name: str) -> str:
+    score, _, form = name.partition("_")
+    words = ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
+    return f"{escape(name)} <small>{escape(words)}</small>"
+
+
+def _score(name: str, score: Any) -> str:
+    if score is None or interval(score)[0] is None:
+        return "-"
+    scale, digits = (100, 1) if is_share(name) else (1, 3)
+    mean, low, high = (scale * value for value in interval(score))
+    bounds = f" <small>[{low:.{digits}f}, {high:.{digits}f}]</small>" if isinstance(score, Mapping) else ""
+    return f"{mean:.{digits}f}{bounds}"
+
+
+def _change(name: str, base: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    if name not in base or name not in final:
+        return ""
+    scale, digits = (100, 1) if is_share(name) else (1, 3)
+    return f"{scale * (interval(final[name])[0] - interval(base[name])[0]):+.{digits}f}"
+
+
+def _count(score: Any) -> str:
+    return f"{score['n']:,}" if isinstance(score, Mapping) and "n" in score else ""
+
+
+def _cost(named: Named) -> str:
+    cost = named.run.results.get("cost", {})
+    if not cost:
+        return ""
+    seconds = cost.get("seconds_per_turn", {}).get("total")
+    each = f", {duration(seconds)} each" if seconds else ""
+    return f"{cost['turns']:,} turns{each}; {cost['edits']:,} facts edited."
+
+
+def _swatch(named: Named) -> str:
+    return f'<span class="swatch" style="background:{named.look["color"]}"></span>{escape(named.label)}'
+
+
+def _about(named: Named) -> str:
+    """What was run, to find and to repeat it."""
+    about = named.run.about
+    git = about.get("git") or {}
+    facts = {
+        "folder": named.run.folder,
+        "run id": about["run_id"],
+        "status": about["status"],
+        "started": _time(about.get("started")),
+        "ended": _time(about.get("finished")),
+        "overrides": " ".join(map(str, about.get("overrides", ()))) or "none",
+        "data": ", ".join(f"{split} {digest[:12]}" for split, digest in about.get("inputs", {}).items()),
+        "model": ", ".join(f"{key} {value}" for key, value in (about.get("model") or {}).items() if value),
+        "device": about.get("device"),
+        "commit": f"{git['commit'][:12]}{', with changes' * bool(git.get('dirty'))}" if git else None,
+        "versions": ", ".join(f"{name} {value}" for name, value in (about.get("versions") or {}).items() if value),
+    }
+    entries = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value)
+    return f"<details><summary>About {escape(named.label)}</summary><dl>{entries}</dl></details>"
+
+
+def _time(text: str | None) -> str | None:
+    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC" if text else None
+
+
+def png(picture: Picture) -> bytes:
+    """The picture as the bytes of a PNG file; the same picture gives the same bytes."""
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
