@@ -478,6 +478,25 @@ def _generation_mistakes(value: int | str) -> list[str]:
 
 
 @dataclass
+class DiagnosticsConfig(Section):
+    """What a run keeps, and draws, beside its scores."""
+
+    previous: int = 4
+    """Turns before whose updates each new one is compared with, beside a random one from before those; their factors
+    stay in memory, those of previous + 1 turns. 0 = none, and no comparison."""
+    hidden_states: int = 100
+    """Records whose hidden states are kept before and after editing, for the report; 0 = none."""
+    report: bool = True
+    """Draw report.html at the end; python -m harness.report draws it at any time."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *at_least("diagnostics.previous", self.previous, 0, "0 compares no updates"),
+            *at_least("diagnostics.hidden_states", self.hidden_states, 0, "0 keeps none"),
+        ]
+
+
+@dataclass
 class TrackerConfig(Section):
     """Where numbers go besides the run folder."""
 
@@ -501,6 +520,7 @@ class RunConfig(Section):
     model: ModelConfig = MISSING
     editor: EditorConfig = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     seed: int = 42
     """Every random choice follows from it; 0 or above."""
