@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.records import EditRecord, TokenSequence
 from data.stream import questions_of
+from harness.checkpoint import write_safetensors
 from harness.evaluate import Tokenize, sample_places
 
 FILE: Final = "hidden_states.safetensors"
@@ -41,7 +42,7 @@ class HiddenStates:
         for field in QUESTIONS:
             questions = [question for record in chosen if (question := questions_of(record).get(field)) is not None]
             if questions:
-                kept[f"{moment}/{field}"] = self.states(self.tokenize(questions)).contiguous()
+                kept[f"{moment}/{field}"] = self.states(self.tokenize(questions))
         beside = self.path.with_name(f".{FILE}.part")
-        save_file(kept, beside)
+        write_safetensors(beside, kept)
         beside.replace(self.path)
