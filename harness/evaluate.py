@@ -1,55 +1,95 @@
-"""Scores of edited facts: teacher-forced token accuracy, with 95% intervals (DESIGN section 5)."""
+"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5).
+
+A `RecordScore` says all of one probe of one record; summaries are made from these as they go by.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
+from harness.generation import Generation, matches
+from harness.locality import BaseReader, BaseWriter, Locality
+from harness.perplexity import Passage, perplexity
+from harness.retention import RetentionPlan
 from model import LanguageModel
 
 # What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
 PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
+# What is said of a probe beside its token accuracy: all tokens right; the generated text is the answer, contains it;
+# first choices as the base model's, and KL(base || edited) in nats.
+FORMS = ("", "_seq", "_gen", "_contains", "_agree", "_kl")
 # Records scored together: enough for tight length buckets, few enough to forget.
 BLOCK = 128
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 1
+SCORES_FORMAT = 2
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
-Summary = dict[str, dict[str, float | int]]
+Score = dict[str, float | int]  # mean, low, high, n
+Summary = dict[str, Score | float]  # perplexity has no interval
 Watch = Callable[["RecordScore"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class RecordScore:
-    """One line of records.jsonl: how many answer tokens of one probe of one record the model gets right."""
+    """One line of records.jsonl: what the model makes of one probe of one record. None is left out of the line."""
 
     place: int  # of the record among those that edit turns write
     index: int  # row of the data file
     protocol: str  # ES, GS, ...
-    correct: int
+    correct: int  # answer tokens that are the model's first choice, teacher-forced
     tokens: int
+    agree: int | None = None  # of locality: answer tokens at which the base model's first choice is this model's too
+    kl: float | None = None  # mean over answer tokens of KL(base || edited), which lies in [kl, kl + kl_error]
+    kl_error: float | None = None
+    text: str | None = None  # what the model wrote
+    exact: bool | None = None  # it is the answer
+    contains: bool | None = None
+
+    def line(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def forms(self) -> Iterator[tuple[str, float]]:
+        """Each of `FORMS` that this probe has, and its value."""
+        yield "", self.correct / self.tokens
+        yield "_seq", float(self.correct == self.tokens)
+        if self.exact is not None and self.contains is not None:
+            yield "_gen", float(self.exact)
+            yield "_contains", float(self.contains)
+        if self.agree is not None and self.kl is not None:
+            yield "_agree", self.agree / self.tokens
+            yield "_kl", self.kl
 
 
 class Tally:
-    """The scores of a protocol as a histogram, so that memory does not grow with the records."""
+    """Values as a histogram, so that memory does not grow with the records; the mean is exact.
 
-    def __init__(self) -> None:
+    Shares of an answer's tokens are few. Values of a continuum go to bins of `digits` significant digits.
+    """
+
+    def __init__(self, digits: int | None = None) -> None:
         self.counts: Counter[float] = Counter()
+        self.total = 0.0
+        self._digits = digits
 
-    def add(self, score: float) -> None:
-        self.counts[score] += 1
+    def add(self, value: float) -> None:
+        self.total += value
+        self.counts[value if self._digits is None else float(f"{value:.{self._digits}g}")] += 1
 
-    def summary(self, resamples: int, seed: int) -> dict[str, float | int]:
+    def summary(self, resamples: int, seed: int) -> Score:
         """Mean and 95% percentile bootstrap over records.
 
         Resampling n records with replacement draws the histogram from a multinomial, which is exact and costs nothing.
@@ -59,17 +99,43 @@ class Tally:
         n = int(counts.sum())
         means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
         low, high = np.percentile(means, [2.5, 97.5])
-        return {"mean": float(counts @ values / n), "low": float(low), "high": float(high), "n": n}
+        return {"mean": self.total / n, "low": float(low), "high": float(high), "n": n}
 
 
 def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summary:
-    """Each protocol's token accuracy, and as `*_seq` the share of records with every answer token right."""
+    """Each protocol's `FORMS`. `LS_kl` also says, as `error`, by how much at most its mean is too small."""
     tallies: dict[str, Tally] = {}
+    kl_error = Tally(3)
     for score in scores:
-        tallies.setdefault(score.protocol, Tally()).add(score.correct / score.tokens)
-        tallies.setdefault(f"{score.protocol}_seq", Tally()).add(float(score.correct == score.tokens))
-    order = [name + form for form in ("", "_seq") for name in PROTOCOLS.values()]
-    return {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+        for form, value in score.forms():
+            tallies.setdefault(score.protocol + form, Tally(3 if form == "_kl" else None)).add(value)
+        if score.kl_error is not None:
+            kl_error.add(score.kl_error)
+    order = [name + form for form in FORMS for name in PROTOCOLS.values()]
+    summary: Summary = {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+    for name in (name for name in summary if name.endswith("_kl")):
+        summary[name] = tallies[name].summary(resamples, seed) | {"error": kl_error.total / kl_error.counts.total()}
+    return summary
+
+
+def summarize_values(values: Iterable[tuple[str, float]], resamples: int, seed: int) -> dict[str, Score]:
+    """The values of each name, in the order in which the names come up."""
+    tallies: dict[str, Tally] = {}
+    for name, value in values:
+        tallies.setdefault(name, Tally()).add(value)
+    return {name: tally.summary(resamples, seed) for name, tally in tallies.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    place: int
+    record: EditRecord
+    field: str  # key of PROTOCOLS
+    question: Question
 
 
 def score_records(
@@ -77,32 +143,87 @@ def score_records(
     records: Iterable[tuple[int, EditRecord]],  # (place, record)
     tokenize: Tokenize,
     protocols: Mapping[str, str] = PROTOCOLS,
+    *,
+    locality: Locality | None = None,
+    locality_only: Container[int] = (),  # places of which only the locality probe is scored
+    generation: Generation | None = None,
+    generated: Container[int] = (),  # places whose answers are generated too
 ) -> Iterator[RecordScore]:
     """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
     stream = iter(records)
     while block := list(islice(stream, BLOCK)):
         probes = [
-            (place, record.index, name, question)
+            _Probe(place, record, field, question)
             for place, record in block
             for field, question in questions_of(record).items()
-            if (name := protocols.get(field)) is not None
+            if field in protocols and (field == "locality" or place not in locality_only)
         ]
-        sequences = tokenize([question for *_, question in probes])
-        for (place, index, name, _), right, sequence in zip(probes, _correct(model, sequences), sequences, strict=True):
-            yield RecordScore(place, index, name, right, sequence.answer_length)
+        sequences = tokenize([probe.question for probe in probes])
+        correct, moved = _teacher_forced(model, probes, sequences, locality)
+        texts = _generated(model, probes, generation, generated)
+        for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
+            name, said = protocols[probe.field], {**moved.get(i, {}), **texts.get(i, {})}
+            yield RecordScore(probe.place, probe.record.index, name, correct[i], sequence.answer_length, **said)
 
 
-def _correct(model: LanguageModel, sequences: Sequence[TokenSequence]) -> list[int]:
-    """Answer tokens that are the model's most likely next token, for each sequence."""
-    correct = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+def _teacher_forced(
+    model: LanguageModel, probes: Sequence[_Probe], sequences: Sequence[TokenSequence], locality: Locality | None
+) -> tuple[list[int], dict[int, dict[str, Any]]]:
+    """Of each probe its right answer tokens, and of locality probes what was said in comparison with the base model."""
+    lengths = [sequence.answer_length for sequence in sequences]
+    local = [i for i, probe in enumerate(probes) if probe.field == "locality"] if locality else []
+    rows = _rows_of(local, lengths)
+    if locality and local:
+        locality.open([probes[i].place for i in local], [lengths[i] for i in local])
+    hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
+    for at, logits, targets in _answer_logits(model, sequences):
+        hits[at.to(model.device)] = logits.argmax(-1) == targets.to(model.device)
+        ours = rows[at] >= 0
+        if locality and ours.any():
+            locality.see(rows[at[ours]], logits[ours.to(model.device)])
+    moved = dict(zip(local, locality.close(), strict=True)) if locality and local else {}
+    correct = [int(part.sum()) for part in hits.cpu().split(lengths)]
+    return correct, {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in moved.items() if m is not None}
+
+
+def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batch by batch: which answer tokens (M,), of all answers laid end to end; their logits (M, V); their ids (M,)."""
+    lengths = torch.tensor([sequence.answer_length for sequence in sequences])
+    starts = torch.tensor([sequence.answer_start for sequence in sequences])
+    shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
     for batch in model.batches(sequences):
-        hits = model.answer_logits(batch).argmax(-1) == batch.targets.to(model.device)
-        correct.index_add_(0, batch.members[batch.rows].to(model.device), hits.long())
-    return correct.tolist()
+        yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+
+
+def _rows_of(chosen: Sequence[int], lengths: Sequence[int]) -> Tensor:  # (tokens,)
+    """For each answer token of all sequences its number among those of the chosen ones; -1 for the others."""
+    mine = torch.zeros(len(lengths), dtype=torch.bool)
+    mine[list(chosen)] = True
+    mine = mine.repeat_interleave(torch.tensor(lengths))
+    return torch.where(mine, mine.cumsum(0) - 1, -1)
+
+
+def _generated(
+    model: LanguageModel, probes: Sequence[_Probe], generation: Generation | None, places: Container[int]
+) -> dict[int, dict[str, Any]]:
+    """What the model writes on the probes of these places, and whether that is the answer."""
+    asked = [i for i, probe in enumerate(probes) if probe.place in places]
+    if generation is None or not asked:
+        return {}
+    texts = generation.texts(model, [probes[i].question for i in asked])
+    judged = {i: (text, *matches(text, probes[i].question.answer)) for i, text in zip(asked, texts, strict=True)}
+    return {i: {"text": text, "exact": exact, "contains": has} for i, (text, exact, has) in judged.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluations of a run
 
 
 class Evaluation:
-    """Scores the facts of a stream: on the base model, of which the cache keeps a copy, and on the edited one."""
+    """Scores the facts of a stream: on the base model, which the cache remembers, and on the edited one.
+
+    It keeps nothing from one evaluation to the next: each is a function of the weights, the seed and the turn.
+    """
 
     def __init__(
         self,
@@ -114,29 +235,97 @@ class Evaluation:
         sample: int | None,
         resamples: int,
         seed: int,
+        every: int = 0,  # turns between evaluations; says which records the base model will be compared on
+        generation: Generation | None = None,
+        passage: Passage | None = None,
+        retention: int = 0,
     ) -> None:
         self.model, self.stream, self.tokenize, self.protocols = model, stream, tokenize, protocols
-        self.sample, self.resamples, self.seed = sample, resamples, seed
+        self.sample, self.resamples, self.seed, self.every = sample, resamples, seed, every
+        self.generation, self.passage = generation, passage
+        self.retention = RetentionPlan(stream, retention, seed)
+        self._base: BaseReader | None = None
 
     def run(self, upto: int | None, watch: Watch, cache: Path | None = None) -> Summary:
         """Score the facts written before turn `upto` (None: all); `watch(score)` sees every single score go by.
 
-        With `cache`, scores kept there are read instead of computed, and computed ones are kept there.
+        With `cache` the model is the base: its scores are read from that folder, or computed and kept there; later
+        evaluations are compared with them.
         """
-        scores = self._scores(upto) if cache is None else cached_scores(cache, lambda: self._scores(upto))
-        return summarize(_watched(scores, watch), self.resamples, self.seed)
+        scores = self._score(upto, self._base) if cache is None else kept_scores(cache, self._score_base)
+        summary = summarize(_watched(scores, watch), self.resamples, self.seed)
+        if cache is not None:
+            self._base = BaseReader(cache / "locality", self.model.device)
+        if self.passage is not None:
+            summary["perplexity"] = perplexity(self.model, self.passage) if cache is None else _kept_perplexity(cache)
+        return summary
+
+    def compare_with_base(self, cache: Path) -> None:
+        """What `run` with `cache` leaves behind, for a resumed run, whose weights are the edited ones by now.
+
+        Where the cache is gone, it is made again on the base model's weights.
+        """
+        if not cache.is_dir():
+            edited = self.model.snapshot()
+            self.model.restore({name: module.original for name, module in self.model.edited.items()})
+            self.run(None, lambda _: None, cache)
+            self.model.restore(edited)
+        self._base = BaseReader(cache / "locality", self.model.device)
 
     def count(self, upto: int | None) -> int:
         """Records that `run` scores."""
         return len(self._places(upto))
 
+    def retained(self, places: Iterable[int]) -> Iterator[RecordScore]:
+        """Scores of written facts on everything that asks for them: all protocols but locality."""
+        asked = {field: name for field, name in self.protocols.items() if field != "locality"}
+        return score_records(self.model, self._records(places), self.tokenize, asked)
+
     def _places(self, upto: int | None) -> Sequence[int]:
         return sample_places(len(self.stream.edited(upto)), self.sample, self.seed)
 
-    def _scores(self, upto: int | None) -> Iterator[RecordScore]:
-        records = self.stream.edited(upto)
-        chosen = ((place, records[place]) for place in self._places(upto))
-        return score_records(self.model, chosen, self.tokenize, self.protocols)
+    def _records(self, places: Iterable[int]) -> Iterator[tuple[int, EditRecord]]:
+        records = self.stream.edited()
+        return ((place, records[place]) for place in places)
+
+    def _score(
+        self,
+        upto: int | None,
+        locality: Locality | None,
+        beside: Container[int] = (),  # of `places`, those not to be scored but on their locality probes
+        places: Sequence[int] | None = None,  # None: those that are scored
+    ) -> Iterator[RecordScore]:
+        chosen = self._places(upto)
+        generated = () if self.generation is None else among(chosen, self.generation.sample, self.seed)
+        return score_records(
+            self.model,
+            self._records(chosen if places is None else places),
+            self.tokenize,
+            self.protocols,
+            locality=locality,
+            locality_only=beside,
+            generation=self.generation,
+            generated=generated,
+        )
+
+    def _score_base(self, folder: Path) -> Iterator[RecordScore]:
+        """The base model's scores; into `folder` goes what later evaluations are compared with, on the way too."""
+        beside = self._compared_beside()
+        places = sorted({*self._places(None), *beside}) if beside else self._places(None)
+        writer = BaseWriter(folder / "locality")
+        for score in self._score(None, writer, beside, places):
+            if score.place not in beside:
+                yield score
+        writer.flush()
+        if self.passage is not None:
+            (folder / "perplexity.json").write_text(json.dumps(perplexity(self.model, self.passage)))
+
+    def _compared_beside(self) -> set[int]:
+        """Places that an evaluation on the way draws and the last one does not; none where all records are scored."""
+        if self.sample is None:
+            return set()
+        drawn = (sample_places(n, self.sample, self.seed) for n in evaluated_counts(self.stream, self.every))
+        return {place for places in drawn for place in places} - set(self._places(None))
 
 
 def _watched(scores: Iterable[RecordScore], watch: Watch) -> Iterator[RecordScore]:
@@ -157,19 +346,42 @@ def sample_places(count: int, size: int | None, seed: int) -> Sequence[int]:
     return sorted(random.Random(f"evaluation {seed} {count}").sample(range(count), size))
 
 
-def cached_scores(path: Path, compute: Callable[[], Iterator[RecordScore]]) -> Iterator[RecordScore]:
-    """The scores kept at `path`, or computed and kept there once all of them are."""
-    if path.is_file():
-        with path.open() as lines:
+def evaluated_counts(stream: EditStream, every: int) -> list[int]:
+    """How many records are written when an evaluation on the way may be due; `every` 0 = never."""
+    return [len(stream.edited(done)) for done in range(every, len(stream), every)] if every else []
+
+
+def among(places: Sequence[int], size: int | None, seed: int) -> Container[int]:
+    """A sample of `size` of the places, or all of them."""
+    if isinstance(places, range) and (size is None or size >= len(places)):
+        return places
+    return frozenset(places[i] for i in sample_places(len(places), size, seed))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is kept of the base model: a folder with scores.jsonl, perplexity.json, locality/*.safetensors
+
+
+def kept_scores(folder: Path, compute: Callable[[Path], Iterator[RecordScore]]) -> Iterator[RecordScore]:
+    """The scores kept in `folder`, or those of `compute(new folder)`, which becomes `folder` once all of them are."""
+    if folder.is_dir():
+        with (folder / "scores.jsonl").open(encoding="utf-8") as lines:
             yield from (RecordScore(**json.loads(line)) for line in lines)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{random.SystemRandom().getrandbits(64):016x}.part")
-    try:
-        with beside.open("w") as lines:
-            for score in compute():
-                lines.write(json.dumps(asdict(score)) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
+        beside = Path(scratch) / "base"
+        beside.mkdir()
+        with (beside / "scores.jsonl").open("w", encoding="utf-8") as lines:
+            for score in compute(beside):
+                lines.write(json.dumps(score.line(), ensure_ascii=False) + "\n")
                 yield score
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+
+
+def _kept_perplexity(folder: Path) -> float:
+    return float(json.loads((folder / "perplexity.json").read_text()))

@@ -10,24 +10,29 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from config.schema import PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from config.schema import Half, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
 from data import DATASETS
 from data.files import FORMAT, RecordFile, open_records, resolve_file
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from harness import places
-from harness.evaluate import SCORES_FORMAT, Tokenize
+from harness.evaluate import SCORES_FORMAT, Evaluation, Tokenize, evaluated_counts, protocols_of
+from harness.generation import Generation, PromptForm
+from harness.perplexity import Passage, read_passage
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
-from model import Allocate, ModelSource, Outline, load_tokenizer, locate, outline
+from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
+
+DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
+PASSAGE = places.ROOT / "data" / "sample" / "passage.txt"
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,16 @@ class Plan:
     outline: Outline
     device: torch.device
     editor_device: torch.device
+    generation: Generation | None  # None: off
+    passage: Passage | None  # None: off
 
 
 def make_plan(cfg: RunConfig) -> Plan:
     """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong."""
     for line in settings_without_effect(cfg):
         log.warning("%s", line)
+    if cfg.evaluate is not None:
+        cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
     device, editor_device = devices(cfg)
     check_wandb(wandb_settings(cfg.tracker).mode)
     files = open_data(cfg)
@@ -73,15 +82,19 @@ def make_plan(cfg: RunConfig) -> Plan:
         seed=cfg.seed,
         shuffle=cfg.dataset.shuffle,
     )
+    generation = plan_generation(cfg, tokenizer)
     if model_outline.context_length is not None:
         fits = partial(check_context, tokenizer=tokenizer, context_length=model_outline.context_length)
         fits(stream.edited(), answer_tokens=answer_tokens, file=str(files["eval"].path))
         if "train" in files:
             fits(stream.warmed_up(), answer_tokens=answer_tokens, file=str(files["train"].path))
+        if generation is not None:
+            generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
     with capture_memory(cfg, stream, model_outline.shapes):
         pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
-    return Plan(files, stream, tokenizer, as_tokens, source, model_outline, device, editor_device)
+    passage = plan_passage(cfg, tokenizer, model_outline.context_length)
+    return Plan(files, stream, tokenizer, as_tokens, source, model_outline, device, editor_device, generation, passage)
 
 
 def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
@@ -155,20 +168,64 @@ def capture_memory(
         yield folder.allocate
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:
+    """How answers are generated, None where none are."""
+    settings = cfg.evaluation
+    if not settings.generation:
+        return None
+    sample = settings.generation if isinstance(settings.generation, int) else None
+    return Generation(tokenizer, cast(PromptForm, settings.prompt.name), settings.max_new_tokens, sample)
+
+
+def plan_passage(cfg: RunConfig, tokenizer: Any, context_length: int | None) -> Passage | None:
+    """The text whose perplexity is measured, None for none."""
+    named = cfg.evaluation.perplexity
+    if named == "off":
+        return None
+    path = PASSAGE if named == "passage" else Path(named).expanduser()
+    window = min(cfg.evaluation.perplexity_window, context_length or cfg.evaluation.perplexity_window)
+    return read_passage(path, tokenizer, window, f"evaluation.perplexity={named}")
+
+
+def make_evaluation(cfg: RunConfig, plan: Plan, model: LanguageModel) -> Evaluation:
+    """What scores that model as the configuration says."""
+    return Evaluation(
+        model,
+        plan.stream,
+        plan.tokenize,
+        protocols=protocols_of(cfg.dataset.eval_mhop),
+        sample=cfg.evaluation.sample,
+        resamples=cfg.evaluation.resamples,
+        seed=cfg.seed,
+        every=cfg.evaluation.every,
+        generation=plan.generation,
+        passage=plan.passage,
+        retention=cfg.evaluation.retention,
+    )
+
+
 def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
-    """The file that keeps the base model's scores: one for each model, data, and setting that can change a score."""
+    """The folder that keeps the base model's scores: one for each model, data, and setting that can change a score."""
+    sample = cfg.evaluation.sample
+    on_the_way = None if sample is None else evaluated_counts(plan.stream, cfg.evaluation.every)
     identity = {
         "model": fingerprint,
         "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "data": plan.files["eval"].sha256,
         "reading": [FORMAT, cfg.dataset.name, cfg.dataset.field_map(), cfg.seed],
         "questions": [cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
-        "records": [cfg.dataset.shuffle, len(plan.stream.edited()), cfg.evaluation.sample],
+        "records": [cfg.dataset.shuffle, len(plan.stream.edited()), sample, on_the_way],
+        "generation": plan.generation and plan.generation.identity(),
+        "passage": plan.passage and [plan.passage.sha256, plan.passage.window],
         "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
         "versions": [SCORES_FORMAT, versions()],
     }
     key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]
-    return places.CACHE / "base" / f"{key}.jsonl"
+    return places.CACHE / "base" / key
 
 
 def wandb_settings(cfg: TrackerConfig) -> WandbSettings:

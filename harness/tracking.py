@@ -36,7 +36,7 @@ from harness.lock import FolderLock
 log = logging.getLogger(__name__)
 
 WandbMode = Literal["online", "offline", "disabled"]
-Stage = Literal["base", "eval", "final"]
+Stage = Literal["base", "eval", "final", "retention"]
 Scores = Mapping[str, Any]  # {"ES": {"mean", "low", "high", "n"}, ...}; a score without an interval is a plain number
 
 # Settings that say where output goes, or from where the same bytes are read (the data's hashes are in the run id

@@ -36,7 +36,12 @@ MAY_IMPORT = {
     "editor/meta_train.py": "torch nets editor.linalg editor.base data.records",
     # an editor: a file of its own; meta_train is what the trained ones share
     "editor/*.py": "torch nets editor.linalg editor.base editor.meta_train data.records",
-    "harness/evaluate.py": "numpy torch.* model data data.records data.stream",
+    "harness/evaluate.py": "numpy torch.* model data data.records data.stream harness.*",
+    "harness/generation.py": "model data.records data.stream",
+    "harness/locality.py": "torch safetensors.*",
+    "harness/perplexity.py": "torch.* model data.records",
+    "harness/retention.py": "data.stream",
+    "harness/evaluate_only.py": "config.schema harness.* model",
     "harness/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/spill.py": "torch",
     "harness/places.py": "platformdirs",

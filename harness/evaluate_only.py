@@ -1,0 +1,89 @@
+"""Scores of a model that was edited before, or elsewhere: a run's protocols without its turns (`evaluate=FOLDER`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from config.schema import RunConfig
+from harness import places
+from harness.console import RunProgress, show_results
+from harness.plan import DTYPES, Plan, base_cache, make_evaluation, wandb_settings
+from harness.scoring import Scoring
+from harness.tracking import RunFolder, Tracker
+from model import LanguageModel, ModelSource, load_tokenizer, locate
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path) -> None:
+    """Score the base model and the one that `evaluate` names, on the facts a run of this configuration would edit.
+
+    Leaves run.json, scores.jsonl, records.jsonl and results.json in `folder`. Where `evaluate` names the base model
+    itself, there is no second one to score.
+    """
+    source = evaluated_source(cfg, plan)
+    model = load(cfg, plan, plan.source)
+    fingerprint = model.fingerprint()
+    about["model"] |= {"fingerprint": fingerprint, "evaluated": {"name": cfg.evaluate}}
+    cache = base_cache(cfg, plan, fingerprint)
+    run_folder = RunFolder.create(folder, **about)
+    with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
+        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
+        seconds = score.seconds
+        results: dict[str, Any] = {"base": score("base", 0, cache)}
+        if source.path != plan.source.path:
+            del model, score  # to make room for the other
+            edited = load(cfg, plan, source)
+            run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
+            evaluation = make_evaluation(cfg, plan, edited)
+            evaluation.compare_with_base(cache)
+            score = Scoring(evaluation, tracker, progress)
+            score.seconds = seconds
+            results["final"] = score("final", len(plan.stream))
+        results["cost"] = {"seconds": seconds}
+        tracker.results(results)
+    show_results(results, run_folder.path)
+
+
+def load(cfg: RunConfig, plan: Plan, source: ModelSource) -> LanguageModel:
+    """A model to score, not to edit."""
+    return LanguageModel.load(
+        source,
+        plan.tokenizer,
+        (),
+        dtype=DTYPES[cfg.model.half],
+        device=plan.device,
+        compute_tokens=cfg.model.compute_tokens,
+    )
+
+
+def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource:
+    """The model that `evaluate` names; ValueError where it is none, or has another tokenizer than the base model."""
+    named = cfg.evaluate
+    assert named is not None
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        _check_folder(named, folder)
+    elif named.startswith((".", "/", "~")):
+        raise ValueError(f"evaluate={named}: no such folder; give a model's folder or a Hugging Face name")
+    path = locate(named, places.CACHE)
+    source = ModelSource(path, cfg.model.class_name, trust_remote_code=cfg.model.trust_remote_code)
+    if path != plan.source.path and load_tokenizer(source).get_vocab() != plan.tokenizer.get_vocab():
+        raise ValueError(
+            f"evaluate={named}: its tokenizer is not that of model.name_or_path={cfg.model.name_or_path}; "
+            "set model=... to the model that it was edited from"
+        )
+    return source
+
+
+def _check_folder(named: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inside = folder / "model" / "config.json"
+        remedy = f"evaluate={named.rstrip('/')}/model is one" if inside.is_file() else "name a model's folder"
+        raise ValueError(f"evaluate={named}: no config.json in that folder; {remedy}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"evaluate={named}: no tokenizer in that folder ({', '.join(TOKENIZER_FILES)}); "
+            "save the base model's tokenizer into it"
+        )

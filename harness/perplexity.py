@@ -1,0 +1,77 @@
+"""Perplexity on a fixed text: the cheap alarm (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from data.records import TokenSequence
+from model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as token ids, with the tokenizer's special tokens before it, and how much of it is seen at once."""
+
+    ids: tuple[int, ...]
+    window: int  # tokens; each is predicted from at least half as many before it, where the text has them
+    sha256: str  # of the file
+
+    def windows(self) -> Iterator[TokenSequence]:
+        """The text in strides of half a window; the tokens of a stride are the answer to those before them."""
+        stride = max(1, self.window // 2)
+        for start in range(0, len(self.ids), stride):
+            end = min(start + stride, len(self.ids))
+            first = max(0, end - self.window)
+            if end > max(start, 1):
+                yield TokenSequence(self.ids[first:end], max(start, 1) - first)
+
+
+def perplexity(model: LanguageModel, passage: Passage) -> float:
+    """exp of the mean of -log p over the text's tokens, all but the first.
+
+    FloatingPointError where that is no finite number.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    tokens = 0
+    for window in passage.windows():  # one at a time: the logits of a window are as large as those of many answers
+        for batch in model.batches([window]):
+            logits, targets = model.answer_logits(batch), batch.targets.to(model.device)
+            precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total += functional.cross_entropy(precise, targets, reduction="sum").double()
+            tokens += len(targets)
+    mean = float(total) / tokens
+    if not mean < math.log(torch.finfo(torch.float64).max):
+        raise FloatingPointError(f"the mean loss on the text of evaluation.perplexity is {mean}: the model is wrecked")
+    return math.exp(mean)
+
+
+def read_passage(path: Path, tokenizer: Any, window: int, setting: str) -> Passage:
+    """The text file as a passage. ValueError, naming `setting` and the file, where it holds no text to predict."""
+    try:
+        content = path.read_bytes()
+        text = content.decode()
+    except OSError as error:
+        raise ValueError(f"{setting}: cannot be read ({error.strerror}); name a text file, or set it to off") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting}: byte {error.start} is no UTF-8; name a plain text file") from error
+    encoded = tokenizer([text], return_special_tokens_mask=True)
+    ids = _without_end(encoded["input_ids"][0], encoded["special_tokens_mask"][0])
+    if len(ids) < 2:
+        raise ValueError(f"{setting}: the file holds {len(ids)} tokens, too few to predict one; name a longer text")
+    return Passage(tuple(ids), window, hashlib.sha256(content).hexdigest())
+
+
+def _without_end(ids: Sequence[int], special: Sequence[int]) -> Sequence[int]:
+    """The ids up to the last one of the text: some tokenizers append an end token unasked."""
+    end = len(ids)
+    while end and special[end - 1]:
+        end -= 1
+    return ids[:end]

@@ -1,0 +1,43 @@
+"""Which facts are asked again after later turns, and when (DESIGN section 5, retention).
+
+A sample of each edit turn's records, fixed by (seed, turn), is scored right after the turn and when 1, 2, 4, 8, ...
+more turns have gone by, warm-up turns among them; and once more at the end. The age of a score is that number of turns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import count
+
+from data.stream import EditStream
+
+
+class RetentionPlan:
+    """A function of (seed, turn), so a resumed run asks the same. `sample` records a turn; 0 asks none, ever."""
+
+    def __init__(self, stream: EditStream, sample: int, seed: int) -> None:
+        self.stream, self.sample, self.seed = stream, sample, seed
+
+    def due(self, done: int) -> list[int]:
+        """Places, increasing, of the records to ask when `done` turns of the stream are done."""
+        return [place for age in reversed(list(_ages(done))) for place in self.places(done - 1 - age)]
+
+    def at_end(self) -> Iterator[int]:
+        """Places, increasing, of all samples."""
+        return (place for turn in range(len(self.stream)) for place in self.places(turn))
+
+    def places(self, turn: int) -> list[int]:
+        """The sample of a turn; none of a warm-up turn."""
+        written = range(len(self.stream.edited(turn)), len(self.stream.edited(turn + 1)))
+        chosen = random.Random(f"retention {self.seed} {turn}").sample(written, min(self.sample, len(written)))
+        return sorted(chosen)
+
+
+def _ages(done: int) -> Iterator[int]:
+    """0, 1, 2, 4, 8, ... as far as there were turns."""
+    ages = (age and 2 ** (age - 1) for age in count())
+    for age in ages:
+        if age >= done:
+            return
+        yield age
