@@ -160,16 +160,12 @@ class HyperNetwork(nn.Module):
 
     Every module of that shape has scales and shifts of its own in each block; the statistics of LN are shared, or one
     for each module with `own_statistics`. A fresh network is the identity after LN, because B = 0 (MEND, arXiv
-    2110.11309, section 3.1; MALMEN, arXiv 2311.04661, section 4). Raises ValueError where `rank` exceeds the d_k + d_v
-    inputs, since a map of that size needs no more.
+    2110.11309, section 3.1; MALMEN, arXiv 2311.04661, section 4).
     """
 
     def __init__(self, d_k: int, d_v: int, n_modules: int, rank: int, n_blocks: int, own_statistics: bool) -> None:
         super().__init__()
-        if rank > d_k + d_v:
-            raise ValueError(
-                f"editor.rank={rank}: the network of {d_k}x{d_v} modules has {d_k + d_v} inputs; set that or less"
-            )
+        assert rank <= d_k + d_v, "a map of that size needs no more"
         self.d_k, self.d_v = d_k, d_v
         self.normalizers = nn.ModuleList(
             LifelongNormalizer(d_k, d_v, full=False) for _ in range(n_modules if own_statistics else 1)

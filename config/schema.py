@@ -102,6 +102,13 @@ class UpdateEvery(Enum):
     turn = "turn"
 
 
+class Prompt(Enum):
+    """How the model is asked when it generates: the prompt as it stands, or in its tokenizer's chat template."""
+
+    raw = "raw"
+    chat = "chat"
+
+
 class Wandb(Enum):
     """Whether Weights & Biases is told while the run goes, gets files to `wandb sync` later, or nothing."""
 
@@ -338,7 +345,7 @@ class EditorConfig(Section):
     name: str = MISSING
     """Key of editor.EDITORS. Set by the group."""
     lr: float = MISSING
-    """Step size gamma; hypernetwork editors start their learned step sizes here."""
+    """Step size gamma; hypernetwork editors start their learned step sizes eta here."""
     batch_size: int = 512
     """Rows a chunk inside the editor; bounds memory, never changes a result."""
     token: Token = Token.ans
@@ -387,7 +394,7 @@ class ClosedFormConfig(EditorConfig):
 
 @dataclass
 class HyperNetworkConfig(EditorConfig):
-    """MEND and MALMEN: a network, trained on the training file, that turns captures into updates."""
+    """MEND, and what MALMEN and RLEdit share with it: a network, trained on the training file, makes the updates."""
 
     rank: int = 1024
     """Rank r of a block's low-rank map."""
@@ -401,6 +408,11 @@ class HyperNetworkConfig(EditorConfig):
     """Gradients of the network are clipped to this norm."""
     n_epochs: int = 1
     """Passes over the training file; 0 = edit with the untrained network."""
+    max_train_turns: int | None = None
+    """Turns of dataset.n_edits facts in a pass, at most; null = every full turn of the training file."""
+    held_out_turns: int = 0
+    """Turns at the end of the training file that are not trained on; their loss is measured before the first pass and
+    after each."""
     save_checkpoint: bool = False
     """Keep the trained network in the run folder."""
     load_checkpoint: str | None = None
@@ -415,13 +427,31 @@ class HyperNetworkConfig(EditorConfig):
             *not_negative("editor.loc_coef", self.loc_coef),
             *positive("editor.max_grad_norm", self.max_grad_norm),
             *at_least("editor.n_epochs", self.n_epochs, 0, "0 edits with the untrained network"),
+            *at_least("editor.max_train_turns", self.max_train_turns, 1, "null takes every full turn"),
+            *at_least("editor.held_out_turns", self.held_out_turns, 0, "0 holds none back"),
             *filled("editor.load_checkpoint", self.load_checkpoint),
         ]
 
 
+    def trains(self) -> bool:
+        """Whether this run trains the network, rather than take it from a checkpoint or as it is."""
+        return self.n_epochs > 0 and self.load_checkpoint is None
+
+
 @dataclass
-class RLEditConfig(HyperNetworkConfig):
-    """MALMEN's network, trained on trajectories of turns."""
+class RidgeNetworkConfig(HyperNetworkConfig):
+    """MALMEN: the network proposes, a ridge solve with a learned ridge disposes."""
+
+    alpha: float = 1.0
+    """Where the learned ridge lambda of each module starts."""
+
+    def mistakes(self) -> list[str]:
+        return [*super().mistakes(), *positive("editor.alpha", self.alpha)]
+
+
+@dataclass
+class RLEditConfig(RidgeNetworkConfig):
+    """MALMEN's network and update, trained on trajectories of turns."""
 
     reg_coef: float = 1e-4
     """Weight of ||DeltaW||^2."""
@@ -430,6 +460,8 @@ class RLEditConfig(HyperNetworkConfig):
     back_depth: int = 10
     """Turns, this one included, whose losses a turn answers for."""
     update_every: UpdateEvery = UpdateEvery.trajectory
+    trajectory_length: int | None = None
+    """Turns that edits stay in the model for while training; null = a whole pass."""
 
     def mistakes(self) -> list[str]:
         decay = [] if 0 < self.time_decay <= 1 else [f"editor.time_decay={self.time_decay}: must lie in (0, 1]"]
@@ -438,6 +470,7 @@ class RLEditConfig(HyperNetworkConfig):
             *not_negative("editor.reg_coef", self.reg_coef),
             *decay,
             *at_least("editor.back_depth", self.back_depth, 1, "1 answers for this turn only"),
+            *at_least("editor.trajectory_length", self.trajectory_length, 1, "null takes a whole pass"),
         ]
 
 
@@ -450,9 +483,16 @@ class EvaluationConfig(Section):
     sample: int | None = None
     """Records scored, drawn from the seed; null = all."""
     generation: int | str = 0
-    """Records scored by greedy generation: a number, `all`, or 0 (also written off) for none."""
+    """Records, of those scored, that are scored by greedy generation too: a number, `all`, or 0 (also written off)."""
+    max_new_tokens: int = 16
+    """Tokens that the model may generate, whatever the length of the answer."""
+    prompt: Prompt = Prompt.raw
     retention: int = 0
-    """Records of each earlier turn that are scored again and again; 0 = off."""
+    """Records of each edit turn that are scored after it and again after 1, 2, 4, 8, ... more turns; 0 = off."""
+    perplexity: str = "passage"
+    """Text whose perplexity each evaluation measures: passage = the shipped one, off, or a UTF-8 text file."""
+    perplexity_window: int = 512
+    """Tokens of that text seen at once, at most the model's context; windows overlap by half."""
     resamples: int = 1000
     """Bootstrap resamples behind a 95% interval."""
 
@@ -466,7 +506,10 @@ class EvaluationConfig(Section):
             *at_least("evaluation.every", self.every, 0, "0 scores the base and the final model only"),
             *at_least("evaluation.sample", self.sample, 1, "null scores all records"),
             *_generation_mistakes(self.generation),
+            *at_least("evaluation.max_new_tokens", self.max_new_tokens, 1, "evaluation.generation=off for none"),
             *at_least("evaluation.retention", self.retention, 0, "0 turns it off"),
+            *filled("evaluation.perplexity", self.perplexity),
+            *at_least("evaluation.perplexity_window", self.perplexity_window, 2),
             *at_least("evaluation.resamples", self.resamples, 1),
         ]
 
@@ -534,6 +577,8 @@ class RunConfig(Section):
     """Where the language model runs: auto, cpu, cuda or cuda:N; auto = a GPU where there is one."""
     editor_device: str = "auto"
     """Where statistics and solves live: auto, cpu, cuda or cuda:N; auto = where the model is."""
+    evaluate: str | None = None
+    """A model's folder or name to score, without editing, against the base model.name_or_path; null = edit."""
     downstream_eval_steps: int = 0
     """Turns between GLUE-style evaluations; 0 = never."""
     model_cache: bool = False
@@ -551,7 +596,7 @@ class RunConfig(Section):
     """
 
     def mistakes(self) -> list[str]:
-        return [*root_mistakes(vars(self)), *not_built_yet(vars(self)), *warm_up_mistakes(self)]
+        return [*root_mistakes(vars(self)), *not_built_yet(vars(self)), *training_data_mistakes(self)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,11 +604,8 @@ class RunConfig(Section):
 
 NOT_BUILT_YET: dict[str, tuple[Any, str]] = {
     # key: (the value that leaves it off, what it would switch on)
-    "evaluation.generation": (0, "scores by generation are"),
-    "evaluation.retention": (0, "retention scores are"),
     "downstream_eval_steps": (0, "GLUE-style evaluation is"),
 }
-EDITORS_NOT_BUILT_YET = ("mend", "malmen", "rledit")
 
 
 def root_mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -576,6 +618,7 @@ def root_mistakes(values: Mapping[str, Any]) -> list[str]:
         *at_least("num_seq_wikibigedit", values["num_seq_wikibigedit"], 1, no_warm_up),
         *device("model_device", values["model_device"]),
         *device("editor_device", values["editor_device"]),
+        *filled("evaluate", values["evaluate"]),
         *at_least("downstream_eval_steps", values["downstream_eval_steps"], 0, "0 never evaluates"),
         *filled("model_cache_dir", values["model_cache_dir"]),
         *at_least("checkpoint_every", values["checkpoint_every"], 0, "0 makes no checkpoints"),
@@ -584,31 +627,32 @@ def root_mistakes(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def warm_up_mistakes(run: RunConfig) -> list[str]:
-    """Warm-up that a setting needs and does not get, or that has no data."""
+def training_data_mistakes(run: RunConfig) -> list[str]:
+    """Warm-up that a setting needs and does not get; warm-up or meta-training that has no data."""
+    if run.evaluate is not None:
+        return []  # nothing is edited
     preheat, mistakes = run.editor.preheat_mode, []
     setting = run.editor.needs_warm_up()
     if setting and preheat is not PreheatMode.start:
         mistakes.append(f"{setting} with editor.preheat_mode={preheat.name}: set editor.preheat_mode=start")
-    if preheat is not PreheatMode.none and run.dataset.train_path is None and not run.dataset.has_sample:
-        remedy = "set dataset.train_path, or editor.preheat_mode=none"
-        mistakes.append(
-            f"dataset.train_path=null: warm-up turns (editor.preheat_mode={preheat.name}) need it; {remedy}"
-        )
+    if run.dataset.train_path is None and not run.dataset.has_sample:
+        if preheat is not PreheatMode.none:
+            reason = f"warm-up turns (editor.preheat_mode={preheat.name})"
+            mistakes.append(f"dataset.train_path=null: {reason} need it; set it, or editor.preheat_mode=none")
+        if isinstance(run.editor, HyperNetworkConfig) and run.editor.trains():
+            reason = f"meta-training (editor.n_epochs={run.editor.n_epochs})"
+            mistakes.append(f"dataset.train_path=null: {reason} needs it; set it, or editor.n_epochs=0")
     return mistakes
 
 
 def not_built_yet(values: Mapping[str, Any]) -> list[str]:
-    """Keys and editors of features still to come; a section that `values` lacks is passed over."""
+    """Keys of features still to come; a section that `values` lacks is passed over."""
     mistakes = []
     for key, (off, feature) in NOT_BUILT_YET.items():
         value = _value(values, key, off)
         if value != off:
             leave = "null" if off is None else off
             mistakes.append(f"{key}={value}: {feature} not built yet; leave it at {leave}")
-    editor = _value(values, "editor.name", "")
-    if editor in EDITORS_NOT_BUILT_YET:
-        mistakes.append(f"editor={editor}: this editor is not built yet; choose stableedit or ultraedit")
     return mistakes
 
 
@@ -619,6 +663,9 @@ def _value(values: Mapping[str, Any], key: str, default: Any) -> Any:
 
 def settings_without_effect(run: RunConfig) -> list[str]:
     """One line a setting that this run ignores, for a warning; they are mistakes of thought, not of spelling."""
+    if run.evaluate is not None:
+        edits = {"evaluation.every": run.evaluation.every, "evaluation.retention": run.evaluation.retention}
+        return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
     no_warm_up = run.editor.preheat_mode is PreheatMode.none
     lines = []
     if no_warm_up and run.dataset.num_warm_up is not None:
@@ -631,6 +678,8 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         )
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
+    if run.evaluation.prompt is not Prompt.raw and not run.evaluation.generation:
+        lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
     return lines
 
 
@@ -700,4 +749,5 @@ def register() -> None:
     store.store(group="schema", name="editor", node=EditorConfig)
     store.store(group="schema", name="closed_form", node=ClosedFormConfig)
     store.store(group="schema", name="hypernetwork", node=HyperNetworkConfig)
+    store.store(group="schema", name="ridge_network", node=RidgeNetworkConfig)
     store.store(group="schema", name="rledit", node=RLEditConfig)

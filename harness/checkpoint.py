@@ -58,6 +58,7 @@ class Checkpoint:
     path: Path
     place: int
     state: dict[str, Any]
+    digest: str  # SHA-256 of its tensors' file
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The groups as they were saved, in memory of their own: products follow the alignment of what they are of."""
@@ -165,7 +166,7 @@ def read(path: Path) -> Checkpoint:
     file = path / TENSORS
     if not file.is_file() or _digest_of(file) != about["tensors"]:
         raise DamagedError(f"{file}: damaged, not the bytes that were written")
-    return Checkpoint(path, about["place"], about["state"])
+    return Checkpoint(path, about["place"], about["state"], about["tensors"])
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

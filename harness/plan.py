@@ -17,13 +17,23 @@ from typing import Any, cast
 
 import torch
 
-from config.schema import Half, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from config.schema import (
+    Half,
+    HyperNetworkConfig,
+    PreheatMode,
+    RunConfig,
+    Token,
+    TrackerConfig,
+    settings_without_effect,
+)
 from data import DATASETS
 from data.files import FORMAT, RecordFile, open_records, resolve_file
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
+from data.training import TrainingStream
 from harness import places
 from harness.evaluate import SCORES_FORMAT, Evaluation, Tokenize, evaluated_counts, protocols_of
 from harness.generation import Generation, PromptForm
+from harness.networks import TrainedNetwork, identity_of, open_network
 from harness.perplexity import Passage, read_passage
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
@@ -39,8 +49,10 @@ PASSAGE = places.ROOT / "data" / "sample" / "passage.txt"
 class Plan:
     """A run that has passed every check that needs no weights."""
 
-    files: dict[str, RecordFile]  # by split: eval and, with warm-up, train
+    files: dict[str, RecordFile]  # by split: eval and, with warm-up or meta-training, train
     stream: EditStream
+    training: TrainingStream | None  # None: this run trains no network
+    network: TrainedNetwork | None  # None: it takes up none
     tokenizer: Any
     tokenize: Tokenize
     source: ModelSource
@@ -75,33 +87,48 @@ def make_plan(cfg: RunConfig) -> Plan:
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
         num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up if "train" in files else None,  # without effect, as the user was told
+        num_warm_up=cfg.dataset.num_warm_up if warms_up(cfg) else None,  # without effect, as the user was told
         preheat_mode=cfg.editor.preheat_mode.name,
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
         seed=cfg.seed,
         shuffle=cfg.dataset.shuffle,
     )
+    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
+    training = plan_training(cfg, files, as_tokens)
+    network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
     if model_outline.context_length is not None:
         fits = partial(check_context, tokenizer=tokenizer, context_length=model_outline.context_length)
         fits(stream.edited(), answer_tokens=answer_tokens, file=str(files["eval"].path))
-        if "train" in files:
-            fits(stream.warmed_up(), answer_tokens=answer_tokens, file=str(files["train"].path))
+        for records in (stream.warmed_up(), training.records() if training else ()):
+            fits(records, answer_tokens=answer_tokens, file=str(files["train"].path) if records else "")
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
     with capture_memory(cfg, stream, model_outline.shapes):
         pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
-    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
-    return Plan(files, stream, tokenizer, as_tokens, source, model_outline, device, editor_device, generation, passage)
+    return Plan(
+        files=files,
+        stream=stream,
+        training=training,
+        network=network,
+        tokenizer=tokenizer,
+        tokenize=as_tokens,
+        source=source,
+        outline=model_outline,
+        device=device,
+        editor_device=editor_device,
+        generation=generation,
+        passage=passage,
+    )
 
 
 def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
-    """The files of a run by split: those to edit and, where there are warm-up turns, those to warm up with."""
+    """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
     dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
     paths = {"eval": cfg.dataset.valid_path}
-    if cfg.editor.preheat_mode is not PreheatMode.none:
+    if warms_up(cfg) or trains(cfg):
         paths["train"] = cfg.dataset.train_path
     return {
         split: open_records(
@@ -112,6 +139,55 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
         )
         for split, path in paths.items()
     }
+
+
+def warms_up(cfg: RunConfig) -> bool:
+    """Whether turns of the training file come before the facts to edit, or among them."""
+    return cfg.editor.preheat_mode is not PreheatMode.none
+
+
+def trains(cfg: RunConfig) -> bool:
+    """Whether an editor learns from the training file before it edits."""
+    return cfg.evaluate is None and isinstance(cfg.editor, HyperNetworkConfig) and cfg.editor.trains()
+
+
+def plan_training(cfg: RunConfig, files: Mapping[str, RecordFile], as_tokens: Tokenize) -> TrainingStream | None:
+    """The turns of meta-training; ValueError where the training file holds too few."""
+    if not trains(cfg):
+        return None
+    assert isinstance(cfg.editor, HyperNetworkConfig)
+    return TrainingStream(
+        files["train"],
+        n_edits=cfg.dataset.n_edits,
+        batch_size=cfg.dataset.batch_size,
+        epochs=cfg.editor.n_epochs,
+        max_turns=cfg.editor.max_train_turns,
+        held_out=cfg.editor.held_out_turns,
+        needs_locality=cfg.editor.loc_coef > 0,
+        tokenize=as_tokens,
+        seed=cfg.seed,
+    )
+
+
+def plan_network(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> TrainedNetwork | None:
+    """The network to edit with, where one is named. ValueError where it is damaged or does not fit.
+
+    So too where the network that would be made has no place for its rank.
+    """
+    editor = cfg.editor
+    if cfg.evaluate is not None or not isinstance(editor, HyperNetworkConfig):
+        return None
+    for d_k, d_v in shapes.values():
+        if editor.rank > d_k + d_v:
+            raise ValueError(
+                f"editor.rank={editor.rank}: more than the {d_k + d_v} inputs of the network of a {d_k}x{d_v} module; "
+                f"set {d_k + d_v} or less"
+            )
+    if editor.load_checkpoint is None:
+        return None
+    network = open_network(editor.load_checkpoint)
+    network.require(identity_of(editor, shapes))
+    return network
 
 
 def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:
