@@ -29,7 +29,7 @@ class Passage:
         stride = max(1, self.window // 2)
         for start in range(0, len(self.ids), stride):
             end = min(start + stride, len(self.ids))
-            first = max(0, end - self.window)
+            first = max(0, start + stride - self.window)
             if end > max(start, 1):
                 yield TokenSequence(self.ids[first:end], max(start, 1) - first)
 
