@@ -177,17 +177,17 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
                     bar.advance(edits_total=line["edits_total"], phase=line["phase"])
 
             final = score("final", done)
+            results = {"base": base, "final": final, "cost": {**run_folder.cost(), "seconds": state.seconds}}
+            tracker.results(results)
+            target = export_folder(cfg, run_folder.path)
+            if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
+                model.export(target)
+                log.info("the edited model is in %s", target)
         except Interrupted as stop:
             if cfg.checkpoint_every and done:
                 state.save(done)
             log.warning("%s after turn %d of %d; %s", stop.signal, done, total, state.how_to_go_on(about["overrides"]))
             raise
-        results = {"base": base, "final": final, "cost": {**run_folder.cost(), "seconds": state.seconds}}
-        tracker.results(results)
-        target = export_folder(cfg, run_folder.path)
-        if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
-            model.export(target)
-            log.info("the edited model is in %s", target)
     show_results(results, run_folder.path)
 
 
