@@ -22,6 +22,8 @@ from harness.tracking import write_atomically
 
 DRAWINGS = (  # in the order of the page
     score_figures.scores_over_edits,
+    score_figures.retention_by_age,
+    score_figures.glue_over_edits,
     method_figures.updates_over_turns,
     method_figures.statistics_over_turns,
     hidden_figure.hidden_states,

@@ -38,6 +38,7 @@ summary { cursor: pointer; margin-top: 1rem; color: #55606e; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .92rem; }
 dt { color: #55606e; } dd { margin: 0; overflow-wrap: anywhere; }
 """
+PARTS: Final = ("immediate", "final", "forgetting")  # of a score's retention
 LEVEL: Final = 0.05  # adjusted p-values below it are set bold
 
 
@@ -100,6 +101,7 @@ def _results(runs: Sequence[Named]) -> Iterator[str]:
         yield '<p class="note">No evaluation is complete yet.</p>'
         return
     yield _one_runs_results(runs[0]) if len(runs) == 1 else _all_runs_results(runs)
+    yield from _retention(runs)
     note = "Percent where the score is a share; means over records with 95% bootstrap intervals."
     yield f'<p class="note">{note} {"".join(_cost(named) for named in runs if len(runs) == 1)}</p>'
 
@@ -124,6 +126,18 @@ def _all_runs_results(runs: Sequence[Named]) -> str:
         for named in runs
     ]
     return _table(["run", *names], rows)
+
+
+def _retention(runs: Sequence[Named]) -> Iterator[str]:
+    """What was known right after its turn, at the end, and the difference, where runs asked for it."""
+    rows = [
+        [_swatch(named), escape(protocol), *(_score(protocol, score.get(part)) for part in PARTS)]
+        for named in runs
+        for protocol, score in named.run.results.get("retention", {}).items()
+    ]
+    if rows:
+        yield "<h2>Retention</h2>"
+        yield _table(["run", "score", "right after its turn", "at the end", "forgotten"], rows)
 
 
 def _comparison(
@@ -200,7 +214,7 @@ def _cost(named: Named) -> str:
         return ""
     seconds = cost.get("seconds_per_turn", {}).get("total")
     each = f", {duration(seconds)} each" if seconds else ""
-    return f"{cost['turns']:,} turns{each}; {cost['edits']:,} facts edited."
+    return f"{cost['turns']:,} turns{each}; {cost['edits']:,} facts edited." if "turns" in cost else ""
 
 
 def _swatch(named: Named) -> str:

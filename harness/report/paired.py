@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,17 +69,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def final_scores(lines: Iterable[Mapping[str, Any]]) -> Scores:
-    """From records.jsonl, each record's token accuracy under the final model, and as *_seq whether all are right."""
+    """From records.jsonl, what the final model scored on each record, under the names that scores have everywhere."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
         if line.get("stage") != "final" or not line.get("tokens"):
             continue
-        accuracy = line["correct"] / line["tokens"]
-        for name, score in ((line["protocol"], accuracy), (f"{line['protocol']}_seq", float(accuracy == 1))):
-            rows, scores = found.setdefault(name, ([], []))
+        for form, score in forms(line):
+            rows, scores = found.setdefault(line["protocol"] + form, ([], []))
             rows.append(line["index"])
             scores.append(score)
     return {name: _sorted(np.array(rows), np.array(scores)) for name, (rows, scores) in found.items()}
+
+
+def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The scores of a line of records.jsonl, in percent of 1; KL, which is no share, is not tested."""
+    yield "", line["correct"] / line["tokens"]
+    yield "_seq", float(line["correct"] == line["tokens"])
+    if "agree" in line:
+        yield "_agree", line["agree"] / line["tokens"]
+    for field, form in (("exact", "_gen"), ("contains", "_contains")):
+        if field in line:
+            yield form, float(line[field])
 
 
 def _sorted(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,9 +70,9 @@ class Run:
         before = self.turns["edits_total"][self.turns["turn"] < turn] if self.turns else np.empty(0)
         return float(before[-1]) if len(before) else 0.0
 
-    def json_files(self, folder: str) -> Iterator[tuple[str, Any]]:
-        """(stem, content) of the JSON files in a folder of the run, in the order of their names."""
-        for path in sorted((self.folder / folder).glob("*.json")):
+    def json_files(self, folder: str, pattern: str) -> Iterator[tuple[str, Any]]:
+        """(stem, content) of the JSON files of that pattern in a folder of the run."""
+        for path in (self.folder / folder).glob(pattern):
             yield path.stem, read_json(path)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
