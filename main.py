@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,27 @@ from data.records import Turn
 from data.stream import EditStream
 from editor import EDITORS
 from editor.base import Editor
+from editor.meta_train import MetaSettings, MetaTrainer
 from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
 from harness.evaluate import Evaluation, protocols_of
 from harness.interrupt import Interrupted, Interruption
-from harness.plan import Plan, base_cache, capture_memory, check_export, export_folder, make_plan, wandb_settings
+from harness.networks import MODEL
+from harness.plan import (
+    Plan,
+    base_cache,
+    capture_memory,
+    check_export,
+    export_folder,
+    make_plan,
+    network_keeper,
+    wandb_settings,
+)
 from harness.resume import LoopState, earlier_run, move_into
 from harness.scoring import Scoring
 from harness.tracking import RunFolder, Tracker
+from harness.training import MetaTraining
 from model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -100,7 +113,7 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     about = {
         "config": plain_config(composed),
         "overrides": list(HydraConfig.get().overrides.task),
-        "inputs": {split: file.sha256 for split, file in plan.files.items()},
+        "inputs": plan.inputs,
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
         "device": str(plan.device),
     }
@@ -118,8 +131,9 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
 
 def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlier: RunFolder | None) -> None:
     """The loop, in the order of its lines. A new run is recorded in `folder`, an earlier one where it is."""
-    checkpoints = Checkpoints((earlier.path if earlier else folder) / "checkpoints", "turn", cfg.keep)
-    start = checkpoints.newest() if earlier else None
+    path = earlier.path if earlier else folder
+    checkpoints = {kind: Checkpoints(path / "checkpoints", kind, cfg.keep) for kind in ("turn", "training")}
+    start = (checkpoints["turn"].newest() or checkpoints["training"].newest()) if earlier else None
     model = LanguageModel.load(
         plan.source,
         plan.tokenizer,
@@ -130,7 +144,11 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
         compute_tokens=cfg.model.compute_tokens,
     )
     about["model"]["fingerprint"] = fingerprint = model.fingerprint()
+    torch.manual_seed(cfg.seed)  # of a network's first parameters
     editor = build_editor(cfg.editor, model.shapes, plan.editor_device)
+    if plan.network is not None:
+        plan.network.require({MODEL: fingerprint})
+        editor.load_state_dict(plan.network.tensors())
     evaluation = Evaluation(
         model,
         plan.stream,
@@ -155,7 +173,15 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
         score = Scoring(evaluation, tracker, progress)
         score.seconds = state.seconds  # with those that a resumed run spent before
         try:
-            base = run_folder.scores("base") if done else score("base", 0, base_cache(cfg, plan, fingerprint))
+            begun = done or state.trained
+            base = run_folder.scores("base") if begun else score("base", 0, base_cache(cfg, plan, fingerprint))
+
+            if plan.training is not None and not done:
+                capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
+                trainer = MetaTrainer(model, editor, settings_of(MetaSettings, cfg.editor), capture_turn)
+                training = MetaTraining(trainer, plan.training, editor, state, tracker)
+                keeper = network_keeper(cfg, path, model.shapes, fingerprint)
+                training.run(cfg.checkpoint_every, keeper, progress, interruption)
 
             with progress.turns(total, done=done) as bar:
                 for turn in plan.stream.from_turn(done):
@@ -222,10 +248,15 @@ def is_shared(part: str) -> bool:
 
 
 def build_editor(cfg: EditorConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Editor:
-    """The editor with the settings it names, each under the name that users type."""
+    """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.name]
+    return kind(shapes, settings_of(kind.Settings, cfg), device)
+
+
+def settings_of(kind: Any, cfg: EditorConfig) -> Any:
+    """A dataclass of settings, each under the name that users type."""
     values: dict[str, Any] = {key: value.name if isinstance(value, Enum) else value for key, value in vars(cfg).items()}
-    return kind(shapes, kind.Settings(**{entry.name: values[entry.name] for entry in fields(kind.Settings)}), device)
+    return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
 
 
 def plain_config(composed: DictConfig) -> dict[str, Any]:

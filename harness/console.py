@@ -34,7 +34,14 @@ SCORES: Final = {
     "PS": "personas",
     "MS": "multi-hop",
 }
-FORMS: Final = {"": "", "seq": "all tokens", "gen": "generated", "agree": "as base"}
+FORMS: Final = {
+    "": "",
+    "seq": "all tokens",
+    "gen": "generated",
+    "contains": "",  # says it itself
+    "agree": "as base",
+    "forgetting": "",
+}
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
@@ -127,6 +134,12 @@ class RunProgress:
             yield TurnBar(bar)
 
     @contextmanager
+    def training(self, total: int, *, done: int = 0) -> Iterator[Bar]:
+        """A bar over the turns that train an editor's network."""
+        with self._bar("training the editor", total, "turns", done, keep=True) as bar:
+            yield bar
+
+    @contextmanager
     def evaluation(self, what: str, total: int, *, unit: str = "questions") -> Iterator[Bar]:
         """A bar over an evaluation, `what` as in "base model"; on a terminal it goes away when it is done."""
         with self._bar(f"evaluating {what}", total, unit, 0, keep=False) as bar:
@@ -212,7 +225,8 @@ def result_table(results: Mapping[str, Any]) -> Group:
 
     `results` is what `results.json` holds; a part that is missing is left out of the table.
     """
-    scores = _score_table(results.get("base", {}), results.get("final", {}))
+    forgotten = {f"{name}_forgetting": kept["forgetting"] for name, kept in results.get("retention", {}).items()}
+    scores = _score_table(results.get("base", {}), {**results.get("final", {}), **forgotten})
     return Group(scores, *([_cost_table(results["cost"])] if results.get("cost") else []))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from editor.base import Editor
 from harness.checkpoint import STATE, Checkpoint, Checkpoints, DamagedError, read
 
 log = logging.getLogger(__name__)
@@ -97,3 +98,18 @@ def open_network(source: str) -> TrainedNetwork:
 
 def _network_folder(folder: Path) -> Path:
     return folder / FOLDER if (folder / FOLDER).is_dir() else folder
+
+
+class NetworkKeeper:
+    """Keeps the trained network in the run folder, where the user asked for that; the newest replaces the one before.
+
+    After each pass, so that training which fails leaves the last good one.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, identity: Mapping[str, Any], wanted: bool) -> None:
+        self.checkpoints, self.identity, self.wanted = checkpoints, identity, wanted
+
+    def keep(self, editor: Editor, turns: int, of: int) -> None:
+        if self.wanted:
+            state = {"identity": dict(self.identity), "turns": turns, "of": of}
+            self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)

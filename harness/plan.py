@@ -31,9 +31,10 @@ from data.files import FORMAT, RecordFile, open_records, resolve_file
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness import places
+from harness.checkpoint import Checkpoints
 from harness.evaluate import SCORES_FORMAT, Evaluation, Tokenize, evaluated_counts, protocols_of
 from harness.generation import Generation, PromptForm
-from harness.networks import TrainedNetwork, identity_of, open_network
+from harness.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network
 from harness.perplexity import Passage, read_passage
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
@@ -61,6 +62,12 @@ class Plan:
     editor_device: torch.device
     generation: Generation | None  # None: off
     passage: Passage | None  # None: off
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of every file that the run's numbers come from."""
+        network = {"network": self.network.digest} if self.network else {}
+        return {split: file.sha256 for split, file in self.files.items()} | network
 
 
 def make_plan(cfg: RunConfig) -> Plan:
@@ -188,6 +195,15 @@ def plan_network(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> Train
     network = open_network(editor.load_checkpoint)
     network.require(identity_of(editor, shapes))
     return network
+
+
+def network_keeper(
+    cfg: RunConfig, run_folder: Path, shapes: Mapping[str, tuple[int, int]], fingerprint: str
+) -> NetworkKeeper:
+    """Keeps the trained network in the run folder, where the user wants that."""
+    assert isinstance(cfg.editor, HyperNetworkConfig)
+    identity = {**identity_of(cfg.editor, shapes), MODEL: fingerprint}
+    return NetworkKeeper(Checkpoints(run_folder / FOLDER, "turn", 1), identity, cfg.editor.save_checkpoint)
 
 
 def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:

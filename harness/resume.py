@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from editor.base import Editor
-from harness.checkpoint import Checkpoint, Checkpoints
+from harness.checkpoint import Checkpoint, Checkpoints, Groups
 from harness.diagnostics import TurnDiagnostics
 from harness.tracking import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
 from model import LanguageModel
@@ -22,7 +24,7 @@ from model import LanguageModel
 log = logging.getLogger(__name__)
 
 NEWEST = "auto"  # what `resume` is where no folder is named
-DATA = {"eval": "dataset.valid_path", "train": "dataset.train_path"}
+DATA = {"eval": "dataset.valid_path", "train": "dataset.train_path", "network": "editor.load_checkpoint"}
 MOST_NAMED = 8  # keys that fit into an error message
 NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold many files
 
@@ -160,7 +162,7 @@ class LoopState:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Mapping[str, Checkpoints],  # of "turn" and of "training"
         folder: RunFolder,
         model: LanguageModel,
         editor: Editor,
@@ -169,23 +171,25 @@ class LoopState:
         self.checkpoints, self.folder = checkpoints, folder
         self.model, self.editor, self.diagnostics = model, editor, diagnostics
         self.seconds: dict[str, float] = {}  # of everything that is no turn
+        self.trained = 0  # training turns that a checkpoint in the middle of meta-training has behind it ...
+        self.training: dict[str, Tensor] = {}  # ... and what they left behind
 
     def save(self, done: int) -> None:
         """A checkpoint after `done` turns, at the lines that the last of them wrote."""
-        start = time.perf_counter()
         past, memory = self.diagnostics.state()
         masters = {name: edited.master for name, edited in self.model.edited.items()}
+        groups = {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past}
+        self._save("turn", done, groups, {"diagnostics": memory})
+
+    def save_training(self, trained: int, training: Mapping[str, Tensor]) -> None:
+        """A checkpoint after that many turns of meta-training, which come before the first of the stream."""
+        self._save("training", trained, {"training": training}, {})
+
+    def _save(self, kind: str, place: int, groups: Groups, more: Mapping[str, Any]) -> None:
+        start = time.perf_counter()
         self.folder.sync()
-        self.checkpoints.save(
-            done,
-            {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past},
-            {
-                "run_id": self.folder.run["run_id"],
-                "lengths": self.folder.mark,
-                "diagnostics": memory,
-                "seconds": self.seconds,
-            },
-        )
+        about = {"run_id": self.folder.run["run_id"], "lengths": self.folder.mark, "seconds": self.seconds}
+        self.checkpoints[kind].save(place, groups, {**about, **more})
         self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
 
     def restore(self, checkpoint: Checkpoint | None, about: Mapping[str, Any]) -> int:
@@ -197,20 +201,25 @@ class LoopState:
         _require_model(run, about)
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
-        done, lengths = 0, {}
-        if checkpoint is not None:
-            if checkpoint.state["run_id"] != run["run_id"]:
-                raise ValueError(
-                    f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run['run_id']}; take it away"
-                )
-            done, lengths = checkpoint.place, checkpoint.state["lengths"]
-        groups = checkpoint.tensors() if checkpoint else {}
-        self.folder.go_on(lengths, done, about["overrides"])
-        if checkpoint is not None:
-            self.model.restore(groups["model"])
-            self.editor.load_state_dict(groups.get("editor", {}))
-            self.diagnostics.load_state(groups.get("diagnostics", {}), checkpoint.state["diagnostics"])
-            self.seconds |= checkpoint.state["seconds"]
+        if checkpoint is None:
+            self.folder.go_on({}, 0, about["overrides"])
+            log.info("the run in %s has no checkpoint: it begins anew", self.folder.path)
+            return 0
+        if checkpoint.state["run_id"] != run["run_id"]:
+            raise ValueError(
+                f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run['run_id']}; take it away"
+            )
+        groups = checkpoint.tensors()
+        done = 0 if "training" in groups else checkpoint.place
+        self.folder.go_on(checkpoint.state["lengths"], done, about["overrides"])
+        self.seconds |= checkpoint.state["seconds"]
+        if "training" in groups:
+            self.trained, self.training = checkpoint.place, groups["training"]
+            log.info("going on after turn %d of meta-training in %s", self.trained, self.folder.path)
+            return 0
+        self.model.restore(groups["model"])
+        self.editor.load_state_dict(groups.get("editor", {}))
+        self.diagnostics.load_state(groups.get("diagnostics", {}), checkpoint.state["diagnostics"])
         log.info("going on after turn %d of the run in %s", done, self.folder.path)
         return done
 
@@ -220,7 +229,10 @@ class LoopState:
         quoted = path if re.fullmatch(r"[\w./-]+", path) else f"'{path}'"  # what Hydra reads as it stands
         kept = [line for line in overrides if not line.startswith("resume=")]
         command = shlex.join(["python", "main.py", *kept, f"resume={quoted}"])
-        return f"to go on from turn {self.checkpoints.latest or 0}: {command}"
+        latest = self.checkpoints["turn"].latest
+        trained = self.checkpoints["training"].latest
+        where = f"turn {trained} of meta-training" if trained is not None and latest is None else f"turn {latest or 0}"
+        return f"to go on from {where}: {command}"
 
 
 def move_into(folder: Path, fresh: Path, roots: Sequence[Path]) -> None:

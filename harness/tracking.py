@@ -55,6 +55,7 @@ PLACES: Final = (
 )
 LINES: Final = ("turns.jsonl", "scores.jsonl", "records.jsonl")
 LOGGED: Final = ("turns.jsonl", "scores.jsonl")  # those whose lines wandb gets, one step each
+TRAINING: Final = ("meta_train", "meta_valid")  # phases of turns.jsonl that count turns of their own
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "numpy", "stableedit")
 PROJECT: Final = Path(__file__).resolve().parent.parent
 TAG_LENGTH: Final = 64  # wandb refuses longer tags
@@ -342,22 +343,30 @@ class RunFolder:
         """What the turns in `turns.jsonl` cost, for `results["cost"]`; ValueError before the first turn.
 
         turns, warm_up_turns, edits (those of edit turns), seconds_per_turn (means of capture, update, apply, total)
-        and peak_memory (the largest of each number under `memory`).
+        and peak_memory (the largest of each number under `memory`). Turns of meta-training are counted by themselves,
+        as training_turns and training_seconds, where there were any.
         """
-        turns = warm_up = edits = 0
+        turns = warm_up = edits = trained = 0
+        training_seconds = 0.0
         seconds: dict[str, float] = {}
         peak: dict[str, float] = {}
         for line in self.turns():
+            for name, value in (line.get("memory") or {}).items():
+                peak[name] = max(peak.get(name, value), value)
+            if line["phase"] in TRAINING:
+                trained += line["phase"] == TRAINING[0]
+                training_seconds += line["seconds"]["total"]
+                continue
             turns += 1
             warm_up += line["phase"] == Phase.WARM_UP.value
             edits += line["edits"] if line["phase"] == Phase.EDIT.value else 0
             for name, value in line["seconds"].items():
                 seconds[name] = seconds.get(name, 0.0) + value
-            for name, value in (line.get("memory") or {}).items():
-                peak[name] = max(peak.get(name, value), value)
         if not turns:
             raise ValueError(f"{self.path / 'turns.jsonl'} holds no turn")
+        training = {"training_turns": trained, "training_seconds": training_seconds} if trained else {}
         return {
+            **training,
             "turns": turns,
             "warm_up_turns": warm_up,
             "edits": edits,
@@ -427,6 +436,9 @@ class _WandbSink:
         self._step = step  # a resumed run says what it says again under the same numbers as before
         run.define_metric("turn", hidden=True)
         run.define_metric("*", step_metric="turn")
+        for phase in TRAINING:
+            run.define_metric(f"{phase}/turn", hidden=True)
+            run.define_metric(f"{phase}/*", step_metric=f"{phase}/turn")
         for section, summary in {"time": "mean", "memory": "max", "update": "last,max"}.items():
             run.define_metric(f"{section}/*", step_metric="turn", summary=summary)
         self._hidden: set[str] = set()
@@ -617,8 +629,12 @@ def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     """A line of `turns.jsonl` as wandb metrics: the prefix before the first slash becomes a section of charts.
 
     update/all sums a turn up over its modules: Frobenius norm of the whole update, and the module with the largest
-    cosine to the update before it and with the largest drift from the model's own weights.
+    cosine to the update before it and with the largest drift from the model's own weights. Lines of meta-training
+    have sections of their own, over their own count of turns.
     """
+    if line["phase"] in TRAINING:
+        kept = ("turn", "loss", "meta_loss", "grad_norm", "seconds")
+        return dict(_numbers({line["phase"]: {name: line.get(name) for name in kept}}))
     update = {
         name: {key.removeprefix("update_"): value for key, value in module.items()}
         for name, module in line.get("modules", {}).items()

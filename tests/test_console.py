@@ -94,6 +94,23 @@ def test_scores_come_in_the_papers_order_then_their_other_forms() -> None:
     assert ours == ["ES", "LS", "MS", "ES_seq", "LS_kl", "perplexity"]
 
 
+def test_generated_answers_locality_and_forgetting_have_their_lines() -> None:
+    """At their widest: every share 100%."""
+    whole = score(1.0, 0.0)
+    forms = ("", "_seq", "_gen", "_contains")
+    final = {name + form: whole for name in ("ES", "GS", "LS", "PS", "MS") for form in forms}
+    retention = {name: {"immediate": whole, "final": whole, "forgetting": whole, "by_age": {}} for name in ("ES", "GS")}
+    text = shown({"base": final, "final": final | {"LS_agree": whole, "perplexity": 9.5}, "retention": retention})
+    assert max(map(len, text.splitlines())) <= 80
+    rows = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
+    assert rows["ES_gen"].startswith("ES_gen generated 100.0 [100.0, 100.0] 100.0 [100.0, 100.0] +0.0")
+    assert rows["LS_contains"].startswith("LS_contains 100.0")
+    assert rows["LS_agree"] == "LS_agree as base - 100.0 [100.0, 100.0] 1,000"
+    assert rows["GS_forgetting"] == "GS_forgetting - 100.0 [100.0, 100.0] 1,000"
+    order = [name for name in rows if name in ("MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting")]
+    assert order == ["MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting"]
+
+
 def test_a_cost_nobody_described_is_shown_under_its_own_name() -> None:
     assert re.search(r"tokens read +123", shown(RESULTS | {"cost": {"tokens_read": 123}}))
 

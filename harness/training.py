@@ -1,0 +1,116 @@
+"""Meta-training as a run goes through it: the loop, its lines in turns.jsonl, its checkpoints, the network it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from data.records import TrainingTurn
+from data.training import TrainingStream
+from editor.base import Editor
+from editor.meta_train import MetaStep, MetaTrainer
+from harness.console import RunProgress
+from harness.diagnostics import Stopwatch, memory
+from harness.interrupt import Interrupted, Interruption
+from harness.networks import NetworkKeeper
+from harness.resume import LoopState
+from harness.tracking import Tracker
+
+
+class MetaTraining:
+    """Trains an editor's network on the turns of a stream, from wherever an interrupted run has left it."""
+
+    def __init__(
+        self,
+        trainer: MetaTrainer,
+        stream: TrainingStream,
+        editor: Editor,
+        state: LoopState,
+        tracker: Tracker,
+    ) -> None:
+        self.trainer, self.stream, self.editor = trainer, stream, editor
+        self.state, self.tracker = state, tracker
+        self.devices = state.diagnostics.devices
+        self.held_out = stream.held_out()
+        self.done = state.trained  # where the checkpoint stands that the run was restored from, or 0
+        if self.done:
+            first = max(0, self.done - trainer.horizon.back_depth)
+            trainer.resume(state.training, (stream.turn(index) for index in range(first, self.done)))
+            state.training = {}
+
+    def run(self, every: int, network: NetworkKeeper, progress: RunProgress, interruption: Interruption) -> None:
+        """All turns that are left. Every pass begins, and the last one ends, with the loss of the held-out turns.
+
+        A checkpoint every `every` turns (0: none); the network as it is after each pass goes to its keeper.
+        """
+        try:
+            with progress.training(len(self.stream), done=self.done) as bar:
+                for turn in self.stream.from_turn(self.done):
+                    with interruption.held(), _named():
+                        loss = self._step(turn, every, network)
+                    bar.advance(1, f"loss {loss:.3f}")
+                with _named():
+                    self._validate()
+        except Interrupted:
+            if every and self.done:
+                self._save()
+            raise
+
+    def _step(self, turn: TrainingTurn, every: int, network: NetworkKeeper) -> float:
+        if turn.place == 0:
+            self._validate()
+        watch = Stopwatch(*self.devices)
+        step = self.trainer.turn(turn, watch.measure)
+        self.tracker.turn(self._line(turn, step, watch.seconds))
+        self.done = turn.edits.index + 1
+        if every and (self.done % every == 0 or self.done == len(self.stream)):
+            self._save()
+        if turn.place + 1 == turn.of:
+            network.keep(self.editor, self.done, len(self.stream))
+        return step.loss.total
+
+    def _save(self) -> None:
+        """A checkpoint of the training as it stands."""
+        self.state.save_training(self.done, self.trainer.state())
+
+    def _line(self, turn: TrainingTurn, step: MetaStep, seconds: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "turn": turn.edits.index,
+            "phase": "meta_train",
+            "epoch": turn.epoch,
+            "edits": len(turn.edits.records),
+            "loss": step.edit_loss,
+            "meta_loss": asdict(step.loss),
+            "grad_norm": step.grad_norm,
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "statistics": self.editor.statistics(),
+            "memory": memory(*self.devices),
+        }
+
+    def _validate(self) -> None:
+        """A line with the loss of the held-out turns, after as many training turns as `turn` says."""
+        if not self.held_out:
+            return
+        start = time.perf_counter()
+        loss = self.trainer.validate(self.held_out)
+        self.tracker.turn(
+            {
+                "turn": self.done,
+                "phase": "meta_valid",
+                "meta_loss": asdict(loss),
+                "seconds": {"total": time.perf_counter() - start},
+                "memory": memory(*self.devices),
+            }
+        )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Its turns are counted by themselves: an error says so."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"meta-training, {error}") from error
