@@ -33,6 +33,7 @@ from data.records import Turn
 from data.stream import EditStream
 from editor import EDITORS
 from editor.base import Editor
+from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
 from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
@@ -177,6 +178,7 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
             base = run_folder.scores("base") if begun else score("base", 0, base_cache(cfg, plan, fingerprint))
 
             if plan.training is not None and not done:
+                assert isinstance(editor, HyperNetworkEditor)
                 capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
                 trainer = MetaTrainer(model, editor, settings_of(MetaSettings, cfg.editor), capture_turn)
                 training = MetaTraining(trainer, plan.training, editor, state, tracker)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LowRankUpdate, Phase
+from data.records import Capture, LowRankUpdate, Phase, TrainingTurn
 from editor import linalg
 from nets import HyperNetwork
 
@@ -42,6 +42,25 @@ class RidgeSettings(HyperNetworkSettings):
     alpha: float
 
 
+@dataclass(frozen=True)
+class Horizon:
+    """How far the judgement of an edit reaches: what RLEdit adds to MALMEN's training."""
+
+    trajectory: int | None  # turns that edits stay in the model for, before it is put back; None: a whole pass
+    back_depth: int  # turns whose losses a turn answers for, itself included
+    time_decay: float  # a turn of age a weighs time_decay^a
+    reg_coef: float  # of ||DeltaW||^2, summed over modules
+    step_every_turn: bool  # else the optimiser steps at the end of a trajectory
+
+    def ends_with(self, turn: TrainingTurn) -> bool:
+        """Whether a trajectory ends with this turn."""
+        return turn.place + 1 == turn.of or (turn.place + 1) % (self.trajectory or turn.of) == 0
+
+
+ALONE = Horizon(trajectory=1, back_depth=1, time_decay=1.0, reg_coef=0.0, step_every_turn=True)
+"""Each turn edits the unedited model and is judged by itself (MEND, MALMEN)."""
+
+
 class Proposal(Protocol):
     """A module's update, and the way back from it to the network's parameters."""
 
@@ -59,6 +78,8 @@ class Proposal(Protocol):
 
 class HyperNetworkEditor(nn.Module):
     """k', g' = h(LN([k | g])) for every row of a turn, one network a module shape; subclasses turn them into DeltaW."""
+
+    horizon: Horizon  # of its training
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], settings: HyperNetworkSettings, device: torch.device

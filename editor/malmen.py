@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from editor.hypernetwork import RidgeEditor, RidgeSettings
-from editor.meta_train import ALONE, Horizon
+from editor.hypernetwork import ALONE, RidgeEditor, RidgeSettings
 
 
 class MALMEN(RidgeEditor):
     """D_i = -eta_m (k_i . k'_i) g'_i; DeltaW = (K^T K + lambda_m I)^(-1) K^T D."""
 
     Settings: ClassVar = RidgeSettings
-    horizon: ClassVar[Horizon] = ALONE
+    horizon = ALONE

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from data.records import Capture, LowRankUpdate
-from editor.hypernetwork import HyperNetworkEditor, HyperNetworkSettings, Proposal
-from editor.meta_train import ALONE, Horizon
+from editor.hypernetwork import ALONE, HyperNetworkEditor, HyperNetworkSettings, Proposal
 
 
 class MEND(HyperNetworkEditor):
     """An outer product a row; each turn is judged by itself."""
 
     Settings: ClassVar = HyperNetworkSettings
-    horizon: ClassVar[Horizon] = ALONE
+    horizon = ALONE
 
     def propose(self, name: str, capture: Capture) -> Proposal:
         return _OuterProposal(self, name, capture)

@@ -11,37 +11,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LossTerm, LowRankUpdate, TrainingTurn, Turn
+from data.records import LossTerm, LowRankUpdate, TrainingTurn, Turn
 from editor import linalg
 from editor.base import CapturedTurn, EditableModel
-from editor.hypernetwork import Proposal
+from editor.hypernetwork import HyperNetworkEditor, Proposal
 
 Watch = Callable[[str], AbstractContextManager[None]]
 """Times a named part of a turn."""
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How far the judgement of an edit reaches: what RLEdit adds to MALMEN's training."""
-
-    trajectory: int | None  # turns that edits stay in the model for, before it is put back; None: a whole pass
-    back_depth: int  # turns whose losses a turn answers for, itself included
-    time_decay: float  # a turn of age a weighs time_decay^a
-    reg_coef: float  # of ||DeltaW||^2, summed over modules
-    step_every_turn: bool  # else the optimiser steps at the end of a trajectory
-
-    def ends_with(self, turn: TrainingTurn) -> bool:
-        """Whether a trajectory ends with this turn."""
-        return turn.place + 1 == turn.of or (turn.place + 1) % (self.trajectory or turn.of) == 0
-
-
-ALONE = Horizon(trajectory=1, back_depth=1, time_decay=1.0, reg_coef=0.0, step_every_turn=True)
-"""Each turn edits the unedited model and is judged by itself (MEND, MALMEN)."""
 
 
 @dataclass(frozen=True)
@@ -81,26 +61,13 @@ class _Part:
     term: LossTerm
 
 
-class TrainedEditor(Protocol):
-    """An editor that can be trained."""
-
-    @property
-    def horizon(self) -> Horizon: ...
-    def observe(self, captures: Mapping[str, Capture]) -> None: ...
-    def propose(self, name: str, capture: Capture) -> Proposal: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
-
-
 class MetaTrainer:
     """Trains an editor's network on one language model, which between trajectories is as it was found, bit for bit."""
 
     def __init__(
         self,
         model: EditableModel,
-        editor: TrainedEditor,
+        editor: HyperNetworkEditor,
         settings: MetaSettings,
         capture: Callable[[Turn], CapturedTurn],
     ) -> None:

@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from editor.hypernetwork import RidgeEditor, RidgeSettings
-from editor.meta_train import Horizon
+from editor.hypernetwork import Horizon, RidgeEditor, RidgeSettings
 
 
 @dataclass(frozen=True)
