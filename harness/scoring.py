@@ -41,9 +41,9 @@ class Scoring:
         self.tracker.scores(done, summary, stage)
         return summary
 
-    def base(self, done: int, cache: Path) -> Mapping[str, Any]:
-        """The base model's scores: at the start of a run, or, `done` turns into a resumed one, as it has them."""
-        if not done:
+    def base(self, begun: int, cache: Path) -> Mapping[str, Any]:
+        """The base model's scores: at the start of a run, or, where a resumed one had begun, as it has them."""
+        if not begun:
             return self("base", 0, cache)
         self.evaluation.compare_with_base(cache)
         return self.tracker.folder.scores("base")
