@@ -1,0 +1,472 @@
+"""Reports of runs that are over, under way, failed or damaged; the paired test against exact and simulated truth."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+
+from data.records import EditRecord, Question, TokenSequence
+from harness.hidden import HiddenStates
+from harness.report import method_figures, projection, write_report
+from harness.report.__main__ import main
+from harness.report.drawing import MOST_POINTS, STYLE, curve
+from harness.report.paired import compare, final_scores, holm, paired_difference
+from harness.report.runs import columns_by_phase, labels, open_runs, short_module_names
+from harness.report.score_figures import scores_by_age
+
+MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")
+QUANTILES = {"min": 1, "q05": 2, "median": 3, "q95": 4, "max": 5}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the pixels, to save time."""
+    monkeypatch.setitem(STYLE, "savefig.dpi", 75)
+
+
+def turn_line(turn: int, warm_up: int) -> dict[str, Any]:
+    edits_total = max(0, turn + 1 - warm_up) * 10
+    module = {"update_norm": 2.0, "drift": 0.1 * (turn + 1) ** 0.5, "cosine_previous": 0.01 if turn else None}
+    module |= {"cosines": [0.01] * min(turn, 2), "cosine_earlier": 0.0 if turn > 2 else None}
+    moments = dict.fromkeys(method_figures.MOMENTS, 1 / (turn + 1) if turn else None)
+    spectrum = {f"whitening_{name}": value for name, value in QUANTILES.items()}
+    whitened = {"floored_fraction": 0.25, **spectrum} if turn >= warm_up else {"floored_fraction": None}
+    return {
+        "turn": turn,
+        "phase": "edit" if turn >= warm_up else "warm_up",
+        "edits": 10,
+        "edits_total": edits_total,
+        "loss": 3.0,
+        "seconds": {"capture": 2.0, "update": 0.1, "apply": 0.05, "total": 2.15},
+        "modules": {name: dict(module) for name in MODULES},
+        "earlier_turn": 0 if turn > 2 else None,
+        "statistics": {"40x24": {"n": 30.0 * (turn + 1), "std_mean": 1e-3, **moments, **whitened}},
+        "memory": {"resident_bytes": 2**30, "peak_bytes": 2**30},
+    }
+
+
+def score(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 40}
+
+
+def make_run(
+    folder: Path,
+    *,
+    status: str = "finished",
+    error: str | None = None,
+    turns: int = 6,
+    overrides: Sequence[str] = (),
+    editor: str = "stableedit",
+    data: str = "abc",
+    right: Sequence[int] = (1, 0, 2, 1),
+) -> Path:
+    """A run folder as the tracker leaves it, of 10 facts a turn after two warm-up turns."""
+    folder.mkdir(parents=True)
+    config = {"editor": {"name": editor}, "dataset": {"name": "zsre"}, "model": {"name_or_path": "some/tiny-model"}}
+    about = {
+        "run_id": "0123456789abcdef", "status": status, "error": error, "started": "2026-01-02T03:04:05+00:00",
+        "finished": None, "config": config, "overrides": list(overrides), "inputs": {"eval": data}, "model": {},
+        "device": "cpu", "versions": {"torch": "2"}, "git": None,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(about))
+    write_lines(folder / "turns.jsonl", [turn_line(turn, 2) for turn in range(turns)])
+    stages = [("base", 0), ("eval", 4), ("final", turns)] if status == "finished" else [("base", 0), ("eval", 4)]
+    scores = [
+        {"turn": turn, "stage": stage, "scores": {"ES": score(0.1 * turn), "ES_seq": score(0.05 * turn), "LS_kl": 0.3}}
+        for stage, turn in stages
+    ]
+    write_lines(folder / "scores.jsonl", scores)
+    records = [
+        {"stage": "final", "turn": 2, "place": i, "index": i, "protocol": "ES", "correct": n, "tokens": 2}
+        for i, n in enumerate(right)
+    ]
+    write_lines(folder / "records.jsonl", records)
+    if status == "finished":
+        results = {"base": scores[0]["scores"], "final": scores[-1]["scores"], "cost": {"turns": turns, "edits": 40}}
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def write_lines(path: Path, lines: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees: without pictures, style and tags."""
+    html = re.sub(r"<style>.*?</style>", "", page.read_text(), flags=re.S)
+    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+
+
+def pictures_of(page: Path) -> list[str]:
+    return sorted(path.stem for path in page.parent.glob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def test_a_report_needs_nothing_beside_it(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run")])
+    assert page == tmp_path / "run" / "report.html"
+    html = page.read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', html)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r"base64,[^\"]+", "", html)
+    assert "<script" not in html
+    inside = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]+)", html)]
+    beside = [(page.parent / f"{name}.png").read_bytes() for name in pictures_of(page)]
+    assert sorted(inside) == sorted(beside)
+    for png in inside:
+        assert png.startswith(PNG)
+        width, height = struct.unpack(">II", png[16:24])
+        assert width > 450
+        assert height > 200
+
+
+def test_a_report_says_what_was_scored_and_draws_what_there_is(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run")])
+    assert pictures_of(page) == ["scores", "statistics", "time", "updates"]
+    text = text_of(page)
+    assert "ES efficacy 0.0 [-5.0, 5.0] 60.0 [55.0, 65.0] +60.0 40" in text
+    assert "LS_kl specificity 0.300 0.300 +0.000" in text
+    assert "6 turns" in text
+    assert "still running" not in text
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert write_report([run], tmp_path / "a").read_bytes() == write_report([run], tmp_path / "b").read_bytes()
+
+
+def test_what_later_features_write_is_drawn(tmp_path: Path) -> None:
+    """Retention, GLUE, meta-training and hidden states have their pictures when their files are there."""
+    run = make_run(tmp_path / "run")
+    with (run / "turns.jsonl").open("a") as file:
+        for turn in range(5):
+            loss = {"rephrase": 2.0 - turn / 5, "locality": 0.1, "total": 2.1 - turn / 5}
+            line = {"phase": "meta_train", "turn": turn, "epoch": 0, "meta_loss": loss, "grad_norm": 1.0}
+            file.write(json.dumps(line) + "\n" + json.dumps(line | {"phase": "meta_valid"}) + "\n")
+    by_age = {"0": score(0.9), "1": score(0.8), "2": score(0.7)}
+    kept = {"ES": {"immediate": score(0.9), "final": score(0.6), "forgetting": score(0.3), "by_age": by_age}}
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"retention": kept}))
+    (run / "glue").mkdir()
+    for turn in (0, 6):
+        ways = {"likelihood": {"accuracy": score(0.7)}, "generation": {"accuracy": score(0.5), "invalid": 3}}
+        (run / "glue" / f"turn_{turn}.json").write_text(json.dumps({"sst2": ways, "rte": ways}))
+    states = {f"{moment}/{field}": torch.randn(9, 8) for moment in ("base", "edited") for field in ("edit", "locality")}
+    save_file(states, run / "hidden_states.safetensors")
+    page = write_report([run])
+    expected = {"retention", "glue", "meta_training", "hidden_states", "scores", "statistics", "time", "updates"}
+    assert set(pictures_of(page)) == expected
+    text = text_of(page)
+    assert "stableedit ES 90.0 [85.0, 95.0] 60.0 [55.0, 65.0] 30.0 [25.0, 35.0]" in text
+    assert "PCA" in text
+
+
+def test_retention_of_a_run_under_way_is_pooled_over_its_turns(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="running")
+    lines = [
+        {"turn": turn, "stage": "retention", "scores": {"ES_age0": {"mean": mean, "n": n}}}
+        for turn, mean, n in ((3, 1.0, 10), (4, 0.5, 30))
+    ]
+    write_lines(run / "scores.jsonl", lines)
+    assert scores_by_age(open_runs([run])[0]) == {"ES": {0: pytest.approx(0.625)}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are not over, and mistakes
+
+
+def test_a_run_under_way_is_drawn_as_far_as_it_came(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="running")
+    with (run / "turns.jsonl").open("a") as file:
+        file.write('{"turn": 6, "phase": "ed')  # the run is writing it
+    page = write_report([run])
+    text = text_of(page)
+    assert "stableedit : still running, or was killed; 6 turns and 2 evaluations are there and are drawn." in text
+    assert pictures_of(page) == ["scores", "statistics", "time", "updates"]
+    assert "ES efficacy 0.0 [-5.0, 5.0] -" in text
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="failed", error="FloatingPointError: turn 6: the loss is nan", turns=1)
+    assert "failed (FloatingPointError: turn 6: the loss is nan); 1 turn and 2 evaluations" in text_of(
+        write_report([run])
+    )
+
+
+@pytest.mark.parametrize("files", [("turns.jsonl", "scores.jsonl", "records.jsonl"), ("turns.jsonl",)])
+def test_a_run_that_has_hardly_begun(tmp_path: Path, files: Sequence[str]) -> None:
+    run = make_run(tmp_path / "run", status="running")
+    for name in files:
+        (run / name).unlink()
+    page = write_report([run])
+    assert "still running" in text_of(page)
+    assert pictures_of(page) == ([] if "scores.jsonl" in files else ["scores"])
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    """Whether or not the run is over: only a last line can be under way."""
+    for status in ("running", "finished"):
+        run = make_run(tmp_path / status, status=status)
+        lines = (run / "turns.jsonl").read_text().splitlines()
+        (run / "turns.jsonl").write_text("\n".join([*lines[:2], lines[2][:50], *lines[3:]]) + "\n")
+        with pytest.raises(ValueError, match=r"turns\.jsonl, line 3: is no JSON"):
+            write_report([run])
+        assert not (run / "report.html").exists()
+
+
+def test_a_finished_run_has_no_line_cut_short(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "scores.jsonl").open("a") as file:
+        file.write('{"turn": 6')
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 4: is no JSON"):
+        write_report([run])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "run.json: cannot be read as JSON"), ('{"a": 1}', "run.json: has no status"), ("[]", "has no status")],
+)
+def test_a_folder_with_another_run_json(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        write_report([tmp_path])
+
+
+def test_the_command_line_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, words in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no run")):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument)])
+        assert str(end.value.code).startswith(f"error: {argument}: {words}")
+        assert "\n" not in str(end.value.code)
+    make_run(tmp_path / "run", turns=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file/out: cannot be written"):
+        main([str(tmp_path / "run"), "--to", str(tmp_path / "file" / "out")])
+    main([str(tmp_path / "run"), "--to", str(tmp_path / "out")])
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
+    assert (tmp_path / "out" / "updates.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    """A sweep's folder stands for its runs; each is compared with the first on the records of both."""
+    make_run(tmp_path / "0", overrides=["num_seq=4", "ablation=x"], right=[0] * 20)
+    make_run(tmp_path / "1", overrides=["num_seq=4", "ablation=y"], right=[2] * 20)
+    make_run(tmp_path / "2", overrides=["num_seq=4", "ablation=z"], right=[2] * 20, data="other")
+    make_run(tmp_path / "3", overrides=["num_seq=4"], editor="ultraedit", status="running", right=[])
+    page = write_report([tmp_path])
+    assert page == tmp_path / "report" / "report.html"
+    text = text_of(page)
+    assert "Each run against stableedit x" in text
+    assert "stableedit y +100.0 [+100.0, +100.0] p &lt; 0.001" in text
+    assert "stableedit z is not compared: its facts come from another file." in text
+    assert "ultraedit is not compared: it has no final scores of single records." in text
+    assert "ultraedit : still running" in text
+    assert "adjusted for all 2 tests" in text  # ES and ES_seq
+    assert pictures_of(page) == ["scores", "statistics", "time", "updates"]
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    told = [
+        make_run(tmp_path / "a", overrides=["num_seq=4", "seed=1", "tracker.wandb=disabled"]),
+        make_run(tmp_path / "b", overrides=["num_seq=4", "seed=2", "dataset.train_path=/some/where/x.json"]),
+        make_run(tmp_path / "c", overrides=["num_seq=4", "editor=ultraedit"], editor="ultraedit"),
+        make_run(tmp_path / "d", overrides=["num_seq=4", "editor=ultraedit"], editor="ultraedit"),
+    ]
+    names = ["stableedit seed=1", "stableedit seed=2 train_path=x.json", "ultraedit #1", "ultraedit #2"]
+    assert labels(open_runs(told)) == names
+    assert labels(open_runs(told[:1])) == ["stableedit"]
+
+
+def test_records_are_paired_by_row_and_only_the_final_ones() -> None:
+    def lines(rows: dict[int, int], stage: str = "final") -> list[dict[str, Any]]:
+        return [
+            {"stage": stage, "index": row, "protocol": "ES", "correct": n, "tokens": 2, "exact": n == 2}
+            for row, n in rows.items()
+        ]
+
+    first = final_scores([*lines({3: 0, 1: 1, 2: 2}), *lines({1: 2}, "eval")])
+    second = final_scores(lines({2: 2, 1: 2, 9: 0}))
+    differences = compare(first, second)
+    assert {name: (one.mean, one.n) for name, one in differences.items()} == {
+        "ES": (0.25, 2), "ES_seq": (0.5, 2), "ES_gen": (0.5, 2),
+    }  # fmt: skip
+
+
+def test_sign_flips_agree_with_all_of_them() -> None:
+    """Ten pairs: the exact p-value from all 1,024 flips; Monte Carlo error is 3 sigma = 0.015 at most."""
+    rng = np.random.default_rng(3)
+    for shift in (0.0, 0.2, 0.5):
+        first, second = rng.integers(0, 4, 10) / 3, rng.integers(0, 4, 10) / 3 + shift
+        difference = second - first
+        flips = np.array(list(itertools.product([-1, 1], repeat=10)))
+        exact = (np.abs(flips @ difference) >= abs(difference.sum()) - 1e-9).mean()
+        assert paired_difference(first, second).p == pytest.approx(exact, abs=0.016)
+
+
+def test_a_difference_of_nothing_is_no_difference() -> None:
+    same = paired_difference(np.array([0.0, 1.0, 0.5]), np.array([0.0, 1.0, 0.5]))
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_intervals_cover_and_false_alarms_are_as_rare_as_said() -> None:
+    """400 pairs of runs without a true difference: 95% intervals hold it in 93% to 97%, 5% tests alarm in 3% to 7%.
+
+    Of 400, 95% is 380 with a sigma of 4.4; both bounds are about two of them away, and the seed is fixed.
+    """
+    rng = np.random.default_rng(0)
+    covered = alarms = 0
+    for trial in range(400):
+        known = rng.random(120) < 0.4  # records that both runs get right, or wrong, more often together
+        first, second = (np.where(rng.random(120) < 0.7, known, rng.random(120) < 0.4).astype(float) for _ in range(2))
+        one = paired_difference(first, second, seed=trial)
+        covered += one.low <= 0 <= one.high
+        alarms += one.p < 0.05
+    assert 372 <= covered <= 388, covered
+    assert 12 <= alarms <= 28, alarms
+
+
+def test_holm_by_hand() -> None:
+    """Smallest times 4, next times 3, ...; never below the one before, never above 1."""
+    assert holm([0.01, 0.04, 0.03, 0.6]) == pytest.approx([0.04, 0.09, 0.09, 0.6])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What curves are drawn from
+
+
+def test_columns_keep_the_place_of_what_is_missing() -> None:
+    lines = [{"phase": "edit", "a": 1}, {"phase": "meta_train", "a": 9}, {"phase": "warm_up", "b": {"c": [2, None]}}]
+    turns = columns_by_phase(lines)["turns"]
+    np.testing.assert_array_equal(turns["a"], [1, np.nan])
+    np.testing.assert_array_equal(turns["b/c/0"], [np.nan, 2])
+    np.testing.assert_array_equal(turns["warm_up"], [0, 1])
+    assert "b/c/1" not in turns
+
+
+def test_the_cosine_of_whole_updates_is_that_of_the_dense_ones() -> None:
+    rng = np.random.default_rng(1)
+    updates = {name: rng.normal(size=(5, 12)) * size for name, size in (("a", 1.0), ("b", 3.0))}  # (turns, entries)
+    turn = np.arange(5.0)
+    modules = {
+        name: {
+            "update_norm": np.linalg.norm(one, axis=1),
+            "cosines/0": np.array([np.nan, *(_cosine(one[t], one[t - 1]) for t in range(1, 5))]),
+        }
+        for name, one in updates.items()
+    }
+    whole = np.concatenate(list(updates.values()), axis=1)
+    found = method_figures.whole_cosine(modules, "cosines/0", turn - 1, turn)
+    assert np.isnan(found[0])
+    np.testing.assert_allclose(found[1:], [_cosine(whole[t], whole[t - 1]) for t in range(1, 5)])
+
+
+def _cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+
+
+def test_orthogonal_updates_drift_as_the_dotted_line_says() -> None:
+    start, updates = np.full(50, 2.0), 3.0 * np.eye(50)[:6]
+    drift = np.linalg.norm(np.cumsum(updates, axis=0), axis=1) / np.linalg.norm(start)
+    columns = {"update_norm": np.full(6, 3.0), "drift": drift}
+    np.testing.assert_allclose(method_figures.orthogonal_drift(columns), drift)
+
+
+def test_a_curve_of_20000_turns_is_drawn_with_few_points() -> None:
+    ax = Figure().subplots()
+    x = np.arange(20_000.0)
+    curve(ax, x, np.where(x % 7 == 0, np.nan, x / 20_000), color="black")
+    (line,) = ax.get_lines()
+    assert len(line.get_xdata()) == MOST_POINTS
+    assert np.abs(np.asarray(line.get_ydata()) - np.asarray(line.get_xdata()) / 20_000).max() < 0.002
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["model.layers.28.mlp.down_proj", "model.layers.29.mlp.down_proj"], ["layers.28", "layers.29"]),
+        (["h.1.mlp.up", "h.2.mlp.gate"], ["h.1.mlp.up", "h.2.mlp.gate"]),
+        (["model.layers.28.mlp.down_proj"], ["28.mlp.down_proj"]),
+        (["a.x", "a.y"], ["a.x", "a.y"]),
+        (["x", "y"], ["x", "y"]),
+    ],
+)
+def test_short_names_of_modules(names: list[str], short: list[str]) -> None:
+    assert list(short_module_names(names).values()) == short
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hidden states
+
+
+def test_principal_components_keep_the_distances_of_a_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection.importlib.util, "find_spec", lambda name: None)
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(30, 2)) @ np.linalg.qr(rng.normal(size=(9, 2)))[0].T + 5
+    points, how = projection.project(plane)
+    assert how.startswith("PCA")
+
+    def distances(x: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(x[:, None] - x, axis=-1)
+
+    np.testing.assert_allclose(distances(points), distances(plane), atol=1e-9)
+
+
+def test_hidden_states_before_and_after_are_of_the_same_records(tmp_path: Path) -> None:
+    """The state of a question is here its first token: the base model's stay when a resumed run asks for them again."""
+    records = [
+        EditRecord(i, Question(str(i), "a"), locality=None if i % 2 else Question(str(100 + i), "b")) for i in range(20)
+    ]
+    factor = 1.0
+
+    def states(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        return torch.tensor([[factor * sequence.ids[0], 1.0] for sequence in sequences])
+
+    def tokenize(questions: Sequence[Question]) -> list[TokenSequence]:
+        return [TokenSequence((int(question.prompt), 0), 1) for question in questions]
+
+    HiddenStates(states, records, tokenize, tmp_path, 8, seed=3).keep("base")
+    factor = -1.0
+    resumed = HiddenStates(states, records, tokenize, tmp_path, 8, seed=3)
+    resumed.keep("base")
+    resumed.keep("edited")
+    kept = load_file(tmp_path / "hidden_states.safetensors")
+    assert set(kept) == {"base/edit", "base/locality", "edited/edit", "edited/locality"}
+    assert kept["base/edit"].shape == (8, 2)
+    assert (kept["base/edit"][:, 0] > -1).all()
+    assert torch.equal(kept["base/edit"][:, 0], -kept["edited/edit"][:, 0])
+    assert torch.equal(kept["base/locality"][:, 0], -kept["edited/locality"][:, 0])
+    assert set(kept["base/locality"][:, 0].int().tolist()) == {
+        100 + int(i) for i in kept["base/edit"][:, 0].tolist() if i % 2 == 0
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["hidden_states.safetensors"]
+
+
+def test_no_hidden_states_where_none_are_wanted(tmp_path: Path) -> None:
+    def never(_: Any) -> Any:
+        raise AssertionError
+
+    HiddenStates(never, [], never, tmp_path, 0, seed=3).keep("base")
+    assert not list(tmp_path.iterdir())
