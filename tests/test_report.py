@@ -394,13 +394,16 @@ def test_orthogonal_updates_drift_as_the_dotted_line_says() -> None:
     np.testing.assert_allclose(method_figures.orthogonal_drift(columns), drift)
 
 
-def test_a_curve_of_20000_turns_is_drawn_with_few_points() -> None:
+@pytest.mark.parametrize("over_log", [False, True])
+def test_a_curve_of_20000_turns_is_drawn_with_few_points(over_log: bool) -> None:
     ax = Figure().subplots()
-    x = np.arange(20_000.0)
-    curve(ax, x, np.where(x % 7 == 0, np.nan, x / 20_000), color="black")
+    x = np.arange(1, 20_001.0)
+    curve(ax, x, np.where(x % 7 == 0, np.nan, x), over_log=over_log, color="black")
     (line,) = ax.get_lines()
-    assert len(line.get_xdata()) == MOST_POINTS
-    assert np.abs(np.asarray(line.get_ydata()) - np.asarray(line.get_xdata()) / 20_000).max() < 0.002
+    middle, median = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert MOST_POINTS / 2 < len(middle) <= MOST_POINTS
+    assert np.abs(median / middle - 1).max() < 0.05
+    assert (middle < 100).sum() == (pytest.approx(75, abs=15) if over_log else 2)  # of a curve, where it begins
 
 
 @pytest.mark.parametrize(

@@ -69,14 +69,18 @@ def look(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
 
 
-def curve(ax: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    """A line over what is finite; a long one as medians of bins, over the band that holds 90% of each bin."""
+def curve(ax: Axes, x: np.ndarray, y: np.ndarray, *, over_log: bool = False, **style: Any) -> None:
+    """A line over what is finite; a long one as medians of bins, over the band that holds 90% of each bin.
+
+    Bins hold equally many points or, `over_log`, are equally wide on a logarithmic axis.
+    """
     there = np.isfinite(x) & np.isfinite(y)
     x, y = x[there], y[there]
     if len(x) <= MOST_POINTS:
         ax.plot(x, y, **({"marker": "o"} if len(x) == 1 else {}) | style)
         return
-    bins = np.array_split(np.arange(len(x)), MOST_POINTS)
+    ends = np.geomspace(1, len(x), MOST_POINTS + 1) if over_log else np.linspace(0, len(x), MOST_POINTS + 1)
+    bins = np.split(np.arange(len(x)), np.unique(ends[1:-1].astype(int)))
     middle = np.array([x[one].mean() for one in bins])
     low, median, high = np.array([np.quantile(y[one], [0.05, 0.5, 0.95]) for one in bins]).T
     ax.fill_between(middle, low, high, color=style.get("color"), alpha=0.2, linewidth=0)
@@ -107,9 +111,11 @@ def legend_above(figure: Figure, *axes: Axes, extra: Sequence[Any] = ()) -> None
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
-def turn_axis(ax: Axes) -> None:
-    ax.set_xlabel("turn")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+def count_axis(ax: Axes, what: str) -> None:
+    """An x axis that counts something."""
+    ax.set_xlabel(what)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def legend_beside(ax: Axes, extra: Sequence[Any] = ()) -> None:

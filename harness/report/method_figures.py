@@ -19,6 +19,7 @@ from harness.report.drawing import (
     Look,
     Named,
     Picture,
+    count_axis,
     curve,
     fit_values,
     legend_above,
@@ -28,7 +29,6 @@ from harness.report.drawing import (
     panel_grid,
     percent_axis,
     shade_warm_up,
-    turn_axis,
     values_of,
     with_columns,
 )
@@ -67,7 +67,7 @@ def updates_over_turns(runs: Sequence[Named]) -> Picture | None:
     symmetric(cosines)
     fit_values(norms)
     percent_axis(drifts)
-    turn_axis(drifts)
+    count_axis(drifts, "turn")
     shaded = shade_warm_up(axes, shown)
     legend_beside(norms, shaded)
     cosine_legend(cosines, alone=len(shown) == 1)
@@ -205,7 +205,7 @@ def statistics_over_turns(runs: Sequence[Named]) -> Picture | None:
     fit_values(spread)
     last = max(named.run.turns["turn"][-1] for named in shown)
     for ax in (spectrum, floored, spread):
-        turn_axis(ax)
+        count_axis(ax, "turn")
         ax.set_xlim(-0.04 * last - 0.5, 1.04 * last + 0.5)
     shaded = shade_warm_up([spectrum, floored, spread], shown)
     legend_above(figure, change, spectrum, extra=shaded)
@@ -236,7 +236,7 @@ def draw_changes(ax: Axes, named: Named, group: Columns, alone: bool) -> None:
     for place, (field, label) in enumerate(moments.items()):
         if field in group:
             positive = np.where(group[field] > 0, group[field], np.nan)  # frozen statistics change by 0, on a log axis
-            curve(ax, group["n"], positive, label=label, **(look(place) if alone else named.look))
+            curve(ax, group["n"], positive, over_log=True, label=label, **(look(place) if alone else named.look))
 
 
 def finish_changes(ax: Axes) -> None:
@@ -302,7 +302,7 @@ def time_over_turns(runs: Sequence[Named]) -> Picture | None:
     seconds.set_ylim(bottom=0)
     memory.set_ylim(bottom=0)
     loss.set_ylim(bottom=0)
-    turn_axis(loss)
+    count_axis(loss, "turn")
     legend_beside(seconds, shade_warm_up(axes, shown))
     legend_beside(memory)
     return Picture(
@@ -340,7 +340,7 @@ def meta_training(runs: Sequence[Named]) -> Picture | None:
         for named in shown:
             draw_meta(ax, named, path)
         ax.set_title(path.removeprefix("meta_loss/").replace("_", " ").replace("grad norm", "norm of the gradient"))
-        ax.set_xlabel("turn of meta-training")
+        count_axis(ax, "turn of meta-training")
         fit_values(ax)
     legend_above(figure, *axes)
     return Picture(

@@ -11,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from harness.console import FORMS, NOT_SHARES, SCORES
-from harness.report.drawing import GREY, Look, Named, Picture, interval, legend_above, look, panel_grid, percent_axis
+from harness.report.drawing import (
+    GREY,
+    Look,
+    Named,
+    Picture,
+    count_axis,
+    interval,
+    legend_above,
+    look,
+    panel_grid,
+    percent_axis,
+)
 from harness.report.runs import Run
 
 FORM_WORDS: Final = FORMS | {"": "token by token"}
@@ -55,6 +66,7 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
         for line in lines:
             draw_score(ax, line)
         finish_panel(ax, title, is_share(lines[0].score))
+        facts_axis(ax)
     base = Line2D([], [], color=GREY if len(runs) > 1 else "black", linestyle=":", linewidth=1.6, label="base model")
     legend_above(figure, *axes, extra=[base])
     return Picture(
@@ -112,13 +124,15 @@ def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str |
     ax.plot(x, mean, **style, marker="o", label=label)
 
 
-def finish_panel(ax: Axes, title: str, share: bool, x_label: str = "facts edited") -> None:
+def finish_panel(ax: Axes, title: str, share: bool) -> None:
     ax.set_title(title)
-    ax.set_xlabel(x_label)
-    if x_label == "facts edited":
-        ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     if share:
         percent_axis(ax)
+
+
+def facts_axis(ax: Axes) -> None:
+    count_axis(ax, "facts edited")
+    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +151,8 @@ def retention_by_age(runs: Sequence[Named]) -> Picture | None:
             points = {float(every_age.index(age)): score for age, score in ages.get(protocol, {}).items()}
             draw_points(ax, points, named.look, label if len(runs) > 1 else None)
         ax.set_xticks(range(len(every_age)), [f"{age:,}" for age in every_age])
-        finish_panel(ax, f"{protocol}  {SCORES.get(protocol, '')}", share=True, x_label="age of the facts, turns")
+        ax.set_xlabel("age of the facts, turns")
+        finish_panel(ax, f"{protocol}  {SCORES.get(protocol, '')}", share=True)
     legend_above(figure, *axes)
     return Picture(
         "retention",
@@ -185,6 +200,7 @@ def glue_over_edits(runs: Sequence[Named]) -> Picture | None:
                 for place, (way, words) in enumerate(GLUE_WAYS.items()):
                     draw_points(ax, ways.get(way, {}), look(place), words)
         finish_panel(ax, task.replace("_", " "), share=True)
+        facts_axis(ax)
     legend_above(figure, *axes)
     return Picture(
         "glue",
