@@ -118,10 +118,9 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
         "device": str(plan.device),
     }
-    roots = roots_of_runs()
-    with earlier_run(cfg.resume, roots, about) as earlier:
+    with earlier_run(cfg.resume, roots_of_runs(), about) as earlier:
         if earlier is not None:
-            move_into(earlier.path, folder, roots)
+            move_into(earlier.path, folder)
         if earlier is not None and earlier.run["status"] == "finished":
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
             show_results(earlier.results(), earlier.path)

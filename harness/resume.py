@@ -235,24 +235,19 @@ class LoopState:
         return f"to go on from {where}: {command}"
 
 
-def move_into(folder: Path, fresh: Path, roots: Sequence[Path]) -> None:
-    """Log into the run's own folder from here on; the one that was made for this command goes.
+def move_into(folder: Path, fresh: Path) -> None:
+    """Log into the run's own folder from here on, what was logged so far included.
 
-    With what was logged there so far. It stays where there is more in it than Hydra's own files; empty folders between
-    it and the root of all runs go with it.
+    The folder that was made for this command goes, unless there is more in it than Hydra's own files.
     """
     if folder.resolve() == fresh.resolve():
         return
     logs = []
-    for handler in logging.getLogger().handlers:
+    for handler in list(logging.getLogger().handlers):
         if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == fresh:
             logs.append(_move_log(handler, folder))
     if {path.name for path in fresh.iterdir()} <= {".hydra", *logs}:
         shutil.rmtree(fresh)
-        for parent in fresh.parents:
-            if parent in roots or not any(parent.is_relative_to(root) for root in roots) or any(parent.iterdir()):
-                break
-            parent.rmdir()
 
 
 def _move_log(handler: logging.FileHandler, folder: Path) -> str:

@@ -203,6 +203,49 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.lock", "results.json"}
 
 
+def test_a_run_goes_on_from_where_its_lines_were_cut(tmp_path: Path) -> None:
+    with create(tmp_path) as folder:
+        folder.append_scores({"turn": 0, "stage": "base", "scores": SCORES})
+        for turn in range(2):
+            folder.append_turn(turn_line(turn))
+        mark = dict(folder.mark)
+        before = {name: (tmp_path / name).read_bytes() for name in ("turns.jsonl", "scores.jsonl")}
+        folder.append_scores({"turn": 2, "stage": "eval", "scores": SCORES})
+        folder.append_records([{"turn": 2}])
+        folder.append_turn(turn_line(2))
+        folder.fail(RuntimeError("boom"))
+    with RunFolder.open(tmp_path) as folder:
+        assert folder.run["status"] == "failed"
+        folder.go_on(mark, 2, ["keep=1"])
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        assert (tmp_path / "records.jsonl").read_bytes() == b""
+        assert (folder.mark, folder.logged()) == (mark, 3)
+        assert folder.scores("base") == SCORES
+    run = read(tmp_path / "run.json")
+    assert (run["status"], run["error"], run["finished"]) == ("running", None, None)
+    assert [(one["turn"], one["overrides"]) for one in run["resumed"]] == [(2, ["keep=1"])]
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_lines_that_are_too_short_are_refused_before_any_is_cut(tmp_path: Path) -> None:
+    with create(tmp_path) as folder:
+        for turn in range(3):
+            folder.append_turn(turn_line(turn))
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=r"records\.jsonl: holds 0 bytes, but held 7 after turn 1; put the whole"):
+            folder.go_on({"turns.jsonl": 10, "records.jsonl": 7}, 1, [])
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_do_not_write_one_folder(tmp_path: Path) -> None:
+    with create(tmp_path):
+        for open_it in (create, RunFolder.open):
+            with pytest.raises(ValueError, match=f"process {os.getpid()} on .* writes this run; wait, or stop it"):
+                open_it(tmp_path)
+    with RunFolder.open(tmp_path):
+        pass
+
+
 def test_cost_sums_the_turns_up(tmp_path: Path) -> None:
     folder = create(tmp_path)
     for turn in range(4):
@@ -339,6 +382,76 @@ def test_an_offline_run_leaves_its_file_and_nothing_elsewhere(
     first, *rest = done.stderr.splitlines()
     assert first.startswith("INFO:harness.tracking:wandb: offline; `wandb sync ")
     assert rest == [] if ending == "end" else rest[0].startswith("Traceback")
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from tests.test_tracking import turn_line
+from harness.tracking import RunFolder, Tracker, WandbSettings
+with RunFolder.open(Path(sys.argv[1])) as folder:
+    folder.go_on({}, 0, [])
+    with Tracker(folder, WandbSettings(mode="offline", project="trial")) as tracker:
+        tracker.turn(turn_line(0))
+"""
+
+
+def test_an_offline_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    environment = wandb_environment(tmp_path / "home")
+    for code, *arguments in ((WANDB_RUN, "crash"), (AGAIN,)):
+        command = [sys.executable, "-c", code, str(tmp_path / "run"), *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    name = read(tmp_path / "run" / "run.json")["wandb_id"]
+    segments = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert segments == [f"run-{name}.wandb"] * 2
+
+
+def test_a_run_that_goes_on_logs_under_the_steps_that_it_would_have_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that wandb, which takes no step twice, keeps one line of each turn."""
+    logged: list[tuple[int, int]] = []
+
+    class Run:
+        dir, summary = "wandb/run/files", dict[str, float]()
+
+        def define_metric(self, *_: object, **__: object) -> None: ...
+        def finish(self, exit_code: int) -> None: ...
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            logged.append((step, int(metrics["turn"])))
+
+    monkeypatch.setattr(tracking, "_start_wandb", lambda folder, settings: Run())
+    with create(tmp_path) as folder, Tracker(folder, WandbSettings()) as tracker:
+        tracker.scores(0, SCORES, "base")
+        tracker.turn(turn_line(1))
+        mark = dict(folder.mark)
+        tracker.scores(1, SCORES, "eval")
+        tracker.turn(turn_line(2))
+    first = list(logged)
+    assert [step for step, _ in first] == [0, 1, 2, 3]
+    with RunFolder.open(tmp_path) as folder:
+        folder.go_on(mark, 1, [])
+        with Tracker(folder, WandbSettings()) as tracker:
+            tracker.scores(1, SCORES, "eval")
+            tracker.turn(turn_line(2))
+    assert logged == [*first, *first[2:]]
+
+
+@pytest.mark.parametrize(("mode", "resumed", "expected"), [("online", 1, "allow"), ("online", 0, None)])
+def test_online_goes_on_with_what_the_server_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: tracking.WandbMode, resumed: int, expected: str | None
+) -> None:
+    import wandb
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr(tracking, "check_wandb", lambda mode: None)
+    with create(tmp_path) as folder:
+        for _ in range(resumed):
+            folder.go_on({}, 0, [])
+        tracking._start_wandb(folder, WandbSettings(mode))
+        assert (asked["id"], asked["resume"]) == (folder.run["wandb_id"], expected)
 
 
 def test_the_exit_code_reaches_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
