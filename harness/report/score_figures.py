@@ -25,7 +25,8 @@ from harness.report.drawing import (
 )
 from harness.report.runs import Run
 
-FORM_WORDS: Final = FORMS | {"": "token by token"}
+FORM_WORDS: Final = FORMS | {"": "token by token", "contains": "generated text contains it"}
+TITLES: Final = {"LS_kl": "LS_kl  KL from base, nats", "perplexity": "perplexity of a fixed text"}
 GLUE_WAYS: Final = {"likelihood": "likelihood of the labels", "generation": "generated answer"}
 GLUE_NOTE: Final = (
     "A generated answer can be invalid, which counts as wrong; the likelihood of the labels is the number to trust."
@@ -91,14 +92,19 @@ def one_runs_panels(run: Run, names: Sequence[str]) -> dict[str, list[ScoreLine]
     for name in names:
         score, _, form = name.partition("_")
         style = look(forms.index(form) if is_share(name) else 0)
-        title, label = (f"{score}  {SCORES[score]}", FORM_WORDS.get(form, form)) if is_share(name) else (name, None)
+        title, label = TITLES.get(name, name), None
+        if is_share(name):
+            title, label = f"{score}  {SCORES[score]}", FORM_WORDS.get(form) or form
         panels.setdefault(title, []).append(ScoreLine(run, name, label, style, style["color"]))
     return panels
 
 
 def all_runs_panels(runs: Sequence[Named], names: Sequence[str]) -> dict[str, list[ScoreLine]]:
     """A panel a score, the runs as lines."""
-    return {name: [ScoreLine(named.run, name, named.label, named.look, GREY) for named in runs] for name in names}
+    return {
+        TITLES.get(name, name): [ScoreLine(named.run, name, named.label, named.look, GREY) for named in runs]
+        for name in names
+    }
 
 
 def draw_score(ax: Axes, line: ScoreLine) -> None:
@@ -120,7 +126,7 @@ def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str |
     if len(x) == 1:
         ax.errorbar(x, mean, [mean - low, high - mean], color=style["color"], marker="o", capsize=4, label=label)
         return
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    ax.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
     ax.plot(x, mean, **style, marker="o", label=label)
 
 
