@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line
-from config.schema import EditorConfig, EditPrecision, Half, RunConfig, Token, to_run_config
+from config.schema import EditorConfig, EditPrecision, RunConfig, Token, to_run_config
 from data.records import Turn
 from data.stream import EditStream
 from editor import EDITORS
@@ -38,15 +38,17 @@ from editor.meta_train import MetaSettings, MetaTrainer
 from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
-from harness.evaluate import Evaluation, protocols_of
+from harness.evaluate_only import evaluate_only
 from harness.interrupt import Interrupted, Interruption
 from harness.networks import MODEL
 from harness.plan import (
+    DTYPES,
     Plan,
     base_cache,
     capture_memory,
     check_export,
     export_folder,
+    make_evaluation,
     make_plan,
     network_keeper,
     wandb_settings,
@@ -64,7 +66,6 @@ REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
 }
 """What a file system says no with."""
-DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 
 
 def main() -> None:
@@ -118,6 +119,9 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
         "device": str(plan.device),
     }
+    if cfg.evaluate is not None:
+        evaluate_only(cfg, plan, about, folder)
+        return
     with earlier_run(cfg.resume, roots_of_runs(), about) as earlier:
         if earlier is not None:
             move_into(earlier.path, folder)
@@ -149,15 +153,6 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
     if plan.network is not None:
         plan.network.require({MODEL: fingerprint})
         editor.load_state_dict(plan.network.tensors())
-    evaluation = Evaluation(
-        model,
-        plan.stream,
-        plan.tokenize,
-        protocols=protocols_of(cfg.dataset.eval_mhop),
-        sample=cfg.evaluation.sample,
-        resamples=cfg.evaluation.resamples,
-        seed=cfg.seed,
-    )
     diagnostics = TurnDiagnostics(plan.device, plan.editor_device, seed=cfg.seed)
     run_folder = earlier or RunFolder.create(folder, **about)
     state = LoopState(checkpoints, run_folder, model, editor, diagnostics)
@@ -170,11 +165,10 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
         capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate,
         Interruption() as interruption,
     ):
-        score = Scoring(evaluation, tracker, progress)
+        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
         score.seconds = state.seconds  # with those that a resumed run spent before
         try:
-            begun = done or state.trained
-            base = run_folder.scores("base") if begun else score("base", 0, base_cache(cfg, plan, fingerprint))
+            base = score.base(done or state.trained, base_cache(cfg, plan, fingerprint))
 
             if plan.training is not None and not done:
                 assert isinstance(editor, HyperNetworkEditor)
@@ -186,6 +180,7 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
 
             with progress.turns(total, done=done) as bar:
                 for turn in plan.stream.from_turn(done):
+                    score.retention(done)
                     if is_due(cfg.evaluation.every, done, plan.stream):
                         score("eval", done)
                     with interruption.held():
@@ -204,7 +199,8 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
                     bar.advance(edits_total=line["edits_total"], phase=line["phase"])
 
             final = score("final", done)
-            results = {"base": base, "final": final, "cost": {**run_folder.cost(), "seconds": state.seconds}}
+            kept = score.retained()
+            results = {"base": base, "final": final, **kept, "cost": {**run_folder.cost(), "seconds": state.seconds}}
             tracker.results(results)
             target = export_folder(cfg, run_folder.path)
             if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
