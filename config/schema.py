@@ -432,7 +432,6 @@ class HyperNetworkConfig(EditorConfig):
             *filled("editor.load_checkpoint", self.load_checkpoint),
         ]
 
-
     def trains(self) -> bool:
         """Whether this run trains the network, rather than take it from a checkpoint or as it is."""
         return self.n_epochs > 0 and self.load_checkpoint is None
@@ -540,6 +539,29 @@ class DiagnosticsConfig(Section):
 
 
 @dataclass
+class GlueConfig(Section):
+    """GLUE-style tasks that downstream_eval_steps asks for (glue_eval/tasks.py)."""
+
+    tasks: list[str] | None = None
+    """Which of them; null = all eight."""
+    rows: str | None = None
+    """Folder that holds <task>.jsonl; hub = GLUE and MMLU from the Hugging Face hub; null = the small shipped set."""
+    few_shot: int = 0
+    """Examples shown before each question, from the task's pool (its first 100 rows)."""
+    limit: int | None = 100
+    """Rows asked a task, those behind the pool; null = all."""
+
+    def mistakes(self) -> list[str]:
+        empty = ["glue.tasks=[]: names no task; downstream_eval_steps=0 turns them off"] if self.tasks == [] else []
+        return [
+            *empty,
+            *filled("glue.rows", self.rows),
+            *at_least("glue.few_shot", self.few_shot, 0, "0 shows no example"),
+            *at_least("glue.limit", self.limit, 1, "null asks all rows"),
+        ]
+
+
+@dataclass
 class TrackerConfig(Section):
     """Where numbers go besides the run folder."""
 
@@ -564,6 +586,7 @@ class RunConfig(Section):
     editor: EditorConfig = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    glue: GlueConfig = field(default_factory=GlueConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     seed: int = 42
     """Every random choice follows from it; 0 or above."""
@@ -580,7 +603,7 @@ class RunConfig(Section):
     evaluate: str | None = None
     """A model's folder or name to score, without editing, against the base model.name_or_path; null = edit."""
     downstream_eval_steps: int = 0
-    """Turns between GLUE-style evaluations; 0 = never."""
+    """Turns between GLUE-style evaluations, beside those of the base and the final model; 0 = never."""
     model_cache: bool = False
     """Save the edited model at the end."""
     model_cache_dir: str | None = None
@@ -596,16 +619,11 @@ class RunConfig(Section):
     """
 
     def mistakes(self) -> list[str]:
-        return [*root_mistakes(vars(self)), *not_built_yet(vars(self)), *training_data_mistakes(self)]
+        return [*root_mistakes(vars(self)), *training_data_mistakes(self)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What concerns the root, and what concerns two keys together
-
-NOT_BUILT_YET: dict[str, tuple[Any, str]] = {
-    # key: (the value that leaves it off, what it would switch on)
-    "downstream_eval_steps": (0, "GLUE-style evaluation is"),
-}
 
 
 def root_mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -645,26 +663,14 @@ def training_data_mistakes(run: RunConfig) -> list[str]:
     return mistakes
 
 
-def not_built_yet(values: Mapping[str, Any]) -> list[str]:
-    """Keys of features still to come; a section that `values` lacks is passed over."""
-    mistakes = []
-    for key, (off, feature) in NOT_BUILT_YET.items():
-        value = _value(values, key, off)
-        if value != off:
-            leave = "null" if off is None else off
-            mistakes.append(f"{key}={value}: {feature} not built yet; leave it at {leave}")
-    return mistakes
-
-
-def _value(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    section, _, name = key.rpartition(".")
-    return getattr(values.get(section), name, default) if section else values.get(name, default)
-
-
 def settings_without_effect(run: RunConfig) -> list[str]:
     """One line a setting that this run ignores, for a warning; they are mistakes of thought, not of spelling."""
     if run.evaluate is not None:
-        edits = {"evaluation.every": run.evaluation.every, "evaluation.retention": run.evaluation.retention}
+        edits = {
+            "evaluation.every": run.evaluation.every,
+            "evaluation.retention": run.evaluation.retention,
+            "downstream_eval_steps": run.downstream_eval_steps,
+        }
         return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
     no_warm_up = run.editor.preheat_mode is PreheatMode.none
     lines = []
@@ -678,6 +684,8 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         )
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
+    if run.glue != GlueConfig() and not run.downstream_eval_steps:
+        lines.append("glue.* has no effect with downstream_eval_steps=0")
     if run.evaluation.prompt is not Prompt.raw and not run.evaluation.generation:
         lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
     return lines
@@ -710,7 +718,7 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     if not mistakes:
         return RunConfig(**values)
     scalars = {entry.name: values.get(entry.name, entry.default) for entry in fields(RunConfig)}
-    raise ConfigError([*mistakes, *root_mistakes(scalars), *not_built_yet(values)])
+    raise ConfigError([*mistakes, *root_mistakes(scalars)])
 
 
 def unset_keys(cfg: DictConfig) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before each question")
     parser.add_argument("--limit", type=_at_least_one, default=100, metavar="N", help="rows asked; default 100")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write all results as JSON")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=found, help=f"cpu, cuda or cuda:N; default here: {found}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     return parser
 
@@ -83,10 +85,18 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _device(text: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be cpu, cuda or cuda:N")
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: this machine has {torch.cuda.device_count()} GPUs; choose another")
+    return device
+
+
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be wrong is looked at before the weights are read."""
     tasks = chosen_tasks(chosen.tasks)
-    device = torch.device(chosen.device)
     if chosen.output and not chosen.output.parent.is_dir():
         raise ValueError(f"--output {chosen.output}: its folder is not there; make it, or choose another")
     source = ModelSource(locate(chosen.model, CACHE))
@@ -99,7 +109,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         few_shot=chosen.few_shot,
         limit=chosen.limit,
     )
-    model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=device)
+    model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=chosen.device)
     results = evaluate_tasks(model, prepared, watch=lambda task, rows: log.info("%s: %d rows scored", task, rows))
     return {"model": chosen.model, "fingerprint": model.fingerprint(), "tasks": results}
 

@@ -315,6 +315,19 @@ class RunFolder:
         """Write `results.json`; the same results give the same bytes."""
         write_atomically(self.path / "results.json", canonical_json(results, "results.json", indent=2) + "\n")
 
+    def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None:
+        """Write `glue/turn_<t>.json`, t turns being done: scores by task."""
+        path = self._downstream(turn)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, canonical_json(results, path.name, indent=2) + "\n")
+
+    def has_downstream(self, turn: int) -> bool:
+        """Whether the tasks were scored after `turn` turns."""
+        return self._downstream(turn).is_file()
+
+    def _downstream(self, turn: int) -> Path:
+        return self.path / "glue" / f"turn_{turn}.json"
+
     def turns(self) -> Iterator[dict[str, Any]]:
         """The lines of `turns.jsonl`, one at a time: a run of 20,000 turns is not held in memory."""
         with (self.path / "turns.jsonl").open(encoding="utf-8") as file:
@@ -336,8 +349,9 @@ class RunFolder:
             ) from None
 
     def logged(self) -> int:
-        """Lines that were written to where wandb's come from."""
-        return sum(count_lines(self.path / name) for name in LOGGED)
+        """Lines and files that were written to where wandb's numbers come from."""
+        files = len(list((self.path / "glue").glob("turn_*.json")))
+        return files + sum(count_lines(self.path / name) for name in LOGGED)
 
     def cost(self) -> dict[str, Any]:
         """What the turns in `turns.jsonl` cost, for `results["cost"]`; ValueError before the first turn.
@@ -599,6 +613,13 @@ class Tracker:
         """Record an evaluation after `turn` turns: a line of `scores.jsonl`, a point of each score's curve."""
         self.folder.append_scores({"turn": turn, "stage": stage, "scores": dict(scores)})
         self._sink.log({"turn": turn, **score_metrics(scores)})
+
+    def downstream(self, turn: int, results: Mapping[str, Any]) -> None:
+        """Record the tasks' scores after `turn` turns: `glue/turn_<t>.json`, a point of each task's accuracies."""
+        self.folder.write_downstream(turn, results)
+        ways = ("likelihood", "generation")
+        means = {task: {way: found[way]["accuracy"]["mean"] for way in ways} for task, found in results.items()}
+        self._sink.log({"turn": turn, **dict(_numbers({"glue": means}))})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Record the end of a run: `results.json`, and in wandb's summary base/, final/, change/ and cost/."""

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
 from config.compose import check_command_line, compose_config
 from config.schema import (
-    NOT_BUILT_YET,
     ClosedFormConfig,
     ConfigError,
     PreheatMode,
@@ -226,13 +224,6 @@ def test_a_key_that_hydra_lets_through_is_refused_at_the_door() -> None:
     cfg = compose_config(["+typo=1"])
     with pytest.raises(ConfigError, match="typo: there is no such key"):
         to_run_config(cfg)
-
-
-@pytest.mark.parametrize("key", NOT_BUILT_YET)
-def test_what_is_not_built_yet_is_off_and_cannot_be_turned_on(key: str) -> None:
-    off, _ = NOT_BUILT_YET[key]
-    assert OmegaConf.select(compose_config(), key) == off
-    assert "not built yet" in refusal(f"{key}={'auto' if off is None else 3}")
 
 
 def test_settings_without_effect_are_told() -> None:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "harness/perplexity.py": "torch.* model data.records",
     "harness/retention.py": "data.stream",
     "harness/evaluate_only.py": "config.schema harness.* model",
+    "harness/downstream.py": "config.schema glue_eval.* harness.* model",
     "harness/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/spill.py": "torch",
     "harness/places.py": "platformdirs",

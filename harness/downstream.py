@@ -1,0 +1,82 @@
+"""GLUE-style evaluation as a run does it: planned before the weights are read, on the base model and every so often."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.schema import RunConfig
+from glue_eval.score import SCORES_FORMAT, PreparedTask, evaluate_tasks, prepare_tasks
+from glue_eval.tasks import chosen_tasks
+from harness import places
+from harness.console import RunProgress
+from harness.plan import Plan
+from harness.tracking import Tracker, canonical_json, versions, write_atomically
+from model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+class Downstream:
+    """Scores the tasks of `glue.*`; a run with downstream_eval_steps=0 has none, and every call does nothing."""
+
+    def __init__(self, tasks: Sequence[PreparedTask], identity: Mapping[str, Any], seed: int, resamples: int) -> None:
+        self.tasks = tasks
+        self.identity = identity  # what, beside the weights, can change a score
+        self.seed, self.resamples = seed, resamples
+
+    @classmethod
+    def of_run(cls, cfg: RunConfig, plan: Plan) -> Downstream:
+        """Read the rows and make the prompts; needs no weights. ValueError, one line, for what is wrong with them."""
+        tasks: list[PreparedTask] = []
+        if cfg.downstream_eval_steps:
+            try:
+                tasks = prepare_tasks(
+                    chosen_tasks(cfg.glue.tasks),
+                    plan.tokenizer,
+                    plan.outline.context_length,
+                    origin=cfg.glue.rows,
+                    few_shot=cfg.glue.few_shot,
+                    limit=cfg.glue.limit,
+                )
+            except ValueError as error:
+                raise ValueError(f"glue.*: {error}") from error
+        prompts = [[task.rows.task.name, task.rows.source, task.rows.sha256, repr(task.prompts)] for task in tasks]
+        identity = {
+            "prompts": hashlib.sha256(canonical_json(prompts, "prompts").encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "bootstrap": [cfg.seed, cfg.evaluation.resamples],
+            "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
+            "versions": [SCORES_FORMAT, versions()],
+        }
+        return cls(tasks, identity, cfg.seed, cfg.evaluation.resamples)
+
+    def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
+        """Score the base model, or take its scores from the cache: a sweep pays for them once."""
+        key = canonical_json({"model": fingerprint, **self.identity}, "identity of the base model's scores")
+        cache = places.CACHE / "glue" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if self.tasks and cache.is_file():
+            tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
+        else:
+            self(model, tracker, progress, 0, keep=cache)
+
+    def __call__(
+        self, model: LanguageModel, tracker: Tracker, progress: RunProgress, done: int, keep: Path | None = None
+    ) -> None:
+        """Score the model as `done` turns have left it; what a resumed run has behind it is not scored again."""
+        if not self.tasks or tracker.folder.has_downstream(done):
+            return
+        rows = sum(len(task.prompts) for task in self.tasks)
+        what = f"GLUE after turn {done}" if done else "GLUE, base model"
+        with progress.evaluation(what, rows, unit="rows") as bar:
+            results = evaluate_tasks(
+                model, self.tasks, resamples=self.resamples, seed=self.seed, watch=lambda task, n: bar.advance(n, task)
+            )
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(keep, canonical_json(results, "scores of tasks") + "\n")
+        tracker.downstream(done, results)
