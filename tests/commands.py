@@ -65,6 +65,7 @@ class Commands:
             "dataset.train_path": self.folder / "train.json",
             "dataset.n_edits": "3",
             "dataset.batch_size": "2",
+            "evaluation.perplexity": "off",  # its text is longer than all these questions
             "tracker.wandb": "disabled",
             "hydra.run.dir": self.folder / run,
         }

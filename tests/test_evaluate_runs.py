@@ -20,7 +20,13 @@ from model import LanguageModel
 from tests.commands import Commands, Run, save_tiny_model, zsre_row
 from tests.conftest import tiny_llama
 
-EVERYTHING = ("evaluation.generation=all", "evaluation.max_new_tokens=4", "evaluation.retention=2", "num_seq_zsre=1")
+EVERYTHING = (
+    "evaluation.generation=all",
+    "evaluation.max_new_tokens=4",
+    "evaluation.retention=2",
+    "num_seq_zsre=1",
+    "evaluation.perplexity=text.txt",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_scores_all_of_it_and_the_files_agree(run: Commands, tmp_path: Path) -> None:
-    done = run(*EVERYTHING, f"evaluation.perplexity={tmp_path / 'text.txt'}", "evaluation.every=2")
+    done = run(*EVERYTHING, "evaluation.every=2")
     results = done.json("results.json")
     base, final = results["base"], results["final"]
     forms = {name + form for name in ("ES", "GS", "LS") for form in ("", "_seq", "_gen", "_contains")} | {"perplexity"}
@@ -82,9 +88,7 @@ def test_a_run_scores_all_of_it_and_the_files_agree(run: Commands, tmp_path: Pat
 
 
 def test_a_number_of_records_is_generated_from(run: Commands) -> None:
-    done = run(
-        "evaluation.generation=3", "evaluation.max_new_tokens=2", "evaluation.sample=8", "evaluation.perplexity=off"
-    )
+    done = run("evaluation.generation=3", "evaluation.max_new_tokens=2", "evaluation.sample=8")
     results = done.json("results.json")["final"]
     assert (results["ES"]["n"], results["ES_gen"]["n"]) == (8, 3)
     assert "perplexity" not in results
@@ -145,8 +149,10 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(
 
 def test_a_saved_model_scores_what_its_run_said(run: Commands, tmp_path: Path) -> None:
     settings = ("evaluation.generation=5", "evaluation.max_new_tokens=3")
-    edited = run(*settings, "model_cache=true", "num_seq=3", run="edited")
-    alone = run(*settings, f"evaluate={edited.folder / 'model'}", "num_seq=3", run="alone")
+    edited = run(*settings, "model_cache=true", "num_seq=3", "evaluation.perplexity=passage", run="edited")
+    alone = run(
+        *settings, f"evaluate={edited.folder / 'model'}", "num_seq=3", "evaluation.perplexity=passage", run="alone"
+    )
     assert alone.json("results.json").keys() == {"base", "final", "cost"}
     assert alone.scores() == edited.scores()
     about = alone.json("run.json")
