@@ -44,7 +44,7 @@ class Downstream:
                     limit=cfg.glue.limit,
                 )
             except ValueError as error:
-                raise ValueError(f"glue.*: {error}") from error
+                raise ValueError(f"glue: {error}") from error
         prompts = [[task.rows.task.name, task.rows.source, task.rows.sha256, repr(task.prompts)] for task in tasks]
         identity = {
             "prompts": hashlib.sha256(canonical_json(prompts, "prompts").encode()).hexdigest(),
@@ -57,9 +57,11 @@ class Downstream:
 
     def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""
+        if not self.tasks or tracker.folder.has_downstream(0):
+            return
         key = canonical_json({"model": fingerprint, **self.identity}, "identity of the base model's scores")
         cache = places.CACHE / "glue" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        if self.tasks and cache.is_file():
+        if cache.is_file():
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
         else:
             self(model, tracker, progress, 0, keep=cache)
