@@ -75,7 +75,7 @@ def _title(runs: Sequence[Named]) -> str:
 
 def _name(config: Mapping[str, Any], section: str) -> str:
     part = config.get(section, {})
-    return Path(str(part.get("name_or_path") or part.get("name") or "?")).name
+    return Path(str(part.get("name_or_path") or part.get("name") or "?")).name.removeprefix("pypi:")
 
 
 def _head(runs: Sequence[Named]) -> Iterator[str]:

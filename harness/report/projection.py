@@ -15,9 +15,11 @@ def project(points: np.ndarray) -> tuple[np.ndarray, str]:  # (n, d) -> (n, 2), 
     UMAP keeps neighbours together and says little of distances between groups; PCA keeps distances as far as two axes
     can. Needs three points; UMAP needs more than its 15 neighbours, so fewer are always drawn by PCA.
     """
-    if len(points) > 16 and importlib.util.find_spec("umap") is not None:
-        return _umap(points), "UMAP (15 neighbours, minimal distance 0.1)"
-    return _principal_components(points)
+    if len(points) <= 16:
+        return _principal_components(points, "too few points for UMAP")
+    if importlib.util.find_spec("umap") is None:
+        return _principal_components(points, "umap-learn is not installed")
+    return _umap(points), "UMAP (15 neighbours, minimal distance 0.1)"
 
 
 def _umap(points: np.ndarray) -> np.ndarray:
@@ -26,9 +28,9 @@ def _umap(points: np.ndarray) -> np.ndarray:
     return umap.UMAP(n_neighbors=15, min_dist=0.1, random_state=SEED, n_jobs=1).fit_transform(points)
 
 
-def _principal_components(points: np.ndarray) -> tuple[np.ndarray, str]:
+def _principal_components(points: np.ndarray, why: str) -> tuple[np.ndarray, str]:
     centred = (points - points.mean(0)).astype(np.float64)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     share = sizes**2 / max(float((sizes**2).sum()), np.finfo(np.float64).tiny)
     pair = (left * sizes)[:, :2]
-    return pair, f"PCA ({share[0]:.0%} and {share[1]:.0%} of the variance; umap-learn is not installed or not needed)"
+    return pair, f"PCA ({share[0]:.0%} and {share[1]:.0%} of the variance; {why})"

@@ -14,7 +14,11 @@ import numpy as np
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
 
 META_PHASES: Final = ("meta_train", "meta_valid")  # lines of turns.jsonl that no edit turn wrote
-NOT_A_LABEL: Final = ("hydra.", "tracker.")  # overrides that say nothing of what was run
+# Beginnings of overrides that say nothing of what was edited, and how.
+NOT_A_LABEL: Final = (
+    *("hydra.", "tracker.", "evaluation.", "diagnostics.", "glue.", "downstream_eval_steps"),
+    *("checkpoint_every", "keep", "resume", "model_cache"),
+)
 
 
 @dataclass(frozen=True)

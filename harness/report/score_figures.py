@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from harness.console import FORMS, NOT_SHARES, SCORES
 from harness.report.drawing import (
+    DASHES,
     GREY,
     Look,
     Named,
@@ -204,7 +205,8 @@ def glue_over_edits(runs: Sequence[Named]) -> Picture | None:
                 draw_points(ax, ways.get("likelihood", {}), named.look, label)
             else:
                 for place, (way, words) in enumerate(GLUE_WAYS.items()):
-                    draw_points(ax, ways.get(way, {}), look(place), words)
+                    style = look(place) | {"linestyle": DASHES[place]}  # the two often agree
+                    draw_points(ax, ways.get(way, {}), style, words)
         finish_panel(ax, task.replace("_", " "), share=True)
         facts_axis(ax)
     legend_above(figure, *axes)
