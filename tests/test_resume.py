@@ -35,7 +35,7 @@ from tests.conftest import ROOT
 from tests.forked import Forks
 
 TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory")
-LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "evaluation.every=4")
+LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "evaluation.every=4", "evaluation.retention=1")
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,19 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def signal_after(kind: type, method: str, call: int, *numbers: int) -> Iterator[None]:
-    """Send this process signals, a second apart, right after that call of `kind.method`."""
+    """Send this process signals, a second apart, right after that call of `kind.method`.
+
+    `method` may name a stage, as in "append_records of eval": then calls with its lines are counted.
+    """
+    method, _, stage = method.partition(" of ")
     original, seen = getattr(kind, method), 0
 
     def calling(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal seen
-        seen += 1
+        counts = not stage or (bool(args[0]) and args[0][0]["stage"] == stage)
+        seen += counts
         result = original(self, *args, **kwargs)
-        if seen == call:
+        if counts and seen == call:
             for pause, number in enumerate(numbers):
                 time.sleep(pause)
                 os.kill(os.getpid(), number)
@@ -142,7 +147,13 @@ def killed_run(folder: Path, model: Path, kills: int, seed: int) -> int:
     commands = Commands(folder, model)
     commands.write("eval", [zsre_row(i) for i in range(2 * TURNS[kills])])
     commands.write("train", [zsre_row(i) for i in range(7000, 7006)])
-    settings = ("dataset.n_edits=2", "checkpoint_every=3", "evaluation.every=25", "evaluation.sample=6")
+    settings = (
+        "dataset.n_edits=2",
+        "checkpoint_every=3",
+        "evaluation.every=25",
+        "evaluation.sample=6",
+        "evaluation.retention=1",
+    )
     line = [word for word in commands.line(*settings) if not word.startswith("hydra.run.dir")]
     chance, killed, mid_loop = random.Random(seed), 0, 0
     with Forks(folder, folder / "cache") as forks:
@@ -195,8 +206,10 @@ STOPS = {
     "in a turn of warm-up": (LanguageModel, "capture", 1, 1),
     "in a turn with an evaluation and a checkpoint to follow": (LanguageModel, "capture", 4, 4),
     "between weights and line of a turn": (LanguageModel, "apply", 5, 5),
-    "in an evaluation on the way": (RunFolder, "append_records", 2, 4),
-    "in the last evaluation": (RunFolder, "append_records", 3, 6),
+    "among facts that are asked again": (RunFolder, "append_records of retention", 2, 4),
+    "in an evaluation on the way": (RunFolder, "append_records of eval", 1, 4),
+    "in the last evaluation": (RunFolder, "append_records of final", 1, 6),
+    "among facts that are asked a last time": (RunFolder, "append_records of retention_final", 1, 6),
     "behind the results": (RunFolder, "write_results", 1, 6),
 }
 
