@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import partial
@@ -31,14 +31,17 @@ from config.compose import check_command_line
 from config.schema import EditorConfig, EditPrecision, RunConfig, Token, to_run_config
 from data.records import Turn
 from data.stream import EditStream
-from editor import EDITORS
-from editor.base import Editor
+from data.training import TrainingStream
+from editor.base import CapturedTurn, Editor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
+from editor.registry import EDITORS
 from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
+from harness.downstream import Downstream
 from harness.evaluate_only import evaluate_only
+from harness.hidden import HiddenStates
 from harness.interrupt import Interrupted, Interruption
 from harness.networks import MODEL
 from harness.plan import (
@@ -130,10 +133,12 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
             show_results(earlier.results(), earlier.path)
         else:
             check_export(cfg)
-            edit(cfg, plan, about, folder, earlier)
+            edit(cfg, plan, Downstream.of_run(cfg, plan), about, folder, earlier)
 
 
-def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlier: RunFolder | None) -> None:
+def edit(
+    cfg: RunConfig, plan: Plan, downstream: Downstream, about: dict[str, Any], folder: Path, earlier: RunFolder | None
+) -> None:
     """The loop, in the order of its lines. A new run is recorded in `folder`, an earlier one where it is."""
     path = earlier.path if earlier else folder
     checkpoints = {kind: Checkpoints(path / "checkpoints", kind, cfg.keep) for kind in ("turn", "training")}
@@ -153,8 +158,11 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
     if plan.network is not None:
         plan.network.require({MODEL: fingerprint})
         editor.load_state_dict(plan.network.tensors())
-    diagnostics = TurnDiagnostics(plan.device, plan.editor_device, seed=cfg.seed)
+    diagnostics = TurnDiagnostics(plan.device, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
     run_folder = earlier or RunFolder.create(folder, **about)
+    hidden = HiddenStates(
+        model.hidden_states, plan.stream.edited(), plan.tokenize, path, cfg.diagnostics.hidden_states, cfg.seed
+    )
     state = LoopState(checkpoints, run_folder, model, editor, diagnostics)
     done, total = state.restore(start, about) if earlier else 0, len(plan.stream)
 
@@ -168,21 +176,26 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
         score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
         score.seconds = state.seconds  # with those that a resumed run spent before
         try:
-            base = score.base(done or state.trained, base_cache(cfg, plan, fingerprint))
+            begun = done or state.trained
+            base = score.base(begun, base_cache(cfg, plan, fingerprint))
+            downstream.base(model, tracker, progress, fingerprint)
+            if not begun:
+                hidden.keep("base")
 
             if plan.training is not None and not done:
-                assert isinstance(editor, HyperNetworkEditor)
                 capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
-                trainer = MetaTrainer(model, editor, settings_of(MetaSettings, cfg.editor), capture_turn)
-                training = MetaTraining(trainer, plan.training, editor, state, tracker)
                 keeper = network_keeper(cfg, path, model.shapes, fingerprint)
+                training = meta_training(cfg.editor, plan.training, state, tracker, capture_turn)
                 training.run(cfg.checkpoint_every, keeper, progress, interruption)
+                del training  # and with it the moments of its optimiser
 
             with progress.turns(total, done=done) as bar:
                 for turn in plan.stream.from_turn(done):
                     score.retention(done)
                     if is_due(cfg.evaluation.every, done, plan.stream):
                         score("eval", done)
+                    if is_due(cfg.downstream_eval_steps, done, plan.stream):
+                        downstream(model, tracker, progress, done)
                     with interruption.held():
                         watch = Stopwatch(plan.device, plan.editor_device)
                         with watch.measure("capture"):
@@ -199,8 +212,15 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
                     bar.advance(edits_total=line["edits_total"], phase=line["phase"])
 
             final = score("final", done)
-            kept = score.retained()
-            results = {"base": base, "final": final, **kept, "cost": {**run_folder.cost(), "seconds": state.seconds}}
+            retained = score.retained()
+            downstream(model, tracker, progress, done)
+            hidden.keep("edited")
+            results = {
+                "base": base,
+                "final": final,
+                **retained,
+                "cost": {**run_folder.cost(), "seconds": state.seconds},
+            }
             tracker.results(results)
             target = export_folder(cfg, run_folder.path)
             if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
@@ -211,7 +231,11 @@ def edit(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path, earlie
                 state.save(done)
             log.warning("%s after turn %d of %d; %s", stop.signal, done, total, state.how_to_go_on(about["overrides"]))
             raise
-    show_results(results, run_folder.path)
+    show_results(results, path)
+    if cfg.diagnostics.report:
+        from harness.report import write_report  # matplotlib takes a second
+
+        log.info("the report is %s", write_report([path]))
 
 
 @contextlib.contextmanager
@@ -248,6 +272,19 @@ def build_editor(cfg: EditorConfig, shapes: Mapping[str, tuple[int, int]], devic
     """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.name]
     return kind(shapes, settings_of(kind.Settings, cfg), device)
+
+
+def meta_training(
+    cfg: EditorConfig,
+    stream: TrainingStream,
+    state: LoopState,
+    tracker: Tracker,
+    capture: Callable[[Turn], CapturedTurn],
+) -> MetaTraining:
+    """The training of the editor's network, wherever the run's state has it."""
+    assert isinstance(state.editor, HyperNetworkEditor)
+    trainer = MetaTrainer(state.model, state.editor, settings_of(MetaSettings, cfg), capture)
+    return MetaTraining(trainer, stream, state, tracker)
 
 
 def settings_of(kind: Any, cfg: EditorConfig) -> Any:

@@ -580,6 +580,24 @@ class LanguageModel:
         """The logits that predict each answer token of the batch, teacher-forced."""
         return self._logits(batch)
 
+    @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (sequences, d) float32, on the CPU
+        """What the head reads at the position that predicts each sequence's first answer token."""
+        questions = [TokenSequence(s.ids[: s.answer_start + 1], s.answer_start) for s in sequences]
+        read: dict[int, Tensor] = {}
+        for batch in self.batches(questions):
+
+            def keep(_head: nn.Module, inputs: tuple[Tensor, ...], batch: TokenBatch = batch) -> None:
+                rows = inputs[0][batch.rows.to(self.device), batch.positions.to(self.device)].float().cpu()
+                read.update(zip(batch.members[batch.rows].tolist(), rows, strict=True))
+
+            handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+            try:
+                self._logits(batch)
+            finally:
+                handle.remove()
+        return torch.stack([read[place] for place in range(len(questions))])
+
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
         return compute_batches(sequences, self.compute_tokens)

@@ -132,15 +132,20 @@ class HyperNetworkEditor(nn.Module):
             yield rows, *self.network(name)(capture.keys[rows], capture.value_grads[rows], self._number[name])
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
-        """Rows seen, mean |mu| and mean sigma of the value gradients, by group that shares them; eta by module."""
+        """Rows seen, mean |mu| and mean sigma of the value gradients, by group that shares them; what
+        was learned by module."""
         found: dict[str, dict[str, float | None]] = {}
         for name, shape in self.shapes.items():
             group = _group(shape) if self.settings.statistics_scope == "shape" else name
             if group not in found:
                 found[group] = self.network(name).normalizer(self._number[name]).summary()
-        for name in self.shapes:
-            found[name] = found.get(name, {}) | {"eta": self.eta(name).item()}
+        for name, scalars in self.learned().items():
+            found[name] = found.get(name, {}) | scalars
         return found
+
+    def learned(self) -> dict[str, dict[str, float]]:
+        """The scalars that each module has learned, by their names."""
+        return {name: {"eta": self.eta(name).item()} for name in self.shapes}
 
 
 class RidgeEditor(HyperNetworkEditor):
@@ -165,11 +170,8 @@ class RidgeEditor(HyperNetworkEditor):
             match = (capture.keys[rows].to(new_keys) * new_keys).sum(1, keepdim=True)
             yield rows, -self.eta(name) * match * new_grads
 
-    def statistics(self) -> dict[str, dict[str, float | None]]:
-        found = super().statistics()
-        for name in self.shapes:
-            found[name]["lambda"] = self.ridge(name).item()
-        return found
+    def learned(self) -> dict[str, dict[str, float]]:
+        return {name: {**scalars, "lambda": self.ridge(name).item()} for name, scalars in super().learned().items()}
 
 
 class _RidgeProposal:

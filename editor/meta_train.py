@@ -83,8 +83,8 @@ class MetaTrainer:
     def turn(self, turn: TrainingTurn, watch: Watch | None = None) -> MetaStep:
         """Edit, judge, learn; at the end of a trajectory put the model back.
 
-        Raises FloatingPointError, naming turn and term, where a loss or the network's gradient is not finite; the
-        network is then that of the step before.
+        Raises FloatingPointError, naming turn and term, where a loss, the network's gradient or what it learned is not
+        finite.
         """
         watch = watch or (lambda _part: nullcontext())
         edit_loss, proposals, updates = self._edit(turn, watch)
@@ -201,6 +201,9 @@ class MetaTrainer:
         _require_finite(turn, "the gradient of the hypernetwork", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for name, scalars in self.editor.learned().items():
+            for what, value in scalars.items():
+                _require_finite(turn, f"{what} of {name}, after the step,", value)
         return norm
 
     def _end_trajectory(self) -> None:
@@ -249,7 +252,5 @@ def _group(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def _require_finite(turn: TrainingTurn, what: str, value: float) -> None:
     if not math.isfinite(value):
-        raise FloatingPointError(
-            f"turn {turn.edits.index}: {what} is {value}; the network is that of the step before. "
-            "A smaller editor.meta_lr or editor.lr may keep it finite"
-        )
+        remedy = "a smaller editor.meta_lr or editor.lr may keep it finite"
+        raise FloatingPointError(f"turn {turn.edits.index}: {what} is {value}; {remedy}")

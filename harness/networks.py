@@ -113,3 +113,9 @@ class NetworkKeeper:
         if self.wanted:
             state = {"identity": dict(self.identity), "turns": turns, "of": of}
             self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)
+
+    def last_good(self) -> str:
+        """Where the last network is that was kept, for an error message; nothing where none was."""
+        if self.checkpoints.latest is None:
+            return ""
+        return f"; the network after turn {self.checkpoints.latest} is in {self.checkpoints.folder}"

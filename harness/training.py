@@ -10,7 +10,6 @@ from typing import Any
 
 from data.records import TrainingTurn
 from data.training import TrainingStream
-from editor.base import Editor
 from editor.meta_train import MetaStep, MetaTrainer
 from harness.console import RunProgress
 from harness.diagnostics import Stopwatch, memory
@@ -23,15 +22,8 @@ from harness.tracking import Tracker
 class MetaTraining:
     """Trains an editor's network on the turns of a stream, from wherever an interrupted run has left it."""
 
-    def __init__(
-        self,
-        trainer: MetaTrainer,
-        stream: TrainingStream,
-        editor: Editor,
-        state: LoopState,
-        tracker: Tracker,
-    ) -> None:
-        self.trainer, self.stream, self.editor = trainer, stream, editor
+    def __init__(self, trainer: MetaTrainer, stream: TrainingStream, state: LoopState, tracker: Tracker) -> None:
+        self.trainer, self.stream, self.editor = trainer, stream, trainer.editor
         self.state, self.tracker = state, tracker
         self.devices = state.diagnostics.devices
         self.held_out = stream.held_out()
@@ -49,10 +41,10 @@ class MetaTraining:
         try:
             with progress.training(len(self.stream), done=self.done) as bar:
                 for turn in self.stream.from_turn(self.done):
-                    with interruption.held(), _named():
+                    with interruption.held(), _named(network):
                         loss = self._step(turn, every, network)
                     bar.advance(1, f"loss {loss:.3f}")
-                with _named():
+                with _named(network):
                     self._validate()
         except Interrupted:
             if every and self.done:
@@ -108,9 +100,9 @@ class MetaTraining:
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Its turns are counted by themselves: an error says so."""
+def _named(network: NetworkKeeper) -> Iterator[None]:
+    """Its turns are counted by themselves: an error says so, and what there is to go on from."""
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"meta-training, {error}") from error
+        raise FloatingPointError(f"meta-training, {error}{network.last_good()}") from error

@@ -66,6 +66,7 @@ class Commands:
             "dataset.n_edits": "3",
             "dataset.batch_size": "2",
             "evaluation.perplexity": "off",  # its text is longer than all these questions
+            "diagnostics.report": "false",
             "tracker.wandb": "disabled",
             "hydra.run.dir": self.folder / run,
         }

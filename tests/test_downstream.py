@@ -25,9 +25,6 @@ from tests.test_glue_tasks import reviews, write_rows
 from tests.test_tracking import create
 
 
-CPU = torch.device("cpu")
-
-
 class Setting:
     """A configuration with its plan, its model and an open run folder."""
 
@@ -130,9 +127,8 @@ def test_the_base_model_is_scored_once(commands: Commands, tmp_path: Path, monke
 
     assert scored("a", on(commands)) == 1
     assert scored("b", on(commands)) == 0
-    assert (tmp_path / "b" / "glue" / "turn_0.json").read_text() == (
-        tmp_path / "a" / "glue" / "turn_0.json"
-    ).read_text()
+    first, second = (tmp_path / run / "glue" / "turn_0.json" for run in "ab")
+    assert second.read_text() == first.read_text()
     assert scored("c", on(commands), fingerprint="two") == 1
     assert scored("d", on(commands, "glue.few_shot=1")) == 1
     assert scored("e", on(commands, "glue.limit=3")) == 1
@@ -146,6 +142,7 @@ def test_a_resumed_run_does_not_score_again_what_it_has(
     setting, folder = on(commands), create(tmp_path / "run")
     score(setting, folder, 2)
     monkeypatch.setattr(under_test, "evaluate_tasks", lambda *_, **__: pytest.fail("scored again"))
+    assert score(setting, folder, 2) == []
     monkeypatch.setattr(places, "CACHE", tmp_path / "another")
     assert score(setting, folder, 2) == []
     assert folder.logged() == 2  # so that wandb goes on after what it was told

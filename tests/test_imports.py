@@ -11,7 +11,7 @@ import pytest
 
 from config.compose import CONFIG_DIR
 from data import DATASETS
-from editor import EDITORS
+from editor.registry import EDITORS
 from tests.conftest import ROOT
 
 ROOMS = ("benchmarks", "config", "data", "editor", "glue_eval", "harness", "tests")
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "data/dataset.py": "data.records",
     "data/batches.py": "numpy torch data.records",
     "data/stream.py": "numpy data.*",
+    "data/training.py": "numpy data.*",
     "data/files.py": "datasets.* ijson pyarrow.* data.*",
     "data/prepare.py": "httpx ijson pyarrow.* rich.* data.*",
     "data/sample/*.py": "data.sample.*",
@@ -32,10 +33,11 @@ MAY_IMPORT = {
     "editor/linalg.py": "torch",
     "nets.py": "torch editor.linalg",
     "editor/base.py": "torch data.records",
-    "editor/__init__.py": "editor.*",
-    "editor/meta_train.py": "torch nets editor.linalg editor.base data.records",
-    # an editor: a file of its own; meta_train is what the trained ones share
-    "editor/*.py": "torch nets editor.linalg editor.base editor.meta_train data.records",
+    "editor/__init__.py": "",
+    "editor/registry.py": "editor.*",
+    "editor/meta_train.py": "torch editor.linalg editor.base editor.hypernetwork data.records",
+    # an editor: a file of its own; hypernetwork is what the trained ones share
+    "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork data.records",
     "harness/evaluate.py": "numpy torch.* model data data.records data.stream harness.*",
     "harness/generation.py": "model data.records data.stream",
     "harness/locality.py": "torch safetensors.*",
@@ -52,6 +54,8 @@ MAY_IMPORT = {
     "harness/checkpoint.py": "torch safetensors.* data.records",
     "harness/tracking.py": "wandb.* data.records harness.lock",
     "harness/resume.py": "editor.base harness.* model",
+    "harness/networks.py": "torch editor.base harness.checkpoint",
+    "harness/training.py": "data.* editor.* harness.*",
     "harness/interrupt.py": "",
     "harness/lock.py": "",
     "harness/hidden.py": "torch safetensors.* data.records data.stream harness.checkpoint harness.evaluate",

@@ -15,7 +15,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from data.records import Capture, Phase, TokenSequence, TrainingTurn, Turn
 from data.stream import mini_batch_weights
 from editor import linalg
-from editor.base import CapturedTurn
 from editor.hypernetwork import HyperNetworkEditor, HyperNetworkSettings, RidgeSettings
 from editor.malmen import MALMEN
 from editor.mend import MEND
@@ -54,7 +53,9 @@ def sequences(generator: torch.Generator, count: int) -> tuple[TokenSequence, ..
     made = []
     for _ in range(count):
         prompt, answer = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 9), (1, 5)))
-        made.append(TokenSequence(tuple(torch.randint(0, 256, (prompt + answer,), generator=generator).tolist()), prompt))
+        made.append(
+            TokenSequence(tuple(torch.randint(0, 256, (prompt + answer,), generator=generator).tolist()), prompt)
+        )
     return tuple(made)
 
 
@@ -224,3 +225,146 @@ def test_a_trajectory_gives_the_gradient_of_its_plain_graphs(make: Callable[...,
     torch.stack(losses).sum().backward()
     assert totals == pytest.approx([float(loss.detach()) for loss in losses], rel=1e-10)
     assert_close(ours, gradients_of(editor))
+
+
+@pytest.mark.parametrize("method", [mend(), malmen()])
+def test_the_gradient_agrees_with_finite_differences(method: Callable[..., HyperNetworkEditor]) -> None:
+    """The loss of one turn, as the trainer itself measures it, along a random direction of all parameters at once."""
+    model = language_model(tiny_gpt2, GPT2)
+    editor = editor_for(model, method)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    trainer.turn(training_turn(0))
+    gradients = trainer.kept
+    generator = torch.Generator().manual_seed(0)
+    ways = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in editor.named_parameters()}
+    slope = sum(float((gradients[name] * way).sum()) for name, way in ways.items())
+
+    def loss_at(step: float) -> float:
+        moved = editor_for(model, method)
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                parameter += step * ways[name]
+        return trainer_for(model, moved).validate([training_turn(0)]).total
+
+    assert (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize(("make", "modules"), MODELS, ids=["llama", "mixed", "gpt2"])
+def test_a_fresh_network_is_the_identity_after_normalisation(make: Callable[..., Any], modules: list[str]) -> None:
+    """So fresh MALMEN is the closed form with D_i = -eta (k_i . k_hat_i) g_hat_i, and fresh MEND its outer products."""
+    model = language_model(make, modules)
+    captures = model.capture(training_turn(0).edits).modules
+    closed, outer = (editor_for(model, method, stir=0).update(captures, Phase.EDIT) for method in (malmen(), mend()))
+    for name, capture in captures.items():
+        alike = [captures[other] for other in modules if model.shapes[other] == model.shapes[name]]
+        all_k, all_g = (torch.cat([getattr(c, side) for c in alike]) for side in ("keys", "value_grads"))
+        eps = 2.0**-23
+        k_hat = (capture.keys - all_k.mean(0)) / (all_k.std(0) + eps)
+        g_hat = (capture.value_grads - all_g.mean(0)) / (all_g.std(0) + eps)
+        K, D = capture.keys, -0.02 * (capture.keys * k_hat).sum(1, keepdim=True) * g_hat
+        expected = torch.linalg.solve(K.T @ K + 2.0 * torch.eye(K.shape[1], dtype=torch.float64), K.T @ D)
+        for update, wanted in ((closed[name], expected), (outer[name], -0.02 * k_hat.T @ g_hat)):
+            found = linalg.dense((update.left, update.right))
+            assert (found - wanted).norm() / wanted.norm() < 1e-7  # log eta is float32 before it is float64
+
+
+@pytest.mark.parametrize("method", [mend(), malmen(), rledit()])
+def test_every_parameter_of_a_fresh_network_but_its_scales_can_move(method: Callable[..., HyperNetworkEditor]) -> None:
+    """With B = 0 all inner values are exactly 0, where relu would have no gradient, and B would stay 0 for ever.
+
+    A and the scales are multiplied by B, so they follow one step later.
+    """
+    model = language_model(tiny_llama, LLAMA)
+    editor = editor_for(model, method, stir=0)
+    trainer = trainer_for(model, editor, meta_lr=1e-3)
+    fresh = {name: parameter.clone() for name, parameter in editor.named_parameters()}
+    for index in range(3):
+        trainer.turn(training_turn(index))
+    still = {name for name, parameter in editor.named_parameters() if torch.equal(parameter, fresh[name])}
+    assert {name.rpartition(".")[2] for name in still} <= {"down", "scale"}
+    for index in range(3, 6):
+        trainer.turn(training_turn(index))
+    assert not [name for name, parameter in editor.named_parameters() if torch.equal(parameter, fresh[name])]
+
+
+@pytest.mark.parametrize("method", [mend(), malmen(), rledit(), rledit(trajectory_length=2, update_every="turn")])
+def test_the_model_after_training_is_the_model_before(method: Callable[..., HyperNetworkEditor]) -> None:
+    model = language_model(tiny_llama, LLAMA)
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    trainer = trainer_for(model, editor_for(model, method), meta_lr=1e-2)
+    trainer.validate([training_turn(8, of=9)])
+    for index in range(6):
+        trainer.turn(training_turn(index))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+def test_validation_leaves_no_trace() -> None:
+    model = language_model(tiny_llama, LLAMA)
+    plain, watched = (trainer_for(model, editor_for(model, rledit()), meta_lr=1e-2) for _ in range(2))
+    for trainer in (plain, watched):
+        for index in range(3):
+            if trainer is watched and index == 0:
+                trainer.validate([training_turn(7, of=9), training_turn(8, of=9)])
+            trainer.turn(training_turn(index))
+    ours, theirs = (trainer.editor.state_dict() for trainer in (plain, watched))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_chunks_change_nothing() -> None:
+    model = language_model(tiny_llama, LLAMA)
+    kept = []
+    for size in (1, 7, 512):
+        trainer = Recorder(
+            model, editor_for(model, malmen(batch_size=size)), MetaSettings(0.0, LOC_COEF, 1.0), model.capture
+        )
+        trainer.turn(training_turn(0))
+        kept.append(trainer.kept)
+    for gradients in kept[:2]:
+        assert_close(gradients, kept[2], 1e-10)
+
+
+def test_own_and_shared_statistics_differ() -> None:
+    model = language_model(tiny_llama, LLAMA)
+    captures = model.capture(training_turn(0).edits).modules
+    shared, own = (
+        editor_for(model, malmen(statistics_scope=scope)).update(captures, Phase.EDIT) for scope in ("shape", "module")
+    )
+    first, second = (linalg.dense((u[LLAMA[0]].left, u[LLAMA[0]].right)) for u in (shared, own))
+    assert (first - second).norm() / first.norm() > 1e-2
+
+
+def test_a_turn_remembers_token_ids_and_reference_logits_of_its_back_turns_and_no_more() -> None:
+    """No gradient is formed but those of the edited weights, and none is left behind; the window has a fixed size."""
+    model = language_model(tiny_llama, LLAMA)
+    trainer = trainer_for(model, editor_for(model, rledit(back_depth=3)), meta_lr=1e-3)
+    for index in range(7):
+        trainer.turn(training_turn(index, of=9))
+    assert len(trainer._window) == 3
+    for turn, reference in trainer._window:
+        assert reference is not None
+        assert reference.shape == (sum(s.answer_length for s in turn.localities), 260)
+        assert not reference.requires_grad
+    assert not [name for name, parameter in model.model.named_parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("rephrase", "turn 4: the rephrase loss is nan"), ("locality", "turn 4: the locality loss is nan")],
+)
+def test_a_loss_that_is_not_finite_names_turn_and_term(monkeypatch: pytest.MonkeyPatch, part: str, words: str) -> None:
+    model = language_model(tiny_llama, LLAMA)
+    editor = editor_for(model, malmen())
+    trainer = trainer_for(model, editor, meta_lr=1e-2)
+    before = {name: parameter.clone() for name, parameter in editor.named_parameters()}
+    gradients = model.weight_gradients
+
+    def broken(terms: Any) -> Any:
+        found, losses = gradients(terms)
+        return found, [float("nan") if (term.reference is None) == (part == "rephrase") else loss
+                       for term, loss in zip(terms, losses, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(model, "weight_gradients", broken)
+    with pytest.raises(FloatingPointError, match=words):
+        trainer.turn(training_turn(4))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in editor.named_parameters())
