@@ -540,6 +540,17 @@ def test_a_folder_that_another_process_writes(run: Commands) -> None:
     assert Run(folder).json("run.json")["status"] == "finished"
 
 
+def test_what_may_change_the_last_bits_is_said(run: Commands) -> None:
+    """Another machine or version may go on with a run; it only says so."""
+    folder = stopped(run, LanguageModel, "capture", 3)
+    about = Run(folder).json("run.json")
+    about["versions"]["torch"] = "1.0"
+    (folder / "run.json").write_text(json.dumps(about))
+    run(*LOOP, f"resume={folder}", run="fresh")
+    said = [line for line in (folder / "main.log").read_text().splitlines() if "last bits" in line]
+    assert ["WARNING" in line and "torch was 1.0 when the run began" in line for line in said] == [True]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage, and a full disk
 
