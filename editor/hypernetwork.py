@@ -140,7 +140,7 @@ class HyperNetworkEditor(nn.Module):
             if group not in found:
                 found[group] = self.network(name).normalizer(self._number[name]).summary()
         for name, scalars in self.learned().items():
-            found[name] = found.get(name, {}) | scalars
+            found[name] = {**found.get(name, {}), **scalars}
         return found
 
     def learned(self) -> dict[str, dict[str, float]]:

@@ -22,6 +22,12 @@ SETTINGS = (
     "editor.rank=4", "editor.n_blocks=2", "editor.meta_lr=0.01", "editor.n_epochs=3", "editor.held_out_turns=1",
     "num_seq=2",
 )  # fmt: skip
+# as published: the preset for the small model steps every turn
+PUBLISHED = {"rledit": ("editor.update_every=trajectory", "editor.back_depth=10")}
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    return (f"editor={name}", *SETTINGS, *PUBLISHED.get(name, ()))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTraine
 def runs(commands: Commands) -> dict[str, Run]:
     """One run of each trained editor that keeps its network."""
     keep = ("editor.save_checkpoint=true", "checkpoint_every=4", "model_cache=true")
-    return {name: commands(f"editor={name}", *SETTINGS, *keep, run=name) for name in TRAINED}
+    return {name: commands(*settings_of(name), *keep, run=name) for name in TRAINED}
 
 
 def training_lines(run: Run, phase: str = "meta_train") -> list[dict[str, Any]]:
@@ -82,7 +88,7 @@ def test_the_optimiser_steps_once_a_trajectory_or_once_a_turn(commands: Commands
 def test_a_kept_network_edits_like_the_run_that_trained_it(commands: Commands, runs: dict[str, Run], name: str) -> None:
     """So the language model is after training, bit for bit, what it was before: here nothing was trained on it."""
     load = f"editor.load_checkpoint={runs[name].folder}"
-    again = commands(f"editor={name}", *SETTINGS, load, "model_cache=true", run=f"{name}_again")
+    again = commands(*settings_of(name), load, "model_cache=true", run=f"{name}_again")
     assert without_times(again.lines("turns.jsonl")) == without_times(runs[name].lines("turns.jsonl")[-2:])
     assert again.scores() == runs[name].scores()
     models = [load_file(run.folder / "model" / "model.safetensors") for run in (again, runs[name])]
@@ -116,11 +122,11 @@ def test_training_that_was_stopped_comes_to_the_same_bits(
     keep = ("editor.save_checkpoint=true", "checkpoint_every=4", "model_cache=true")
     place = f"{name}_stopped_{stop}"
     stopping_after(monkeypatch, stop)
-    with command_line(commands.line(f"editor={name}", *SETTINGS, *keep, run=place)), pytest.raises(SystemExit) as end:
+    with command_line(commands.line(*settings_of(name), *keep, run=place)), pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 143
     monkeypatch.undo()
-    commands(f"editor={name}", *SETTINGS, *keep, f"resume={commands.folder / place}", run="fresh")
+    commands(*settings_of(name), *keep, f"resume={commands.folder / place}", run="fresh")
     resumed = Run(commands.folder / place)
     assert without_times(resumed.lines("turns.jsonl")) == without_times(runs[name].lines("turns.jsonl"))
     assert resumed.scores() == runs[name].scores()
