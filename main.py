@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import check_command_line
+from config.compose import check_command_line, waiting_for_choices
 from config.schema import EditorConfig, EditPrecision, RunConfig, Token, to_run_config
 from data.records import Turn
 from data.stream import EditStream
@@ -80,6 +80,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + SIGTERM; run.json and wandb are told on the way out
     try:
         check_command_line(sys.argv[1:])
+        sys.argv[1:] = waiting_for_choices(sys.argv[1:])
         job()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))

@@ -69,6 +69,33 @@ def check_command_line(argv: Sequence[str]) -> None:
         raise ConfigError(dict.fromkeys(mistakes))
 
 
+def waiting_for_choices(argv: Sequence[str]) -> list[str]:
+    """The same command line, in a form that Hydra takes where a sweep chooses among groups.
+
+    Before its jobs Hydra composes the sweep once, with all that is not swept and the default choice of what is. A key
+    that only the swept choices have (`-m editor=malmen,mend editor.rank=8`) would be refused there. Written as a
+    choice of one value it waits for its job.
+    """
+    flags = _flags(argv)
+    if flags is None:
+        return list(argv)
+    with _hydra(flags) as hydra:
+        overrides = _parsed(flags.overrides, hydra.config_loader)
+        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+        waits = {
+            str(override.input_line)
+            for override in overrides
+            if _is_multirun(flags, overrides) and not override.is_sweep_override() and not override.is_delete()
+            if override.key_or_group.partition(".")[0] in swept
+        }
+    return [_as_choice(word) if word in waits else word for word in argv]
+
+
+def _as_choice(line: str) -> str:
+    key, _, value = line.partition("=")
+    return f"{key}=choice({value})"
+
+
 def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
     """What `main` gets for these overrides; for tests and tools. Hydra's own errors pass through."""
     register()

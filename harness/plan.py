@@ -256,7 +256,7 @@ def capture_memory(
     with CaptureFolder(Path(cfg.editor.cache_dir)) as folder:
         first = stream.turn(0)
         lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in first.sequences)
-        folder.require(shapes, sum(lengths))
+        folder.require(shapes, sum(lengths), kept=cfg.diagnostics.previous + 1)
         yield folder.allocate
 
 

@@ -41,17 +41,18 @@ class CaptureFolder:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         shutil.rmtree(self.folder)
 
-    def require(self, shapes: Mapping[str, tuple[int, int]], rows: int) -> None:
-        """Raise ValueError where the captures of two turns, of `rows` tokens each, will not fit on the disk.
+    def require(self, shapes: Mapping[str, tuple[int, int]], rows: int, kept: int) -> None:
+        """Raise ValueError where the captures of turns of `rows` tokens will not fit on the disk.
 
-        Two, because the update of the turn before still reads its keys while the next turn is captured.
+        The updates of `kept` turns before still read their keys while a turn is captured; its files are new ones.
         """
-        needed = 2 * 4 * rows * sum(d_k + d_v for d_k, d_v in shapes.values())
+        needed = 4 * rows * sum((kept + 1) * d_k + 2 * d_v for d_k, d_v in shapes.values())
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"editor.cache_dir={self.parent}: the captures of two turns take {needed / 2**30:.1f} GiB and "
-                f"{free / 2**30:.1f} GiB are free; free some, choose another folder, or null to keep them in memory"
+                f"editor.cache_dir={self.parent}: a turn's captures and the keys of earlier ones take "
+                f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some, choose another folder, or "
+                "null to keep them in memory"
             )
 
     def allocate(self, name: str, shape: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from config.compose import check_command_line, compose_config
+from config.compose import check_command_line, compose_config, waiting_for_choices
 from config.schema import (
     ClosedFormConfig,
     ConfigError,
@@ -169,7 +169,10 @@ MISTAKES = {
     "editor=rledit editor.back_depth=0 editor.time_decay=1.2": ("editor.back_depth=0", "(0, 1]"),
     "checkpoint_every=-1": ("checkpoint_every=-1", "0 makes no checkpoints"),
     "keep=0": ("keep=0", "1 or more"),
-    "editor=mend": ("editor=mend", "choose stableedit or ultraedit"),
+    "editor=mend editor.rank=0 editor.meta_lr=0": ("editor.rank=0: must be 1 or more", "editor.meta_lr=0"),
+    "editor=malmen editor.alpha=0": ("editor.alpha=0", "above 0"),
+    "editor=mend editor.alpha=1": ("editor.alpha=1", "there is no key editor.alpha with editor=mend"),
+    f"{OWN_FILE} dataset.fields.answer=a editor=rledit": ("meta-training (editor.n_epochs=3)", "editor.n_epochs=0"),
 }
 
 
@@ -243,3 +246,14 @@ def test_a_run_config_is_plain_python() -> None:
         return value is None or isinstance(value, int | float | str | Enum)
 
     assert plain(run_config(QUICK_START))
+
+
+def test_a_sweep_over_editors_may_set_keys_that_only_they_have() -> None:
+    """Hydra composes a sweep once without its choices; what belongs to one of them has to wait for its job."""
+    line = ["-m", "editor=malmen,mend", "editor.rank=8", "model.edit_modules=[a,b]", "dataset.train_path=../a/b.json"]
+    check_command_line(line)
+    assert waiting_for_choices(line) == [*line[:2], "editor.rank=choice(8)", *line[3:]]
+    alone = ["editor=malmen", "editor.rank=8"]
+    assert waiting_for_choices(alone) == alone
+    over_values = ["-m", "editor=malmen", "editor.rank=8,16", "editor.n_blocks=1"]
+    assert waiting_for_choices(over_values) == over_values

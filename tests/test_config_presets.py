@@ -147,7 +147,7 @@ def test_an_editor_on_a_published_row_keeps_its_own_method() -> None:
 
 
 def test_every_yaml_file_belongs_to_a_group_the_tests_compose() -> None:
-    known = {"dataset", "model", "editor", "experiment", "ablation", "released"}
+    known = {"dataset", "model", "editor", "experiment", "ablation", "released", "arithmetic", "tuned"}
     assert {path.parent.name for path in CONFIG_DIR.glob("*/*.yaml")} == known
     used = "".join(path.read_text() for path in CONFIG_DIR.glob("*/*.yaml"))
     unused = [path.stem for path in (CONFIG_DIR / "released").glob("*.yaml") if f"- {path.stem}\n" not in used]

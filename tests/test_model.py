@@ -225,7 +225,7 @@ def test_captures_go_where_they_are_told(tmp_path: Path) -> None:
             assert torch.equal(spilled.modules[name].value_grads, plain.modules[name].value_grads)
         assert len(list(folder.folder.iterdir())) == 4
         with pytest.raises(ValueError, match="are free; free some, choose another folder"):
-            folder.require({"huge": (10**9, 10**6)}, rows=10**3)
+            folder.require({"huge": (10**9, 10**6)}, rows=10**3, kept=1)
     assert not list((tmp_path / "cache").iterdir())
 
 
