@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import main
 from config.compose import compose_config
 from config.schema import ConfigError, RunConfig, settings_without_effect, to_run_config
 from harness import downstream as under_test
@@ -58,9 +59,10 @@ def on(commands: Commands, *overrides: str) -> Setting:
     return Setting(commands, "downstream_eval_steps=2", "glue.tasks=[sentiment_analysis,sst2]", rows, *overrides)
 
 
-def score(setting: Setting, folder: RunFolder, *turns: int, fingerprint: str = "one") -> list[dict[str, float]]:
+def score(setting: Setting, folder: RunFolder, *turns: int, fingerprint: str | None = None) -> list[dict[str, float]]:
     """The base model and these turns; what the tracker was told."""
     told: list[dict[str, float]] = []
+    fingerprint = fingerprint or setting.model.fingerprint()
 
     class Sink:
         def log(self, metrics: Any) -> None:
@@ -120,16 +122,17 @@ def test_the_base_model_is_scored_once(commands: Commands, tmp_path: Path, monke
     evaluate = under_test.evaluate_tasks
     monkeypatch.setattr(under_test, "evaluate_tasks", lambda *a, **b: calls.append(1) or evaluate(*a, **b))
 
-    def scored(run: str, setting: Setting, fingerprint: str = "one") -> int:
+    def scored(run: str, setting: Setting) -> int:
         calls.clear()
-        score(setting, create(tmp_path / run), fingerprint=fingerprint)
+        score(setting, create(tmp_path / run))
         return len(calls)
 
+    other = save_tiny_model(tmp_path / "other", on(commands).plan.tokenizer, seed=1)
     assert scored("a", on(commands)) == 1
     assert scored("b", on(commands)) == 0
     first, second = (tmp_path / run / "glue" / "turn_0.json" for run in "ab")
     assert second.read_text() == first.read_text()
-    assert scored("c", on(commands), fingerprint="two") == 1
+    assert scored("c", on(commands, f"model.name_or_path={other}")) == 1
     assert scored("d", on(commands, "glue.few_shot=1")) == 1
     assert scored("e", on(commands, "glue.limit=3")) == 1
     write_rows(tmp_path / "rows", "sst2", [{**row, "label": 1} for row in reviews(20)])
@@ -146,6 +149,30 @@ def test_a_resumed_run_does_not_score_again_what_it_has(
     monkeypatch.setattr(places, "CACHE", tmp_path / "another")
     assert score(setting, folder, 2) == []
     assert folder.logged() == 2  # so that wandb goes on after what it was told
+
+
+def test_an_edited_model_is_never_taken_for_the_base(
+    commands: Commands, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resumed run whose folder has lost the base model's scores."""
+    setting = on(commands)
+    start = setting.model.fingerprint()
+    for edited in setting.model.edited.values():
+        edited.restore(-3 * edited.master)
+    score(setting, create(tmp_path / "run"), 2, fingerprint=start)
+    assert [file.name for file in (tmp_path / "run" / "glue").iterdir()] == ["turn_2.json"]
+    assert "the model is edited: no base scores of tasks" in caplog.text
+
+
+def test_a_whole_command(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two warm-up turns, four of edits: the base model, what is due in between, and the end; mistakes end in a line."""
+    monkeypatch.setattr(main, "check_command_line", lambda argv: None)
+    monkeypatch.chdir(tmp_path)
+    settings = ("downstream_eval_steps=2", "glue.tasks=[sst2]", "glue.rows=rows", "glue.limit=4")
+    run = commands(*settings, "num_seq_zsre=2", "diagnostics.report=false")
+    assert {file.name for file in (run.folder / "glue").iterdir()} == {"turn_0.json", "turn_4.json", "turn_6.json"}
+    refusal = commands.refused(*settings[:-1], "glue.few_shot=99", run="refused")
+    assert refusal.startswith("error: glue: 99 examples are asked for, but the few-shot pool of sst2 has 4")
 
 
 @pytest.mark.parametrize(

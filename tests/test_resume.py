@@ -34,7 +34,7 @@ from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_ro
 from tests.conftest import ROOT
 from tests.forked import Forks
 
-TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory")
+TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory", "training_seconds")
 LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "evaluation.every=4", "evaluation.retention=1")
 
 
@@ -135,10 +135,14 @@ def _handlers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 
-TURNS = {3: 24, 25: 200, 100: 600}  # edit turns of a run that lasts for so many kills
+TURNS = {3: 24, 25: 200, 100: 600}  # of a run that lasts for so many kills
+TRAINING = (
+    "editor=malmen", "editor.rank=4", "editor.n_blocks=1", "editor.n_epochs=1", "editor.max_train_turns=null",
+    "editor.held_out_turns=1", "editor.meta_lr=1e-3", "num_seq=4",
+)  # fmt: skip
 
 
-def killed_run(folder: Path, model: Path, kills: int, seed: int) -> int:
+def killed_run(folder: Path, model: Path, kills: int, seed: int, *more: str) -> int:
     """One run, killed so often at random instants of its process's life; its outcome is compared with an unbroken one.
 
     Half of the instants lie anywhere between the start and a while after the first new turn, half right after it. How
@@ -146,8 +150,9 @@ def killed_run(folder: Path, model: Path, kills: int, seed: int) -> int:
     """
     commands = Commands(folder, model)
     commands.write("eval", [zsre_row(i) for i in range(2 * TURNS[kills])])
-    commands.write("train", [zsre_row(i) for i in range(7000, 7006)])
+    commands.write("train", [zsre_row(i) for i in range(7000, 7000 + (2 * TURNS[kills] if more else 6))])
     settings = (
+        *more,
         "dataset.n_edits=2",
         "checkpoint_every=3",
         "evaluation.every=25",
@@ -190,6 +195,16 @@ def turns_written(folder: Path) -> tuple[int, ...]:
 
 def test_a_run_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
     killed_run(tmp_path, model_folder, 3, seed=5)
+
+
+def test_training_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
+    """Nearly all turns are those of meta-training; the edits that follow show that the network is the same."""
+    killed_run(tmp_path, model_folder, 3, 6, *TRAINING)
+
+
+@pytest.mark.slow
+def test_training_that_is_killed_25_times(tmp_path: Path, model_folder: Path) -> None:
+    assert killed_run(tmp_path, model_folder, 25, 2, *TRAINING) > 8
 
 
 @pytest.mark.slow
