@@ -63,8 +63,10 @@ class Downstream:
         cache = places.CACHE / "glue" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if cache.is_file():
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
-        else:
+        elif model.fingerprint() == fingerprint:
             self(model, tracker, progress, 0, keep=cache)
+        else:
+            log.warning("glue/turn_0.json of the resumed run is gone, and the model is edited: no base scores of tasks")
 
     def __call__(
         self, model: LanguageModel, tracker: Tracker, progress: RunProgress, done: int, keep: Path | None = None
