@@ -316,6 +316,22 @@ def test_turn_metrics_are_grouped_finite_numbers() -> None:
     }
 
 
+def test_turns_of_meta_training_have_charts_of_their_own() -> None:
+    """Over their own count of turns: those of the stream begin at 0 again."""
+    loss = {"rephrase": 2.0, "locality": 0.5, "regulariser": 0.0, "total": 2.3}
+    line = {"turn": 4, "phase": "meta_train", "epoch": 1, "loss": 7.0, "meta_loss": loss, "grad_norm": None}
+    assert turn_metrics({**line, "seconds": {"total": 8.0}}) == {
+        "meta_train/turn": 4,
+        "meta_train/loss": 7.0,
+        "meta_train/seconds/total": 8.0,
+        **{f"meta_train/meta_loss/{name}": value for name, value in loss.items()},
+    }
+    assert set(turn_metrics({"turn": 9, "phase": "meta_valid", "meta_loss": {"total": 1.0}})) == {
+        "meta_valid/turn",
+        "meta_valid/meta_loss/total",
+    }
+
+
 # --- wandb ---------------------------------------------------------------------------------------------------------
 
 WANDB_RUN = """
