@@ -450,18 +450,20 @@ class _WandbSink:
         self._step = step  # a resumed run says what it says again under the same numbers as before
         run.define_metric("turn", hidden=True)
         run.define_metric("*", step_metric="turn")
-        for phase in TRAINING:
-            run.define_metric(f"{phase}/turn", hidden=True)
-            run.define_metric(f"{phase}/*", step_metric=f"{phase}/turn")
         for section, summary in {"time": "mean", "memory": "max", "update": "last,max"}.items():
             run.define_metric(f"{section}/*", step_metric="turn", summary=summary)
-        self._hidden: set[str] = set()
+        self._defined: set[str] = set()
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        bounds = {name for name in metrics if name.endswith(("_low", "_high"))} - self._hidden
-        for name in sorted(bounds):  # kept for custom charts, but not a chart of their own beside each score
-            self._run.define_metric(name, step_metric="turn", hidden=True)
-        self._hidden |= bounds
+        for name in sorted({*metrics} - self._defined):
+            phase = name.partition("/")[0]
+            if phase in TRAINING:  # by name, which outdoes every pattern
+                self._run.define_metric(name, step_metric=f"{phase}/turn", hidden=name == f"{phase}/turn")
+            elif name.endswith(
+                ("_low", "_high")
+            ):  # kept for custom charts, but no chart of their own beside each score
+                self._run.define_metric(name, step_metric="turn", hidden=True)
+        self._defined |= {*metrics}
         self._run.log(dict(metrics), step=self._step)
         self._step += 1
 

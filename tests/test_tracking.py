@@ -332,6 +332,29 @@ def test_turns_of_meta_training_have_charts_of_their_own() -> None:
     }
 
 
+def test_meta_training_is_drawn_over_its_own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over: dict[str, Any] = {}
+
+    class Run:
+        dir, summary = "wandb/run/files", dict[str, float]()
+
+        def define_metric(self, name: str, step_metric: str | None = None, **_: object) -> None:
+            assert name not in over
+            over[name] = step_metric
+
+        def finish(self, exit_code: int) -> None: ...
+        def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    monkeypatch.setattr(tracking, "_start_wandb", lambda folder, settings: Run())
+    with create(tmp_path) as folder, Tracker(folder, WandbSettings()) as tracker:
+        for turn in range(2):
+            tracker.turn({"turn": turn, "phase": "meta_train", "loss": 7.0, "seconds": {"total": 1.0}})
+        tracker.turn(turn_line(0))
+    assert over["meta_train/loss"] == over["meta_train/turn"] == "meta_train/turn"
+    assert over["*"] == "turn"
+    assert "edit/loss" not in over
+
+
 # --- wandb ---------------------------------------------------------------------------------------------------------
 
 WANDB_RUN = """
