@@ -5,7 +5,7 @@
 The bare cost is what the equations ask of the language model and nothing else: capture (forward, and backward to the
 outputs of the edit modules), rephrases and localities on the edited model (forward, and backward to the edited
 weights), localities on the unedited one (forward), for RLEdit the second and third once more for each turn that it
-answers for. Batches are the best of those tried; rounds and ratios are as in benchmarks/turn.py.
+answers for. Batches are those in which bare capture is fastest; rounds and ratios are as in benchmarks/turn.py.
 """
 
 from __future__ import annotations

@@ -183,7 +183,8 @@ class DatasetConfig(Section):
     batch_size: int = 10
     """Facts a mini-batch, whose mean loss scales the value gradients: part of the method (DESIGN section 1)."""
     train_path: str | None = None
-    """File whose facts fill the warm-up turns; null = data/raw/<dataset>/, else the shipped sample."""
+    """File whose facts fill the warm-up turns, and that networks are trained on; null = data/raw/<dataset>/, else the
+    shipped sample."""
     valid_path: str | None = None
     """File whose facts are edited; null = as for train_path."""
     eval_mhop: bool = False
@@ -682,6 +683,10 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         lines.append(
             f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
         )
+    if isinstance(run.editor, HyperNetworkConfig) and not run.editor.trains():
+        why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
+        if run.editor.save_checkpoint:
+            lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.records import EditRecord, Phase, Question, TokenSequence, TrainingTurn, Turn
-from data.stream import mini_batch_weights
+from data.stream import Rows, mini_batch_weights
 
 Tokenize = Callable[[list[Question]], list[TokenSequence]]
 
@@ -19,8 +19,8 @@ Tokenize = Callable[[list[Question]], list[TokenSequence]]
 class TrainingStream:
     """Passes over a training file, in turns of `n_edits` facts, as many as an edit turn has.
 
-    Every pass draws a new order from the seed, so that other facts meet in a turn. The file's last `held_out` full
-    turns are never trained on; `max_turns` bounds a pass (None: every full turn of the rest).
+    Every pass draws a new order from the seed, so that other facts meet in a turn, and where `max_turns` bounds it,
+    other facts altogether (None: every full turn). The file's last `held_out` full turns are never trained on.
     Raises ValueError, naming what to set, where that leaves no turn, or a turn without a question that its loss needs.
     """
 
@@ -43,6 +43,7 @@ class TrainingStream:
         if full <= held_out:
             raise ValueError(_too_short(len(records), full, n_edits, held_out))
         self.turns_per_epoch = min(full - held_out, max_turns or full)
+        self._trained = range((full - held_out) * n_edits)
         self._held_out = range((full - held_out) * n_edits, full * n_edits)
         for probe in ("rephrase", *(["locality"] if needs_locality else [])):
             self._require(probe)
@@ -70,12 +71,13 @@ class TrainingStream:
         return [self._turn(place, 0, place, len(turns), turn) for place, turn in enumerate(turns)]
 
     def records(self) -> Sequence[EditRecord]:
-        """Every record that a turn reads, held-out ones included."""
-        used = [*range(self.turns_per_epoch * self.n_edits), *self._held_out]
-        return [self._records[row] for row in used]
+        """Every record that a turn may read, held-out ones included."""
+        return Rows(self._records, range(self._held_out.stop))
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.default_rng([self._seed, epoch]).permutation(self.turns_per_epoch * self.n_edits)
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._trained))[
+            : self.turns_per_epoch * self.n_edits
+        ]
 
     def _turn(self, index: int, epoch: int, place: int, of: int, rows: Sequence[int]) -> TrainingTurn:
         records = tuple(self._records[row] for row in rows)
@@ -95,9 +97,8 @@ class TrainingStream:
         return tuple(self._tokenize([q for record in records if (q := getattr(record, probe)) is not None]))
 
     def _require(self, probe: str) -> None:
-        rows = range(self.turns_per_epoch * self.n_edits)
-        holds = np.array([getattr(self._records[row], probe) is not None for row in rows])
-        held = np.array([getattr(self._records[row], probe) is not None for row in self._held_out], dtype=bool)
+        has = np.array([getattr(record, probe) is not None for record in self.records()])
+        holds, held = has[: len(self._trained)], has[len(self._trained) :]
         passes = [holds[self._order(epoch)] for epoch in range(self.epochs if not holds.all() else 0)]
         if all(part.reshape(-1, self.n_edits).any(1).all() for part in (*passes, held)):
             return

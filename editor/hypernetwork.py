@@ -91,7 +91,7 @@ class HyperNetworkEditor(nn.Module):
         alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())}
         self.networks = nn.ModuleDict(
             {
-                _group(shape): HyperNetwork(
+                _shape_key(shape): HyperNetwork(
                     *shape, len(names), settings.rank, settings.n_blocks, settings.statistics_scope == "module"
                 )
                 for shape, names in alike.items()
@@ -118,7 +118,7 @@ class HyperNetworkEditor(nn.Module):
         raise NotImplementedError
 
     def network(self, name: str) -> HyperNetwork:
-        network = self.networks[_group(self.shapes[name])]
+        network = self.networks[_shape_key(self.shapes[name])]
         assert isinstance(network, HyperNetwork)
         return network
 
@@ -136,7 +136,7 @@ class HyperNetworkEditor(nn.Module):
         was learned by module."""
         found: dict[str, dict[str, float | None]] = {}
         for name, shape in self.shapes.items():
-            group = _group(shape) if self.settings.statistics_scope == "shape" else name
+            group = _shape_key(shape) if self.settings.statistics_scope == "shape" else name
             if group not in found:
                 found[group] = self.network(name).normalizer(self._number[name]).summary()
         for name, scalars in self.learned().items():
@@ -182,7 +182,8 @@ class _RidgeProposal:
             self.system = linalg.RidgeSystem(capture.keys, ridge, editor.device, editor.settings.batch_size)
         except torch.linalg.LinAlgError as error:
             raise FloatingPointError(
-                f"the keys of {name} are too large for a ridge of lambda={ridge:.3g}; set a larger editor.alpha"
+                f"the ridge lambda={ridge:.3g} of {name} is too small for the size of its keys; "
+                "a larger editor.alpha to start from, or a smaller editor.meta_lr, may keep it in bounds"
             ) from error
         with torch.no_grad():
             shifts = torch.cat([shift for _, shift in editor.value_shifts(name, capture)])
@@ -195,5 +196,5 @@ class _RidgeProposal:
         (ridge_gradient * self.editor.ridge(self.name)).backward()
 
 
-def _group(shape: tuple[int, int]) -> str:
+def _shape_key(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"

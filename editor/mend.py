@@ -34,5 +34,6 @@ class _OuterProposal:
 
     def backward(self, gradient: Tensor) -> None:
         """The gradient of <G, DeltaW(h)> = -eta sum_i k'_i^T G g'_i."""
+        gradient = gradient.to(self.update.right)
         for _, keys, grads in self.editor.chunks(self.name, self.capture):
-            (-self.editor.eta(self.name) * ((keys @ gradient.to(keys)) * grads).sum()).backward()
+            (-self.editor.eta(self.name) * ((keys @ gradient) * grads).sum()).backward()

@@ -86,12 +86,15 @@ class MetaTrainer:
         Raises FloatingPointError, naming turn and term, where a loss, the network's gradient or what it learned is not
         finite.
         """
-        watch = watch or (lambda _part: nullcontext())
+        watch = watch or _untimed
         edit_loss, proposals, updates = self._edit(turn, watch)
         with watch("gradient"):
             terms = self._terms(self.horizon.back_depth)
             gradients, losses = self.model.weight_gradients([part.term for part in terms])
             loss = self._judge(turn, terms, losses, updates)
+            for name, gradient in gradients.items():
+                size = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+                _require_finite(turn, f"the gradient of the loss at {name}", size)
         with watch("backward"):
             for name, proposal in proposals.items():
                 proposal.backward(self._penalised(gradients.pop(name), updates[name]))
@@ -110,7 +113,7 @@ class MetaTrainer:
         statistics = {name: buffer.clone() for name, buffer in self.editor.named_buffers()}
         found = []
         for turn in turns:
-            *_, updates = self._edit(turn, lambda _part: nullcontext())
+            *_, updates = self._edit(turn, _untimed)
             terms = self._terms(1)
             found.append(self._judge(turn, terms, self.model.losses([part.term for part in terms]), updates))
             if self.horizon.ends_with(turn):
@@ -129,7 +132,10 @@ class MetaTrainer:
             captured = self.capture(turn.edits)
         with watch("update"):
             self.editor.observe(captured.modules)
-            proposals = {name: self.editor.propose(name, capture) for name, capture in captured.modules.items()}
+            try:
+                proposals = {name: self.editor.propose(name, capture) for name, capture in captured.modules.items()}
+            except FloatingPointError as error:
+                raise FloatingPointError(f"turn {turn.edits.index}: {error}") from error
             updates = {name: proposal.update for name, proposal in proposals.items()}
         with watch("apply"):
             self._edits_in_model = True
@@ -150,8 +156,10 @@ class MetaTrainer:
             return
         edited = self.model.snapshot()
         self.model.restore(self._unedited)
-        yield
-        self.model.restore(edited)
+        try:
+            yield
+        finally:
+            self.model.restore(edited)
 
     def _terms(self, depth: int) -> list[_Part]:
         """The losses of the last `depth` turns of the trajectory, this one's first."""
@@ -226,12 +234,12 @@ class MetaTrainer:
     def resume(self, state: Mapping[str, Tensor], before: Iterable[TrainingTurn]) -> None:
         """Go on from a `state`; `before` are the last turns before the next one, oldest first, `back_depth` or more
         where there are as many."""
-        network, gradients, weights = (_group(state, kind) for kind in ("network", "gradient", "weight"))
+        network, gradients, weights = (_of_kind(state, kind) for kind in ("network", "gradient", "weight"))
         self.editor.load_state_dict(network)
         for i, gradient in gradients.items():
             self.parameters[int(i)].grad = gradient.to(self.parameters[int(i)].device)
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _group(state, "adam").items():
+        for key, tensor in _of_kind(state, "adam").items():
             i, name = key.split("/")
             moments.setdefault(int(i), {})[name] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
@@ -246,7 +254,11 @@ class MetaTrainer:
             self._edits_in_model = True
 
 
-def _group(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _untimed(_part: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _of_kind(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{kind}/"): tensor for key, tensor in state.items() if key.startswith(f"{kind}/")}
 
 

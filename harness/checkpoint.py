@@ -123,6 +123,12 @@ class Checkpoints:
         self.latest = place
         self._prune()
 
+    def discard_all(self) -> None:
+        """For when what comes after them stands by itself."""
+        for place in self.places():
+            self._discard(self._path(place))
+        self.latest = None
+
     def _path(self, place: int) -> Path:
         return self.folder / f"{self.kind}_{place}"
 

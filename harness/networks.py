@@ -101,9 +101,9 @@ def _network_folder(folder: Path) -> Path:
 
 
 class NetworkKeeper:
-    """Keeps the trained network in the run folder, where the user asked for that; the newest replaces the one before.
+    """Keeps the network in the run folder, where the user asked for that, after each pass; the last two stay.
 
-    After each pass, so that training which fails leaves the last good one.
+    A network shows whether it is any good only when it edits, so training that fails may leave a bad one as the last.
     """
 
     def __init__(self, checkpoints: Checkpoints, identity: Mapping[str, Any], wanted: bool) -> None:
@@ -114,8 +114,10 @@ class NetworkKeeper:
             state = {"identity": dict(self.identity), "turns": turns, "of": of}
             self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)
 
-    def last_good(self) -> str:
-        """Where the last network is that was kept, for an error message; nothing where none was."""
-        if self.checkpoints.latest is None:
+    def what_is_left(self) -> str:
+        """Which networks there are to go on from, for an error message; nothing where there are none."""
+        places = self.checkpoints.places()
+        if not places:
             return ""
-        return f"; the network after turn {self.checkpoints.latest} is in {self.checkpoints.folder}"
+        which = f"network after turn {places[0]} is" if len(places) == 1 else "networks after turns {} and {} are"
+        return f"; the {which.format(*places)} in {self.checkpoints.folder}"

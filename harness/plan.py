@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +22,11 @@ from config.schema import (
     Half,
     HyperNetworkConfig,
     PreheatMode,
+    RLEditConfig,
     RunConfig,
     Token,
     TrackerConfig,
+    UpdateEvery,
     settings_without_effect,
 )
 from data import DATASETS
@@ -43,6 +46,7 @@ from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer,
 log = logging.getLogger(__name__)
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
+FEW_STEPS = 10  # of the optimiser: less than this, and a network is the fresh one
 PASSAGE = places.ROOT / "data" / "sample" / "passage.txt"
 
 
@@ -163,7 +167,7 @@ def plan_training(cfg: RunConfig, files: Mapping[str, RecordFile], as_tokens: To
     if not trains(cfg):
         return None
     assert isinstance(cfg.editor, HyperNetworkConfig)
-    return TrainingStream(
+    training = TrainingStream(
         files["train"],
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
@@ -173,6 +177,24 @@ def plan_training(cfg: RunConfig, files: Mapping[str, RecordFile], as_tokens: To
         needs_locality=cfg.editor.loc_coef > 0,
         tokenize=as_tokens,
         seed=cfg.seed,
+    )
+    steps = optimiser_steps(cfg.editor, training)
+    if steps < FEW_STEPS:
+        log.warning(
+            "meta-training: %d turns make %d steps of the optimiser, few to learn anything from; see editor.n_epochs, "
+            "and for rledit editor.update_every and editor.trajectory_length",
+            len(training),
+            steps,
+        )
+    return training
+
+
+def optimiser_steps(editor: HyperNetworkConfig, training: TrainingStream) -> int:
+    """How often the network changes: after each turn, or at the end of each trajectory."""
+    if not isinstance(editor, RLEditConfig) or editor.update_every is UpdateEvery.turn:
+        return len(training)
+    return training.epochs * math.ceil(
+        training.turns_per_epoch / (editor.trajectory_length or training.turns_per_epoch)
     )
 
 
@@ -194,6 +216,7 @@ def plan_network(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> Train
         return None
     network = open_network(editor.load_checkpoint)
     network.require(identity_of(editor, shapes))
+    log.info("editor.load_checkpoint: step sizes and ridges are those it learned; settings of training do not count")
     return network
 
 
@@ -203,7 +226,7 @@ def network_keeper(
     """Keeps the trained network in the run folder, where the user wants that."""
     assert isinstance(cfg.editor, HyperNetworkConfig)
     identity = {**identity_of(cfg.editor, shapes), MODEL: fingerprint}
-    return NetworkKeeper(Checkpoints(run_folder / FOLDER, "turn", 1), identity, cfg.editor.save_checkpoint)
+    return NetworkKeeper(Checkpoints(run_folder / FOLDER, "turn", 2), identity, cfg.editor.save_checkpoint)
 
 
 def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:

@@ -180,6 +180,7 @@ class LoopState:
         masters = {name: edited.master for name, edited in self.model.edited.items()}
         groups = {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past}
         self._save("turn", done, groups, {"diagnostics": memory})
+        self.checkpoints["training"].discard_all()  # the network is in the editor's state
 
     def save_training(self, trained: int, training: Mapping[str, Tensor]) -> None:
         """A checkpoint after that many turns of meta-training, which come before the first of the stream."""

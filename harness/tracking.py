@@ -50,6 +50,7 @@ PLACES: Final = (
     "model_cache_dir",
     "editor.cache_dir",
     "editor.save_checkpoint",
+    "editor.load_checkpoint",
     "dataset.train_path",
     "dataset.valid_path",
 )

@@ -34,34 +34,36 @@ class MetaTraining:
             state.training = {}
 
     def run(self, every: int, network: NetworkKeeper, progress: RunProgress, interruption: Interruption) -> None:
-        """All turns that are left. Every pass begins, and the last one ends, with the loss of the held-out turns.
+        """All turns that are left. The loss of the held-out turns is taken before the first pass and after each.
 
-        A checkpoint every `every` turns (0: none); the network as it is after each pass goes to its keeper.
+        A checkpoint every `every` turns and after each pass (0: none); the network after each pass goes to its keeper.
         """
         try:
             with progress.training(len(self.stream), done=self.done) as bar:
+                if not self.done:
+                    with _named(network):
+                        self._validate()
                 for turn in self.stream.from_turn(self.done):
                     with interruption.held(), _named(network):
                         loss = self._step(turn, every, network)
                     bar.advance(1, f"loss {loss:.3f}")
-                with _named(network):
-                    self._validate()
+            network.keep(self.editor, self.done, len(self.stream))  # also where that was wished for later
         except Interrupted:
             if every and self.done:
                 self._save()
             raise
 
     def _step(self, turn: TrainingTurn, every: int, network: NetworkKeeper) -> float:
-        if turn.place == 0:
-            self._validate()
         watch = Stopwatch(*self.devices)
         step = self.trainer.turn(turn, watch.measure)
         self.tracker.turn(self._line(turn, step, watch.seconds))
         self.done = turn.edits.index + 1
-        if every and (self.done % every == 0 or self.done == len(self.stream)):
-            self._save()
-        if turn.place + 1 == turn.of:
+        ended = turn.place + 1 == turn.of
+        if ended:
+            self._validate()  # before it is kept: there it shows whether it is any good
             network.keep(self.editor, self.done, len(self.stream))
+        if every and (self.done % every == 0 or ended):
+            self._save()
         return step.loss.total
 
     def _save(self) -> None:
@@ -87,7 +89,10 @@ class MetaTraining:
         if not self.held_out:
             return
         start = time.perf_counter()
-        loss = self.trainer.validate(self.held_out)
+        try:
+            loss = self.trainer.validate(self.held_out)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"on the held-out turns, after {self.done} of training: {error}") from error
         self.tracker.turn(
             {
                 "turn": self.done,
@@ -105,4 +110,4 @@ def _named(network: NetworkKeeper) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"meta-training, {error}{network.last_good()}") from error
+        raise FloatingPointError(f"meta-training, {error}{network.what_is_left()}") from error

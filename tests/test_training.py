@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import main
+from data.records import LossTerm
 from harness.interrupt import Interruption
+from model import LanguageModel
 from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_row
 
 TRAINED = ("mend", "malmen", "rledit")
@@ -247,14 +251,40 @@ def test_a_run_that_kept_no_network(commands: Commands, runs: dict[str, Run]) ->
     assert "holds no whole network; name a run that was made with editor.save_checkpoint=true" in message
 
 
-def test_a_loss_that_turns_non_finite_stops_training_and_leaves_the_last_good_network(commands: Commands) -> None:
-    """A step of 80 makes lambda or eta e^80 after the first pass, whose network is finite still and is kept."""
-    rows = ("editor=rledit", *SETTINGS, "editor.save_checkpoint=true")
-    message = commands.refused(*rows, "editor.meta_lr=80", "editor.update_every=trajectory", run="diverged")
-    assert message.startswith("error: meta-training, turn ")
-    assert (
-        " is nan; a smaller editor.meta_lr or editor.lr may keep it finite; the network after turn 3 is in " in message
-    )
+def test_a_loss_that_turns_non_finite_stops_training_and_leaves_the_last_good_network(
+    commands: Commands, runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network kept after the first pass is the one that an undisturbed training has there, and edits."""
+    gradients, calls = LanguageModel.weight_gradients, 0
+
+    def breaking(self: LanguageModel, terms: Sequence[LossTerm]) -> tuple[dict[str, torch.Tensor], list[float]]:
+        nonlocal calls
+        found, losses = gradients(self, terms)
+        calls += 1
+        return found, [math.nan if calls == 6 and term.reference is not None else loss
+                       for term, loss in zip(terms, losses, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(LanguageModel, "weight_gradients", breaking)
+    message = commands.refused(*settings_of("malmen"), "editor.save_checkpoint=true", run="diverged")
+    assert message.startswith("error: meta-training, turn 5: the locality loss is nan; a smaller editor.meta_lr ")
     run = Run(commands.folder / "diverged")
+    assert message.endswith(f"; the network after turn 3 is in {run.folder / 'network'}")
     assert run.json("run.json")["status"] == "failed"
-    assert [path.name for path in (run.folder / "network").iterdir()] == ["turn_3"]
+    load = f"editor.load_checkpoint={run.folder}"
+    edited = commands(*settings_of("malmen"), load, run="after_divergence")
+    assert edited.phases() == "ee"
+    assert edited.scores() != runs["malmen"].scores()  # six more turns of training would have made another network
+
+
+@pytest.mark.parametrize("rate", ["80", "1e30"])
+def test_steps_beyond_all_bounds_end_in_one_line(commands: Commands, rate: str) -> None:
+    message = commands.refused(*settings_of("rledit"), f"editor.meta_lr={rate}", run=f"diverged_{rate}")
+    assert message.startswith("error: meta-training, ")
+    assert "; a smaller editor.meta_lr or editor.lr may keep it finite" in message
+
+
+def test_few_steps_of_the_optimiser_are_warned_of(commands: Commands) -> None:
+    """One step a trajectory and one trajectory a pass: the published schedule on a short file."""
+    run = commands(*settings_of("rledit"), run="few_steps")
+    log = (run.folder / "main.log").read_text()
+    assert "meta-training: 9 turns make 3 steps of the optimiser, few to learn anything from" in log
