@@ -17,7 +17,7 @@ META_PHASES: Final = ("meta_train", "meta_valid")  # lines of turns.jsonl that n
 # Beginnings of overrides that say nothing of what was edited, and how.
 NOT_A_LABEL: Final = (
     *("hydra.", "tracker.", "evaluation.", "diagnostics.", "glue.", "downstream_eval_steps"),
-    *("checkpoint_every", "keep", "resume", "model_cache"),
+    *("checkpoint_every", "keep", "resume", "model_cache", "editor.save_checkpoint"),
 )
 
 
