@@ -27,7 +27,10 @@ from model import LanguageModel, ModelSource, load_tokenizer
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT
 
-FILES = {"main.log", "run.json", "turns.jsonl", "scores.jsonl", "results.json", "records.jsonl", "checkpoints"}
+FILES = {
+    *("main.log", "run.json", "turns.jsonl", "scores.jsonl", "results.json", "records.jsonl", "checkpoints"),
+    "hidden_states.safetensors",
+}
 SCORES = ["ES", "GS", "LS", "ES_seq", "GS_seq", "LS_seq"]
 COMPARED = ["LS_agree", "LS_kl"]  # with the base model: the edited model's only
 
@@ -73,6 +76,13 @@ def test_the_run_folder_holds_what_it_promises(run: Commands) -> None:
     assert set(about["inputs"]) == {"eval", "train"}
     assert about["model"]["fingerprint"]
     assert "num_seq_zsre=2" in about["overrides"]
+
+
+def test_a_run_ends_with_its_report(run: Commands) -> None:
+    done = run("num_seq=2", "diagnostics.report=true")
+    assert "data:image/png;base64," in (done.folder / "report.html").read_text(encoding="utf-8")
+    assert {"scores.png", "updates.png", "time.png"} <= {path.name for path in done.folder.iterdir()}
+    assert f"the report is {done.folder / 'report.html'}" in (done.folder / "main.log").read_text(encoding="utf-8")
 
 
 def test_each_turn_has_its_line(run: Commands) -> None:
