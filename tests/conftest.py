@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,9 @@ import transformers
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from tests.commands import Commands
 
 # Properties are about values; how long an example takes on a busy machine says nothing of them.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,3 +54,32 @@ def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers
         initializer_range=0.2,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny Llama as `from_pretrained` reads it."""
+    from tests.commands import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model"), byte_tokenizer)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """Commands in a folder of their own, with twelve facts to edit and nine to warm up with.
+
+    Without the check of the command line, half of such a run's time: test_bad_input.py has it.
+    """
+    import main
+    from config.schema import register
+    from harness import places
+    from tests.commands import Commands, zsre_row
+
+    register()
+    monkeypatch.setattr(main, "check_command_line", lambda argv: None)
+    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    commands = Commands(tmp_path, model_folder)
+    commands.write("eval", [zsre_row(i) for i in range(12)])
+    commands.write("train", [zsre_row(i) for i in range(50, 59)])
+    return commands

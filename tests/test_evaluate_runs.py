@@ -11,13 +11,11 @@ import pytest
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-import main
 from config.compose import compose_config
-from config.schema import register, settings_without_effect, to_run_config
-from harness import places
+from config.schema import settings_without_effect, to_run_config
 from harness.console import result_table
 from model import LanguageModel
-from tests.commands import Commands, Run, save_tiny_model, zsre_row
+from tests.commands import Commands, Run
 from tests.conftest import tiny_llama
 
 EVERYTHING = (
@@ -29,22 +27,10 @@ EVERYTHING = (
 )
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), byte_tokenizer)
-
-
 @pytest.fixture
-def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    register()
-    monkeypatch.setattr(main, "check_command_line", lambda argv: None)
-    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    commands = Commands(tmp_path, model_folder)
-    commands.write("eval", [zsre_row(i) for i in range(12)])
-    commands.write("train", [zsre_row(i) for i in range(50, 59)])
+def run(run: Commands, tmp_path: Path) -> Commands:
     (tmp_path / "text.txt").write_text("A short text, " * 20, encoding="utf-8")
-    return commands
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------

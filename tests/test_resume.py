@@ -23,8 +23,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import main
-from config.schema import register
-from harness import checkpoint, places
+from harness import checkpoint
 from harness.checkpoint import FORMAT, STATE, TENSORS
 from harness.interrupt import Interrupted, Interruption
 from harness.lock import FolderLock
@@ -36,24 +35,6 @@ from tests.forked import Forks
 
 TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory", "training_seconds")
 LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "evaluation.every=4", "evaluation.retention=1")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), byte_tokenizer)
-
-
-@pytest.fixture
-def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """Without the check of the command line, half of such a run's time."""
-    register()
-    monkeypatch.setattr(main, "check_command_line", lambda argv: None)
-    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    commands = Commands(tmp_path, model_folder)
-    commands.write("eval", [zsre_row(i) for i in range(12)])
-    commands.write("train", [zsre_row(i) for i in range(50, 59)])
-    return commands
 
 
 def outcome(folder: Path) -> dict[str, Any]:

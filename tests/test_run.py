@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 import main
 from config.compose import CONFIG_DIR
-from config.schema import register
 from data import DATASETS
 from data.files import open_records
 from data.stream import tokenize
@@ -33,24 +32,6 @@ FILES = {
 }
 SCORES = ["ES", "GS", "LS", "ES_seq", "GS_seq", "LS_seq"]
 COMPARED = ["LS_agree", "LS_kl"]  # with the base model: the edited model's only
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), byte_tokenizer)
-
-
-@pytest.fixture
-def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """Without the check of the command line, half of such a run's time: test_bad_input.py has it."""
-    register()
-    monkeypatch.setattr(main, "check_command_line", lambda argv: None)
-    monkeypatch.setattr(places, "CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    commands = Commands(tmp_path, model_folder)
-    commands.write("eval", [zsre_row(i) for i in range(12)])
-    commands.write("train", [zsre_row(i) for i in range(50, 59)])
-    return commands
 
 
 def records_of(run: Run, stage: str) -> list[dict[str, Any]]:
