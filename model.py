@@ -845,7 +845,7 @@ class LanguageModel:
             if not all(map(math.isfinite, size)):
                 raise FloatingPointError(
                     f"turn {turn}: the update of {name} is not finite; the weights are those of the turn before. "
-                    "A smaller step size may keep it finite"
+                    "A smaller editor.lr may keep it finite, or where a network learns it, a smaller editor.meta_lr"
                 )
         for name, update in updates.items():
             self.edited[name].add(update)
