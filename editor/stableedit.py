@@ -153,16 +153,13 @@ class StableEdit(nn.Module):
         Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
         were whitened, quantiles of the eigenvalues of Sigma^(-1/2).
         """
-        return {group.replace("/", "."): self._group_statistics(group) for group in self.normalizers}
-
-    def _group_statistics(self, group: str) -> dict[str, float | None]:
-        normalizer = self._normalizer(group)
         return {
-            "n": float(normalizer.count),
-            "mean_abs": float(normalizer.value_mean.abs().mean()),
-            "std_mean": float(normalizer.value_std.mean()),
-            "floored_fraction": None,
-            **self._found.get(group, {}),
+            group.replace("/", "."): {
+                **self._normalizer(group).summary(),
+                "floored_fraction": None,
+                **self._found.get(group, {}),
+            }
+            for group in self.normalizers
         }
 
     def _normalizer(self, group: str) -> LifelongNormalizer:
