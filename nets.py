@@ -48,14 +48,17 @@ class LifelongNormalizer(nn.Module):
         self,
         keys: Tensor,  # (b, d_k)
         value_grads: Tensor,  # (b, d_v)
+        chunk: int | None = None,
     ) -> None:
-        """Merge the rows into the statistics; the order and the size of the chunks do not matter."""
-        if keys.shape[0] == 0:
-            return
-        seen = float(self.count)
-        self._merge(self.key_mean, self.key_scatter, keys.to(self.count.device).double(), seen)
-        self._merge(self.value_mean, self.value_scatter, value_grads.to(self.count.device).double(), seen)
-        self.count += keys.shape[0]
+        """Merge the rows into the statistics, `chunk` of them at a time or, with None, at once.
+
+        That bounds memory: the order and the size of the chunks do not matter beyond rounding.
+        """
+        for rows in linalg.row_chunks(keys.shape[0], chunk):
+            seen = float(self.count)
+            self._merge(self.key_mean, self.key_scatter, keys[rows], seen)
+            self._merge(self.value_mean, self.value_scatter, value_grads[rows], seen)
+            self.count += rows.stop - rows.start
 
     @staticmethod
     def _merge(
@@ -64,6 +67,7 @@ class LifelongNormalizer(nn.Module):
         rows: Tensor,  # (b, d)
         seen: float,  # n
     ) -> None:
+        rows = rows.to(mean.device).double()
         share = len(rows) / (seen + len(rows))  # b / (n + b)
         weight = seen * share  # n b / (n + b)
         batch_mean = rows.mean(0)

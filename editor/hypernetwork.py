@@ -110,8 +110,7 @@ class HyperNetworkEditor(nn.Module):
     def observe(self, captures: Mapping[str, Capture]) -> None:
         for name, capture in captures.items():
             normalizer = self.network(name).normalizer(self._number[name])
-            for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
-                normalizer.observe(capture.keys[rows], capture.value_grads[rows])
+            normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
 
     def propose(self, name: str, capture: Capture) -> Proposal:
         """The update of one module from rows that are in the statistics already."""

@@ -94,8 +94,7 @@ class StableEdit(nn.Module):
             if mode == "batch":
                 normalizer.reset()
             for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
-                for rows in linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size):
-                    normalizer.observe(capture.keys[rows], capture.value_grads[rows])
+                normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
             self._found[group] |= normalizer.changes_since(before)
 
     def _whitenings(self, phase: Phase) -> dict[str, Tensor]:

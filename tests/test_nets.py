@@ -34,6 +34,16 @@ def test_any_chunks_equal_one_pass(sizes: list[int], full: bool) -> None:
         torch.testing.assert_close(normalizer.value_scatter, centred.T @ centred, rtol=1e-9, atol=1e-20)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 20, 99])
+def test_rows_in_chunks_are_those_rows_one_chunk_after_another(chunk: int) -> None:
+    keys, grads = stream(20)
+    whole, parts = LifelongNormalizer(6, 4, full=True), LifelongNormalizer(6, 4, full=True)
+    whole.observe(keys, grads, chunk)
+    for k, g in zip(keys.split(chunk), grads.split(chunk), strict=True):
+        parts.observe(k, g)
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), parts.buffers(), strict=True))
+
+
 def test_diagonal_form() -> None:
     keys, grads = stream(50)
     normalizer = LifelongNormalizer(6, 4, full=False)
