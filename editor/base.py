@@ -29,6 +29,12 @@ class Editor(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
 
 
+def shape_name(shape: tuple[int, int]) -> str:
+    """How turns.jsonl, checkpoints and messages name the modules of one shape (d_k, d_v): 1536x576."""
+    d_k, d_v = shape
+    return f"{d_k}x{d_v}"
+
+
 class CapturedTurn(Protocol):
     """What a turn's facts did inside the model, by edit module, and the loss they had."""
 

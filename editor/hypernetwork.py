@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.records import Capture, LowRankUpdate, Phase, TrainingTurn
 from editor import linalg
+from editor.base import shape_name
 from nets import HyperNetwork
 
 
@@ -91,7 +92,7 @@ class HyperNetworkEditor(nn.Module):
         alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())}
         self.networks = nn.ModuleDict(
             {
-                _shape_key(shape): HyperNetwork(
+                shape_name(shape): HyperNetwork(
                     *shape, len(names), settings.rank, settings.n_blocks, settings.statistics_scope == "module"
                 )
                 for shape, names in alike.items()
@@ -117,7 +118,7 @@ class HyperNetworkEditor(nn.Module):
         raise NotImplementedError
 
     def network(self, name: str) -> HyperNetwork:
-        network = self.networks[_shape_key(self.shapes[name])]
+        network = self.networks[shape_name(self.shapes[name])]
         assert isinstance(network, HyperNetwork)
         return network
 
@@ -135,7 +136,7 @@ class HyperNetworkEditor(nn.Module):
         was learned by module."""
         found: dict[str, dict[str, float | None]] = {}
         for name, shape in self.shapes.items():
-            group = _shape_key(shape) if self.settings.statistics_scope == "shape" else name
+            group = shape_name(shape) if self.settings.statistics_scope == "shape" else name
             if group not in found:
                 found[group] = self.network(name).normalizer(self._number[name]).summary()
         for name, scalars in self.learned().items():
@@ -193,7 +194,3 @@ class _RidgeProposal:
         for rows, shifts in self.editor.value_shifts(self.name, self.capture):
             shifts.backward(shifts_gradient[rows].to(shifts))
         (ridge_gradient * self.editor.ridge(self.name)).backward()
-
-
-def _shape_key(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
+from editor.base import shape_name
 from nets import LifelongNormalizer
 
 Mode = Literal["stable", "original", "none", "batch", "frozen"]
@@ -176,4 +177,4 @@ def _spectrum_quantiles(
 
 def _group(name: str, shape: tuple[int, int], scope: str) -> str:
     """The name of the statistics a module uses; '.' may not stand in the name of a submodule."""
-    return f"{shape[0]}x{shape[1]}" if scope == "shape" else name.replace(".", "/")
+    return shape_name(shape) if scope == "shape" else name.replace(".", "/")

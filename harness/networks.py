@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from editor.base import Editor
+from editor.base import Editor, shape_name
 from harness.checkpoint import STATE, Checkpoint, Checkpoints, DamagedError, read
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def identity_of(
         "editor.rank": editor.rank,
         "editor.n_blocks": editor.n_blocks,
         "editor.statistics_scope": editor.statistics_scope.name,
-        "model.edit_modules": {name: f"{d_k}x{d_v}" for name, (d_k, d_v) in shapes.items()},
+        "model.edit_modules": {name: shape_name(shape) for name, shape in shapes.items()},
     }
 
 
