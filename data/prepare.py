@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import itertools
 import json
 import logging
@@ -38,6 +37,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+from data.disk import sha256_of, sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -290,11 +291,6 @@ def convert(parts: Sequence[Path], target: Path, file: DataFile) -> int:
     if count == 0:
         raise FetchError(f"{', '.join(map(str, parts))}: no rows")
     return count
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ download
@@ -577,7 +573,7 @@ def prepare_file(file: DataFile, settings: Settings, loader: Downloader) -> Path
         target.rename(aside)
         log.info("%s: the old file is kept as %s", target, aside.name)
     part.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -672,7 +668,7 @@ def _fetch_and_convert(remotes: Sequence[Remote], part: Path, file: DataFile, lo
     except FetchError:
         part.unlink(missing_ok=True)
         raise
-    _sync(part)
+    sync(part)
     shutil.rmtree(folder)
     return rows
 
@@ -699,17 +695,8 @@ def _aside(target: Path) -> Path:
 def _write_synced(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or, for the renames in it, of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prepare(files: Sequence[DataFile], settings: Settings, loader: Downloader) -> list[str]:

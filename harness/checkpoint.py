@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from data.disk import sha256_of, sync
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +65,20 @@ class Checkpoint:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The groups as they were saved, in memory of their own: products follow the alignment of what they are of."""
         groups: dict[str, dict[str, Tensor]] = {}
+        for group, name, tensor in self._each():
+            groups.setdefault(group, {})[name] = tensor.clone()
+        return groups
+
+    def of_group(self, wanted: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one group with their names, one at a time: all of them may be large."""
+        return ((name, tensor) for _, name, tensor in self._each(wanted))
+
+    def _each(self, wanted: str | None = None) -> Iterator[tuple[str, str, Tensor]]:
         with safe_open(self.path / TENSORS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  not a mapping
                 group, _, name = key.partition("/")
-                groups.setdefault(group, {})[name] = file.get_tensor(key).clone()
-        return groups
+                if wanted in (None, group):
+                    yield group, name, file.get_tensor(key)
 
 
 class Checkpoints:
@@ -92,6 +103,17 @@ class Checkpoints:
                 return found
         return None
 
+    def at(self, place: int) -> Checkpoint:
+        """The checkpoint at that place.
+
+        DamagedError where it is not what was written; ValueError, naming those there are, where there is none.
+        """
+        places = self.places()
+        if place not in places:
+            there = ", ".join(map(str, places)) or "none"
+            raise ValueError(f"{self.folder}: no checkpoint of {self.kind} {place}; those there are: {there}")
+        return read(self._path(place))
+
     def places(self) -> list[int]:
         """Where there are checkpoints, in order, damaged ones included."""
         names = (path.name.removeprefix(f"{self.kind}_") for path in self.folder.glob(f"{self.kind}_*"))
@@ -112,11 +134,11 @@ class Checkpoints:
             tensors = {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
             digest = write_safetensors(beside / TENSORS, tensors)
             _write_state(beside / STATE, {"format": FORMAT, "place": place, "tensors": digest, "state": dict(state)})
-            _sync(beside)
+            sync(beside)
             if target.exists():  # a damaged one
                 self._discard(target)
             beside.rename(target)
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise self._not_written(target, error) from error
@@ -170,12 +192,12 @@ def read(path: Path) -> Checkpoint:
             f"reads up to format {FORMAT}: go on with that version"
         )
     file = path / TENSORS
-    if not file.is_file() or _digest_of(file) != about["tensors"]:
+    if not file.is_file() or sha256_of(file) != about["tensors"]:
         raise DamagedError(f"{file}: damaged, not the bytes that were written")
     return Checkpoint(path, about["place"], about["state"], about["tensors"])
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write the tensors, sync, and return the file's SHA-256, which another core works out meanwhile.
 
     The safetensors format is a length, a JSON header and the bytes; its own writer would have them hashed afterwards,
@@ -184,7 +206,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     ordered = {name: tensors[name].detach() for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))}
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        hashed = [hasher.submit(digest.update, header := _header(ordered))]
+        hashed = [hasher.submit(digest.update, header := _header(ordered, metadata))]
         file.write(header)
         for tensor in ordered.values():
             content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -198,8 +220,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries, end = {}, 0
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -227,17 +250,3 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """What was created in it, or renamed, outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
