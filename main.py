@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line, waiting_for_choices
-from config.schema import EditorConfig, EditPrecision, RunConfig, Token, to_run_config
+from config.schema import EditorConfig, RunConfig, Token, to_run_config
 from data.records import Turn
 from data.stream import EditStream
 from data.training import TrainingStream
@@ -43,9 +43,9 @@ from harness.downstream import Downstream
 from harness.evaluate_only import evaluate_only
 from harness.hidden import HiddenStates
 from harness.interrupt import Interrupted, Interruption
+from harness.launching import launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.networks import MODEL
 from harness.plan import (
-    DTYPES,
     Plan,
     base_cache,
     capture_memory,
@@ -56,11 +56,12 @@ from harness.plan import (
     network_keeper,
     wandb_settings,
 )
+from harness.ranks import joined
 from harness.resume import LoopState, earlier_run, move_into
 from harness.scoring import Scoring
-from harness.tracking import RunFolder, Tracker
+from harness.spread import Held, load_model
+from harness.tracking import RunFolder, Tracker, one_line
 from harness.training import MetaTraining
-from model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -73,31 +74,58 @@ REFUSALS = {
 
 def main() -> None:
     """The command line. A mistake of the user's ends in one line, and exit code 1."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + SIGTERM; run.json and wandb are told on the way out
+    prepare_process()
     try:
-        check_command_line(sys.argv[1:])
-        sys.argv[1:] = waiting_for_choices(sys.argv[1:])
-        job()
+        with joined() as ranks:
+            if ranks.rank > 0:
+                ranks.follow(Held())
+                return
+            check_command_line(sys.argv[1:])
+            sys.argv[1:] = waiting_for_choices(sys.argv[1:])
+            job()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))
+    except launcher_errors() as error:
+        log.debug("the launcher's own words", exc_info=True)
+        sys.exit(
+            f"error: a job ended without a result ({one_line(error)}); its main.log says how far it came, and "
+            "the same command with resume=auto goes on"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
+def prepare_process() -> None:
+    """What holds for all of a process; a job that a launcher starts has one of its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + SIGTERM; run.json and wandb are told on the way out
+
+
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def job(composed: DictConfig) -> None:
     """One run, or one of a sweep."""
+    prepare_process()
+    share_terminal(HydraConfig.get().launcher["_target_"])
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        run(to_run_config(composed), composed, Path(HydraConfig.get().runtime.output_dir))
+        with requeued_after_checkpoint():
+            run(to_run_config(composed), composed, Path(HydraConfig.get().runtime.output_dir))
     except (ValueError, FloatingPointError, OSError) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # the sweep goes on with its other jobs and reports at its end
-        sys.exit(error_line(error))
+        line = error_line(error)
+        if in_sweep:  # which goes on with its other jobs and ends with this error, maybe in another process
+            log.error("this job failed, %s", line)
+            raise ValueError(line.removeprefix("error: ")) from error
+        sys.exit(line)
+    except Interrupted as stop:
+        raise SystemExit(stop.code) from None  # which any process can read
+    except Exception:
+        if in_sweep:
+            log.exception("this job failed")
+        raise
 
 
 def error_line(error: Exception) -> str:
@@ -115,20 +143,20 @@ def error_line(error: Exception) -> str:
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
-    plan = make_plan(cfg)
+    plan = make_plan(cfg, joined())
     about = {
         "config": plain_config(composed),
         "overrides": list(HydraConfig.get().overrides.task),
         "inputs": plan.inputs,
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
-        "device": str(plan.device),
+        "device": plan.hardware,
     }
     if cfg.evaluate is not None:
         evaluate_only(cfg, plan, about, folder)
         return
     with earlier_run(cfg.resume, roots_of_runs(), about) as earlier:
         if earlier is not None:
-            move_into(earlier.path, folder)
+            move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
             show_results(earlier.results(), earlier.path)
@@ -144,15 +172,7 @@ def edit(
     path = earlier.path if earlier else folder
     checkpoints = {kind: Checkpoints(path / "checkpoints", kind, cfg.keep) for kind in ("turn", "training")}
     start = (checkpoints["turn"].newest() or checkpoints["training"].newest()) if earlier else None
-    model = LanguageModel.load(
-        plan.source,
-        plan.tokenizer,
-        plan.outline.shapes,
-        dtype=DTYPES[cfg.model.half],
-        device=plan.device,
-        master=cfg.model.edit_precision is EditPrecision.master,
-        compute_tokens=cfg.model.compute_tokens,
-    )
+    model = load_model(cfg, plan)
     about["model"]["fingerprint"] = fingerprint = model.fingerprint()
     torch.manual_seed(cfg.seed)  # of a network's first parameters
     editor = build_editor(cfg.editor, model.shapes, plan.editor_device)

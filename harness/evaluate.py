@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.generation import Generation, matches
-from harness.locality import BaseReader, BaseWriter, Locality
+from harness.locality import BaseReader, BaseWriter, Distributions, Locality, RecordShift, Seen, cat, look
 from harness.perplexity import Passage, perplexity
 from harness.retention import RetentionPlan
 from model import LanguageModel
@@ -32,7 +32,7 @@ PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", 
 # What is said of a probe beside its token accuracy: all tokens right; the generated text is the answer, contains it;
 # first choices as the base model's, and KL(base || edited) in nats.
 FORMS = ("", "_seq", "_gen", "_contains", "_agree", "_kl")
-# Records scored together: enough for tight length buckets, few enough to forget.
+# Records that a process scores together: enough for tight length buckets, few enough to forget.
 BLOCK = 128
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
 SCORES_FORMAT = 2
@@ -151,7 +151,7 @@ def score_records(
 ) -> Iterator[RecordScore]:
     """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
     stream = iter(records)
-    while block := list(islice(stream, BLOCK)):
+    while block := list(islice(stream, BLOCK * model.hands)):
         probes = [
             _Probe(place, record, field, question)
             for place, record in block
@@ -170,20 +170,64 @@ def _teacher_forced(
     model: LanguageModel, probes: Sequence[_Probe], sequences: Sequence[TokenSequence], locality: Locality | None
 ) -> tuple[list[int], dict[int, dict[str, Any]]]:
     """Of each probe its right answer tokens, and of locality probes what was said in comparison with the base model."""
-    lengths = [sequence.answer_length for sequence in sequences]
     local = [i for i, probe in enumerate(probes) if probe.field == "locality"] if locality else []
-    rows = _rows_of(local, lengths)
+    places, lengths = [probes[i].place for i in local], [sequences[i].answer_length for i in local]
+    base = locality.base(places, lengths) if locality and local else None
+    tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
+    shares = model.shares([len(sequence.ids) for sequence in sequences])
+    answered = model.each(_answer, [_asked(share, sequences, tokens, base) for share in shares])
+    correct = dict(zip(chain(*shares), chain(*(part.correct for part in answered)), strict=True))
+    moved: list[RecordShift | None] = []
     if locality and local:
-        locality.open([probes[i].place for i in local], [lengths[i] for i in local])
+        order = torch.cat([tokens[i] for share in shares for i in share if i in tokens])
+        seen = [part.local for part in answered if part.local is not None]
+        moved = locality.close(places, lengths, cat(seen)[order.argsort()])
+    said = {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in zip(local, moved, strict=True) if m}
+    return [correct[i] for i in range(len(probes))], said
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Questions for one of the processes that share an evaluation."""
+
+    sequences: list[TokenSequence]
+    local: list[int]  # places, among these, of the locality questions, whose answers are looked at closely
+    base: Distributions | None  # the base model's at their answer tokens, laid end to end; None: there is none yet
+
+
+@dataclass(frozen=True)
+class _Answered:
+    correct: list[int]  # answer tokens, by sequence
+    local: Seen | None  # at the answer tokens of locality questions; None where there were none
+
+
+def _asked(
+    share: Sequence[int], sequences: Sequence[TokenSequence], tokens: Mapping[int, Tensor], base: Distributions | None
+) -> _Asked:
+    """The questions at the places of the share; `tokens` says where in `base` each locality question's answer lies."""
+    local = [place for place, i in enumerate(share) if i in tokens]
+    mine = [tokens[share[place]] for place in local]
+    return _Asked([sequences[i] for i in share], local, base[torch.cat(mine)] if base and mine else None)
+
+
+def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
+    lengths = [sequence.answer_length for sequence in asked.sequences]
+    rows = _rows_of(asked.local, lengths)
+    base = asked.base and asked.base.to(model.device)
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
-    for at, logits, targets in _answer_logits(model, sequences):
+    seen: list[tuple[Tensor, Seen]] = []
+    for at, logits, targets in _answer_logits(model, asked.sequences):
         hits[at.to(model.device)] = logits.argmax(-1) == targets.to(model.device)
         ours = rows[at] >= 0
-        if locality and ours.any():
-            locality.see(rows[at[ours]], logits[ours.to(model.device)])
-    moved = dict(zip(local, locality.close(), strict=True)) if locality and local else {}
+        if ours.any():
+            mine = rows[at[ours]]
+            found = look(logits[ours.to(model.device)], base and base[mine.to(model.device)])
+            seen.append((mine, found.to(torch.device("cpu"))))
     correct = [int(part.sum()) for part in hits.cpu().split(lengths)]
-    return correct, {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in moved.items() if m is not None}
+    if not seen:
+        return _Answered(correct, None)
+    order = torch.cat([mine for mine, _ in seen]).argsort()
+    return _Answered(correct, cat([found for _, found in seen])[order])
 
 
 def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -255,7 +299,7 @@ class Evaluation:
         scores = self._score(upto, self._base) if cache is None else kept_scores(cache, self._score_base)
         summary = summarize(_watched(scores, watch), self.resamples, self.seed)
         if cache is not None:
-            self._base = BaseReader(cache / "locality", self.model.device)
+            self._base = BaseReader(cache / "locality")
         if self.passage is not None:
             summary["perplexity"] = perplexity(self.model, self.passage) if cache is None else _kept_perplexity(cache)
         return summary
@@ -270,7 +314,7 @@ class Evaluation:
             self.model.restore({name: module.original for name, module in self.model.edited.items()})
             self.run(None, lambda _: None, cache)
             self.model.restore(edited)
-        self._base = BaseReader(cache / "locality", self.model.device)
+        self._base = BaseReader(cache / "locality")
 
     def count(self, upto: int | None) -> int:
         """Records that `run` scores."""

@@ -8,10 +8,11 @@ from typing import Any
 from config.schema import RunConfig
 from harness import places
 from harness.console import RunProgress, show_results
-from harness.plan import DTYPES, Plan, base_cache, make_evaluation, wandb_settings
+from harness.plan import Plan, base_cache, make_evaluation, wandb_settings
 from harness.scoring import Scoring
+from harness.spread import load_model
 from harness.tracking import RunFolder, Tracker
-from model import LanguageModel, ModelSource, load_tokenizer, locate
+from model import ModelSource, load_tokenizer, locate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -23,7 +24,7 @@ def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Pat
     itself, there is no second one to score.
     """
     source = evaluated_source(cfg, plan)
-    model = load(cfg, plan, plan.source)
+    model = load_model(cfg, plan)
     fingerprint = model.fingerprint()
     about["model"] |= {"fingerprint": fingerprint, "evaluated": {"name": cfg.evaluate}}
     cache = base_cache(cfg, plan, fingerprint)
@@ -34,7 +35,7 @@ def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Pat
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
             del model, score  # to make room for the other
-            edited = load(cfg, plan, source)
+            edited = load_model(cfg, plan, cfg.evaluate)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)
@@ -44,18 +45,6 @@ def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Pat
         results["cost"] = {"seconds": seconds}
         tracker.results(results)
     show_results(results, run_folder.path)
-
-
-def load(cfg: RunConfig, plan: Plan, source: ModelSource) -> LanguageModel:
-    """A model to score, not to edit."""
-    return LanguageModel.load(
-        source,
-        plan.tokenizer,
-        (),
-        dtype=DTYPES[cfg.model.half],
-        device=plan.device,
-        compute_tokens=cfg.model.compute_tokens,
-    )
 
 
 def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource:

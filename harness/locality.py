@@ -22,7 +22,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,8 +32,29 @@ TOP = 256  # of a small model's mass at such tokens, 94% (zsRE's locality questi
 SHARD_TOKENS = 8192  # 16 MiB
 
 
-@dataclass(frozen=True, slots=True)
-class Distributions:
+class _Columns:
+    """A dataclass of tensors that have a row for each of N tokens."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return type(self)(*(part[rows] for part in self._parts()))
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(part.to(device) for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, entry.name) for entry in fields(self))  # type: ignore[arg-type]  # its subclasses are
+
+
+C = TypeVar("C", bound=_Columns)
+
+
+def cat(pieces: Sequence[C]) -> C:
+    """The rows of all pieces, which are of one kind."""
+    return type(pieces[0])(*(torch.cat(parts) for parts in zip(*(piece._parts() for piece in pieces), strict=True)))
+
+
+@dataclass(frozen=True)
+class Distributions(_Columns):
     """What is kept of the distributions at N tokens."""
 
     argmax: Tensor  # (N,) int32; of equals, the one that the model itself would choose
@@ -47,21 +68,9 @@ class Distributions:
         top, ids = log_p.topk(min(TOP, log_p.shape[1]))
         return cls(logits.argmax(-1).int(), ids.int(), top, _others(log_p, ids).logsumexp(-1))
 
-    def __getitem__(self, rows: slice | Tensor) -> Distributions:
-        return Distributions(*(part[rows] for part in self._parts()))
 
-    def to(self, device: torch.device) -> Distributions:
-        return Distributions(*(part.to(device) for part in self._parts()))
-
-    @staticmethod
-    def cat(pieces: Sequence[Distributions]) -> Distributions:
-        return Distributions(*(torch.cat(parts) for parts in zip(*(piece._parts() for piece in pieces), strict=True)))
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, entry.name) for entry in fields(self))
-
-
-class Shift(NamedTuple):
+@dataclass(frozen=True)
+class Shift(_Columns):
     """How the edited model differs at N tokens."""
 
     agree: Tensor  # (N,) bool: its first choice is the base model's
@@ -100,16 +109,24 @@ class RecordShift:
 
 
 class Locality(Protocol):
-    """Sees the locality answers of one block of records after the other go by, in the order of their places."""
+    """What the locality answers of evaluated records are needed for, block by block in the order of their places."""
 
-    def open(self, places: Sequence[int], lengths: Sequence[int]) -> None:
-        """A block begins: the places of its records, and the tokens of their locality answers."""
+    def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions | None:
+        """The base model's distributions at the answers of a block's records, laid end to end; `lengths` in tokens.
 
-    def see(self, rows: Tensor, logits: Tensor) -> None:
-        """Logits (N, V) at the tokens `rows` (N,) of the block, counted through its answers laid end to end."""
+        None where it is this model's that are needed.
+        """
 
-    def close(self) -> list[RecordShift | None]:
-        """The block ends: what is to be said of each of its records."""
+    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
+        """What was `look`ed at in the block, in the same order; what is to be said of each of its records."""
+
+
+Seen = Distributions | Shift
+
+
+def look(logits: Tensor, base: Distributions | None) -> Seen:  # logits (N, V)
+    """The distributions, or where there are others to compare them with, how far they are from these."""
+    return Distributions.of(logits) if base is None else shift(base, logits)
 
 
 class BaseWriter:
@@ -121,30 +138,24 @@ class BaseWriter:
         self._places: list[int] = []  # of the shard being filled
         self._lengths: list[int] = []
         self._shard: list[Distributions] = []
-        self._seen: list[tuple[Tensor, Distributions]] = []  # of the open block
-        self._records = 0
 
-    def open(self, places: Sequence[int], lengths: Sequence[int]) -> None:
+    def base(self, places: Sequence[int], lengths: Sequence[int]) -> None:
+        return None
+
+    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
+        assert isinstance(seen, Distributions)
         self._places += places
         self._lengths += lengths
-        self._seen, self._records = [], len(places)
-
-    def see(self, rows: Tensor, logits: Tensor) -> None:
-        self._seen.append((rows, Distributions.of(logits).to(torch.device("cpu"))))
-
-    def close(self) -> list[RecordShift | None]:
-        if self._seen:
-            order = torch.cat([rows for rows, _ in self._seen]).argsort()
-            self._shard.append(Distributions.cat([seen for _, seen in self._seen])[order])
+        self._shard.append(seen)
         if sum(self._lengths) >= SHARD_TOKENS:
             self.flush()
-        return [None] * self._records
+        return [None] * len(places)
 
     def flush(self) -> None:
         """Write the shard that is being filled."""
         if not self._shard:
             return
-        kept = Distributions.cat(self._shard)
+        kept = cat(self._shard)
         tensors = {entry.name: getattr(kept, entry.name).contiguous() for entry in fields(kept)}
         index = {"places": torch.tensor(self._places), "lengths": torch.tensor(self._lengths)}
         save_file(tensors | index, self.folder / f"{self._places[0]:012d}.safetensors")
@@ -154,29 +165,22 @@ class BaseWriter:
 class BaseReader:
     """Compares answers with the base model's, of which one shard at a time is in memory."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._starts = sorted(int(path.stem) for path in folder.iterdir())  # the first place of each shard
         self._loaded = -1
         self._rows: dict[int, slice] = {}
         self._shard: Distributions
-        self._base: Distributions
-        self._lengths: list[int] = []
-        self._shift: Shift
 
-    def open(self, places: Sequence[int], lengths: Sequence[int]) -> None:
-        self._lengths = list(lengths)
-        self._base = Distributions.cat([self._of(place) for place in places]).to(self.device)
-        tokens = len(self._base.argmax)
-        assert tokens == sum(lengths), "the base model's answers were cut into other tokens"
-        self._shift = Shift(torch.zeros(tokens, dtype=torch.bool), torch.zeros(tokens), torch.zeros(tokens))
+    def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions:
+        kept = [self._of(place) for place in places]
+        cut = [len(own.argmax) for own in kept]
+        assert cut == list(lengths), "the base model's answers were cut into other tokens"
+        return cat(kept)
 
-    def see(self, rows: Tensor, logits: Tensor) -> None:
-        for whole, part in zip(self._shift, shift(self._base[rows.to(self.device)], logits), strict=True):
-            whole[rows] = part.cpu().to(whole.dtype)
-
-    def close(self) -> list[RecordShift | None]:
-        parts = zip(*(part.split(self._lengths) for part in self._shift), strict=True)
+    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
+        assert isinstance(seen, Shift)
+        parts = zip(*(part.split(list(lengths)) for part in (seen.agree, seen.kl, seen.error)), strict=True)
         return [RecordShift(int(agree.sum()), float(kl.mean()), float(error.mean())) for agree, kl, error in parts]
 
     def _of(self, place: int) -> Distributions:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional
-
-from data.records import TokenSequence
+from data.records import LossTerm, TokenSequence
 from model import LanguageModel
 
 
@@ -39,16 +37,12 @@ def perplexity(model: LanguageModel, passage: Passage) -> float:
 
     FloatingPointError where that is no finite number.
     """
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    tokens = 0
-    for window in passage.windows():  # one at a time: the logits of a window are as large as those of many answers
-        for batch in model.batches([window]):
-            logits, targets = model.answer_logits(batch), batch.targets.to(model.device)
-            precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total += functional.cross_entropy(precise, targets, reduction="sum").double()
-            tokens += len(targets)
-    mean = float(total) / tokens
-    if not mean < math.log(torch.finfo(torch.float64).max):
+    windows = list(passage.windows())
+    # a term each, read one at a time: the logits of a window are as large as those of many answers
+    losses = model.losses([LossTerm((window,), 1.0) for window in windows])
+    tokens = [window.answer_length for window in windows]
+    mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    if not mean < math.log(sys.float_info.max):
         raise FloatingPointError(f"the mean loss on the text of evaluation.perplexity is {mean}: the model is wrecked")
     return math.exp(mean)
 

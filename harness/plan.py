@@ -30,7 +30,9 @@ from config.schema import (
     settings_without_effect,
 )
 from data import DATASETS
+from data.dataset import Dataset
 from data.files import FORMAT, RecordFile, open_records, resolve_file
+from data.made import made_file
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness import places
@@ -39,6 +41,7 @@ from harness.evaluate import SCORES_FORMAT, Evaluation, Tokenize, evaluated_coun
 from harness.generation import Generation, PromptForm
 from harness.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network
 from harness.perplexity import Passage, read_passage
+from harness.ranks import Ranks
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
 from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer, locate, outline
@@ -66,6 +69,17 @@ class Plan:
     editor_device: torch.device
     generation: Generation | None  # None: off
     passage: Passage | None  # None: off
+    ranks: Ranks  # the processes that share the work
+
+    @property
+    def hardware(self) -> str:
+        """What the numbers' last bits depend on."""
+        return str(self.device) if self.ranks.size == 1 else f"{self.ranks.size} x {self.device.type}"
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of all that says how text becomes tokens."""
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -74,13 +88,13 @@ class Plan:
         return {split: file.sha256 for split, file in self.files.items()} | network
 
 
-def make_plan(cfg: RunConfig) -> Plan:
+def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong."""
     for line in settings_without_effect(cfg):
         log.warning("%s", line)
     if cfg.evaluate is not None:
         cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
-    device, editor_device = devices(cfg)
+    device, editor_device = devices(cfg, ranks)
     check_wandb(wandb_settings(cfg.tracker).mode)
     files = open_data(cfg)
     source = ModelSource(
@@ -110,10 +124,17 @@ def make_plan(cfg: RunConfig) -> Plan:
     network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
     if model_outline.context_length is not None:
-        fits = partial(check_context, tokenizer=tokenizer, context_length=model_outline.context_length)
-        fits(stream.edited(), answer_tokens=answer_tokens, file=str(files["eval"].path))
-        for records in (stream.warmed_up(), training.records() if training else ()):
-            fits(records, answer_tokens=answer_tokens, file=str(files["train"].path) if records else "")
+        trained = training.records() if training else ()
+        for split, records in (("eval", stream.edited()), ("train", stream.warmed_up()), ("train", trained)):
+            if records:
+                check_context(
+                    records,
+                    tokenizer,
+                    model_outline.context_length,
+                    answer_tokens=answer_tokens,
+                    file=str(files[split].path),
+                    most=files[split].most_tokens,
+                )
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
     with capture_memory(cfg, stream, model_outline.shapes):
@@ -132,6 +153,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         editor_device=editor_device,
         generation=generation,
         passage=passage,
+        ranks=ranks,
     )
 
 
@@ -143,13 +165,18 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
         paths["train"] = cfg.dataset.train_path
     return {
         split: open_records(
-            resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample"),
-            dataset,
-            cache_dir=places.CACHE / "arrow",
-            seed=cfg.seed,
+            data_file(cfg, dataset, split, path), dataset, cache_dir=places.CACHE / "arrow", seed=cfg.seed
         )
         for split, path in paths.items()
     }
+
+
+def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:
+    """The file of a split: the user's, else one of made facts, the full one, or the shipped sample."""
+    facts = cfg.dataset.made_facts(split)
+    if path is None and facts is not None:
+        return made_file(dataset, split, facts, places.CACHE / "made")
+    return resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample")
 
 
 def warms_up(cfg: RunConfig) -> bool:
@@ -229,8 +256,14 @@ def network_keeper(
     return NetworkKeeper(Checkpoints(run_folder / FOLDER, "turn", 2), identity, cfg.editor.save_checkpoint)
 
 
-def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:
-    """Where the model runs and where the editor does; ValueError for a device this machine lacks."""
+def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
+    """Where the model runs and where the editor does; ValueError for a device this machine or this process lacks."""
+    if ranks.size > 1:
+        one_each = f"with {ranks.size} processes, each of which holds the whole model on a GPU of its own"
+        if cfg.model.device_map is not None:
+            raise ValueError(f"model.device_map={cfg.model.device_map.name} {one_each}: start one, without torchrun")
+        if ":" in cfg.model_device:
+            raise ValueError(f"model_device={cfg.model_device} {one_each}: set model_device=auto")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     model = torch.device(found if cfg.model_device == "auto" else cfg.model_device)
     editor = model if cfg.editor_device == "auto" else torch.device(cfg.editor_device)
@@ -240,9 +273,14 @@ def devices(cfg: RunConfig) -> tuple[torch.device, torch.device]:
                 f"{key}={device}: this machine has {torch.cuda.device_count()} GPUs; choose another, or auto"
             )
     if "cuda" in (model.type, editor.type):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
+        ask_for_the_same_bits()
     return model, editor
+
+
+def ask_for_the_same_bits() -> None:
+    """CUDA's kernels then give the same result each time, where they have a form that does."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
 
 
 def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
@@ -329,14 +367,14 @@ def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
     on_the_way = None if sample is None else evaluated_counts(plan.stream, cfg.evaluation.every)
     identity = {
         "model": fingerprint,
-        "tokenizer": hashlib.sha256(plan.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": plan.tokenizer_hash,
         "data": plan.files["eval"].sha256,
         "reading": [FORMAT, cfg.dataset.name, cfg.dataset.field_map(), cfg.seed],
         "questions": [cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
         "records": [cfg.dataset.shuffle, len(plan.stream.edited()), sample, on_the_way],
         "generation": plan.generation and plan.generation.identity(),
         "passage": plan.passage and [plan.passage.sha256, plan.passage.window],
-        "arithmetic": [str(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
+        "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens],
         "versions": [SCORES_FORMAT, versions()],
     }
     key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from harness import places
 from harness.console import RunProgress
 from harness.downstream import Downstream
 from harness.plan import Plan, make_plan
+from harness.ranks import Ranks
 from harness.tracking import RunFolder, Tracker, WandbSettings
 from model import LanguageModel
 from tests.commands import Commands, save_tiny_model, zsre_row
@@ -32,7 +33,7 @@ class Setting:
     def __init__(self, commands: Commands, *overrides: str) -> None:
         line = [word for word in commands.line(*overrides) if not word.startswith("hydra.")]
         self.cfg: RunConfig = to_run_config(compose_config(line))
-        self.plan: Plan = make_plan(self.cfg)
+        self.plan: Plan = make_plan(self.cfg, Ranks())
         self.model = LanguageModel.load(
             self.plan.source,
             self.plan.tokenizer,

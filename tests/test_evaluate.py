@@ -17,12 +17,11 @@ from harness.diagnostics import TurnDiagnostics
 from harness.evaluate import RecordScore, Tally, kept_scores, sample_places, score_records, summarize
 from model import LanguageModel, TurnCapture, WeightChange
 from tests.conftest import tiny_llama
+from tests.hand_made import StandIn
 
 
-class Successor:
+class Successor(StandIn):
     """A language model that always expects the next number: after token 4 it is sure of token 5."""
-
-    device = torch.device("cpu")
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         return compute_batches(sequences, 8)

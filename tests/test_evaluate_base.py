@@ -18,6 +18,7 @@ from harness.evaluate import Evaluation, RecordScore, evaluated_counts, score_re
 from harness.locality import BaseReader, BaseWriter, Distributions, shift
 from model import LanguageModel
 from tests.conftest import tiny_llama
+from tests.hand_made import StandIn
 
 
 def both(p: list[list[float]], q: list[list[float]]) -> tuple[list[bool], list[float], list[float]]:
@@ -61,10 +62,8 @@ def test_the_stated_bound_holds(monkeypatch: pytest.MonkeyPatch, top: int, scale
     assert torch.equal(moved.agree, logits.argmax(-1) == edited.argmax(-1))
 
 
-class Table:
+class Table(StandIn):
     """A language model whose logits after a token are the rows of a table, whatever came before."""
-
-    device = torch.device("cpu")
 
     def __init__(self, seed: int) -> None:
         self.logits = torch.randn(50, 50, generator=torch.Generator().manual_seed(seed))
@@ -99,7 +98,7 @@ def test_each_record_is_compared_with_its_own_base(tmp_path: Path, monkeypatch: 
     writer.flush()
     assert all(score.agree is score.kl is score.kl_error is None for score in first)
     assert len(list((tmp_path / "kept").iterdir())) > 3
-    reader = BaseReader(tmp_path / "kept", base.device)
+    reader = BaseReader(tmp_path / "kept")
     model = edited
     places = [i for i in range(60) if i % 7 != 2]
     for _ in range(2):  # a second evaluation begins at the first shard again

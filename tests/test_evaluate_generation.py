@@ -15,6 +15,7 @@ from harness.evaluate import RecordScore, score_records, summarize
 from harness.generation import Generation, PromptForm, matches
 from model import LanguageModel
 from tests.conftest import tiny_llama
+from tests.hand_made import StandIn
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -87,10 +88,8 @@ def test_texts_are_what_transformers_generates_one_at_a_time(
     assert len(set(expected)) == 3
 
 
-class Parrot:
+class Parrot(StandIn):
     """A model that is never right under teacher forcing, and writes what it was told to write after each prompt."""
-
-    device = torch.device("cpu")
 
     def __init__(self, said: dict[str, str], tokenizer: Any) -> None:
         self.said, self.tokenizer = said, tokenizer

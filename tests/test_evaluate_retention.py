@@ -17,6 +17,7 @@ from harness.evaluate import PROTOCOLS, Evaluation
 from harness.retention import RetentionPlan
 from harness.scoring import Scoring
 from harness.tracking import RunFolder, Tracker, WandbSettings
+from tests.hand_made import StandIn
 
 TURNS, FACTS, SAMPLE = 9, 5, 3
 
@@ -33,13 +34,12 @@ class Split:
         raise AssertionError
 
 
-class Fading:
+class Fading(StandIn):
     """Knows fact p from its turn on, in full for two turns, then its first token; a rephrase it never knows in full.
 
     Fact p is "p" -> "p p", its rephrase "p 90" -> "p p".
     """
 
-    device = torch.device("cpu")
     done = 0
 
     def __init__(self, stream: EditStream) -> None:

@@ -1,0 +1,270 @@
+"""The processes of a run: rank 0 leads, the others hold the same model and do their share of what it asks for.
+
+    torchrun --nproc-per-node 4 main.py dataset=zsre
+
+Only the leader knows of data, editors, files and signals: what runs in one process runs in many without a second form.
+It hands out work as function and argument, and gathers the results. A follower's error travels to the leader like a
+result, so the processes stay in step and the leader ends the run with it.
+
+Messages are pickled between processes of one program; no file is. Tensors in them go by themselves and unpickled, over
+NCCL between GPUs and over gloo otherwise, in the layout they have: products of them are then the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pickle
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, distributed
+
+Work = Callable[[Any, Any], Any]
+"""work(held, part): a function by itself in a module, so that every process finds it by its name."""
+
+VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
+PATIENCE: Final = timedelta(
+    days=30
+)  # followers wait while the leader works alone; a process that ends is noticed at once
+END, ONE_EACH, ALL_ALIKE = range(3)  # what the leader announces
+MISTAKES: Final[dict[str, type[Exception]]] = {kind.__name__: kind for kind in (ValueError, FloatingPointError)}
+
+
+class LostRankError(ValueError):
+    """Another process of the run has ended."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way to the leader."""
+
+    kind: str
+    text: str
+    host: str
+
+
+class Ranks:
+    """The processes of this run, as one of them sees them; by itself, `Ranks()`, it is all there is."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._in_step = True  # every task that was handed out has been answered
+
+    # -- the leader
+
+    def each(self, held: Any, work: Work, parts: Sequence[Any]) -> list[Any]:
+        """work(held, parts[r]) on rank r, all at once; the results in that order.
+
+        `held` is the leader's own; followers have theirs. Raises the first error of any of them, once all are done.
+        """
+        assert len(parts) == self.size
+        return self._hand_out(held, work, parts, ONE_EACH)
+
+    def all(self, held: Any, work: Work, part: Any) -> list[Any]:
+        """work(held, part) on every rank."""
+        return self._hand_out(held, work, [part] * self.size, ALL_ALIKE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the followers go. Those that still work on something when the leader fails notice that it is gone."""
+        if self.size > 1 and self.rank == 0 and self._in_step:
+            self._in_step = False
+            _unless_lost(lambda: _announce(END))
+
+    def _hand_out(self, held: Any, work: Work, parts: Sequence[Any], kind: int) -> list[Any]:
+        if self.size > 1:
+            if not self._in_step:
+                raise LostRankError("the processes of the run are no longer in step; see what was said before")
+            self._in_step = False
+            _unless_lost(lambda: self._send_parts(work, parts, kind))
+        replies = [_attempt(held, work, parts[0])]
+        replies += [_unless_lost(functools.partial(_receive, rank)) for rank in range(1, self.size)]
+        self._in_step = True
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, BaseException):
+                raise reply
+            if isinstance(reply, _Failure):
+                raise MISTAKES.get(reply.kind, RuntimeError)(f"rank {rank} on {reply.host}: {reply.text}")
+        return replies
+
+    def _send_parts(self, work: Work, parts: Sequence[Any], kind: int) -> None:
+        _announce(kind)
+        if kind == ALL_ALIKE:
+            _broadcast((work, parts[0]))
+            return
+        for rank in range(1, self.size):
+            _send((work, parts[rank]), rank)
+
+    # -- a follower
+
+    def follow(self, held: Any) -> None:
+        """Do what the leader asks for until it says that this is the end.
+
+        Signals are the leader's concern: it finishes its turn first. LostRankError where it is gone.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        while (kind := _unless_lost(_hear)) != END:
+            work, part = _unless_lost(_receive_broadcast if kind == ALL_ALIKE else functools.partial(_receive, 0))
+            reply = _attempt(held, work, part)
+            if isinstance(reply, Exception):
+                reply = self._failure(reply)
+            _unless_lost(functools.partial(_send, reply, 0))
+            del work, part, reply  # and with them what may fill a GPU
+
+    def _failure(self, error: Exception) -> _Failure:
+        """A mistake of the user's is said by the leader alone; of anything else this process shows where it was."""
+        kind = type(error).__name__
+        if kind not in MISTAKES:
+            sys.stderr.write(f"rank {self.rank} on {platform.node()}:\n{''.join(traceback.format_exception(error))}")
+        text = str(error) if kind in MISTAKES else f"{kind}: {error}"
+        return _Failure(kind, text, platform.node())
+
+
+@functools.cache
+def joined() -> Ranks:
+    """The processes that this one was started with, by torchrun; without it, this one alone.
+
+    ValueError where there are more on this machine than it has GPUs, if it has any.
+    """
+    if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+        return Ranks()
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise ValueError(f"--nproc-per-node={here}: {platform.node()} has {gpus} GPUs; start {gpus} processes or fewer")
+    if gpus:
+        torch.cuda.set_device(local)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    for name in VARIABLES:  # a process that this one starts is none of them
+        del os.environ[name]
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def _attempt(held: Any, work: Work, part: Any) -> Any:
+    """The result, or the error: whoever waits for this process must hear of it either way."""
+    try:
+        return work(held, part)
+    except Exception as error:
+        return error
+
+
+def _unless_lost(exchange: Callable[[], Any]) -> Any:
+    try:
+        return exchange()
+    except RuntimeError as error:  # of torch.distributed: the other end of a connection is gone
+        first = str(error).strip().splitlines()[0]
+        raise LostRankError(f"another process of the run has ended, see what it said ({first})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages: a length, a pickle with places for the tensors, and the bytes of each tensor
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A tensor that travels beside the pickle."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    columns_first: bool  # a transposed matrix: sent as it lies, and turned back
+    kind: str  # of device; the receiver's own one of that kind
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Spec:
+        transposed = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
+        return cls(tensor.dtype, tuple(tensor.T.shape if transposed else tensor.shape), transposed, tensor.device.type)
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, place: int) -> Tensor:
+        return self.tensors[place]
+
+
+Carry = Callable[[Tensor], object]
+"""Sends what a tensor holds, or fills it with what was sent."""
+
+
+def _put(message: Any, carry: Carry) -> None:
+    body = io.BytesIO()
+    packer = _Packer(body)
+    packer.dump(message)
+    specs = [_Spec.of(tensor) for tensor in packer.tensors]
+    content = bytearray(pickle.dumps((specs, body.getvalue()), protocol=pickle.HIGHEST_PROTOCOL))
+    carry(torch.tensor([len(content)]))
+    carry(torch.frombuffer(content, dtype=torch.uint8))
+    for tensor, spec in zip(packer.tensors, specs, strict=True):
+        if tensor.numel():
+            carry(_bytes((tensor.T if spec.columns_first else tensor).detach().contiguous()))
+
+
+def _take(carry: Carry) -> Any:
+    length = torch.zeros(1, dtype=torch.int64)
+    carry(length)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    carry(content)
+    specs, body = pickle.loads(content.numpy().tobytes())
+    tensors = []
+    for spec in specs:
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.kind)
+        if tensor.numel():
+            carry(_bytes(tensor))
+        tensors.append(tensor.T if spec.columns_first else tensor)
+    return _Unpacker(io.BytesIO(body), tensors).load()
+
+
+def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also where a backend knows few
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _announce(kind: int) -> None:
+    distributed.broadcast(torch.tensor([kind]), 0)
+
+
+def _hear() -> int:
+    kind = torch.zeros(1, dtype=torch.int64)
+    distributed.broadcast(kind, 0)
+    return int(kind)
+
+
+def _broadcast(message: Any) -> None:
+    _put(message, lambda tensor: distributed.broadcast(tensor, 0))
+
+
+def _receive_broadcast() -> Any:
+    return _take(lambda tensor: distributed.broadcast(tensor, 0))
+
+
+def _send(message: Any, to: int) -> None:
+    _put(message, lambda tensor: distributed.send(tensor, to))
+
+
+def _receive(source: int) -> Any:
+    return _take(lambda tensor: distributed.recv(tensor, source))
