@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from editor.hypernetwork import HyperNetworkEditor, Proposal
 
 Watch = Callable[[str], AbstractContextManager[None]]
 """Times a named part of a turn."""
+
+
+def untimed(_part: str) -> AbstractContextManager[None]:
+    """The watch of a turn whose time nobody asks for."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,12 @@ class MetaTrainer:
         # token ids and reference logits of the turns that the next one answers for; no activations
         self._window: deque[tuple[TrainingTurn, Tensor | None]] = deque(maxlen=self.horizon.back_depth)
 
-    def turn(self, turn: TrainingTurn, watch: Watch | None = None) -> MetaStep:
+    def turn(self, turn: TrainingTurn, watch: Watch = untimed) -> MetaStep:
         """Edit, judge, learn; at the end of a trajectory put the model back.
 
         Raises FloatingPointError, naming turn and term, where a loss, the network's gradient or what it learned is not
         finite.
         """
-        watch = watch or _untimed
         edit_loss, proposals, updates = self._edit(turn, watch)
         with watch("gradient"):
             terms = self._terms(self.horizon.back_depth)
@@ -113,15 +117,14 @@ class MetaTrainer:
         statistics = {name: buffer.clone() for name, buffer in self.editor.named_buffers()}
         found = []
         for turn in turns:
-            *_, updates = self._edit(turn, _untimed)
+            *_, updates = self._edit(turn, untimed)
             terms = self._terms(1)
             found.append(self._judge(turn, terms, self.model.losses([part.term for part in terms]), updates))
             if self.horizon.ends_with(turn):
                 self._end_trajectory()
         for name, buffer in self.editor.named_buffers():
             buffer.copy_(statistics[name])
-        means = zip(*((loss.rephrase, loss.locality, loss.regulariser, loss.total) for loss in found), strict=True)
-        return MetaLoss(*(sum(column) / len(found) for column in means))
+        return _mean(found)
 
     # -- a turn, in order
 
@@ -254,8 +257,9 @@ class MetaTrainer:
             self._edits_in_model = True
 
 
-def _untimed(_part: str) -> AbstractContextManager[None]:
-    return nullcontext()
+def _mean(losses: Sequence[MetaLoss]) -> MetaLoss:
+    """Of each field."""
+    return MetaLoss(*(sum(getattr(loss, field.name) for loss in losses) / len(losses) for field in fields(MetaLoss)))
 
 
 def _of_kind(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
