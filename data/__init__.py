@@ -5,9 +5,10 @@ A new data set is a file with a `DATASET` and an entry here.
 
 from __future__ import annotations
 
-from data import counterfact, fever, jsonl, ultraeditbench, wikibigedit, zsre
+from data import counterfact, fever, jsonl, synthetic, ultraeditbench, wikibigedit, zsre
 from data.dataset import Dataset
 
 DATASETS: dict[str, Dataset] = {
-    module.DATASET.name: module.DATASET for module in (zsre, fever, wikibigedit, ultraeditbench, counterfact, jsonl)
+    module.DATASET.name: module.DATASET
+    for module in (zsre, fever, wikibigedit, ultraeditbench, counterfact, jsonl, synthetic)
 }

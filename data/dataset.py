@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ JSON_KINDS: dict[type, str] = {
 
 Row = Mapping[str, Any]
 ToRecord = Callable[[Row, int, int], EditRecord]
+MakeRows = Callable[[str, int], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Dataset:
     """For each split, the shipped file below data/sample."""
     fetchable: bool = True
     """Whether `python -m data.prepare` knows where the full files are."""
+    make_rows: MakeRows | None = None
+    """(split, how many) -> rows, for facts that are made and not collected; the first of many are those of a few."""
     variant: str = ""
     """What a record depends on beside the fields: a copy converted under another variant is not used."""
 

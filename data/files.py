@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -17,7 +19,9 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
+from data.disk import sha256_of
 from data.records import EditRecord
+from data.stream import NORMALISATION_GROWTH
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ FORMAT = (
     1  # to be raised when readers take other fields of a row or check it otherwise: older copies are then left alone
 )
 BATCH_ROWS = 1024
+ROWS_A_PAGE = 64  # a page that is touched brings its neighbours along, 64 KiB in all: about so many rows
 PATH_KEYS = {"train": "dataset.train_path", "eval": "dataset.valid_path"}
 LFS_HEAD = b"version https://git-lfs"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -64,14 +69,17 @@ def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir:
 
 
 class RecordFile(Sequence[EditRecord]):
-    """The records of a data file, parsed on access from a memory-mapped copy: memory does not grow with the file."""
+    """The records of a data file, parsed on access from a memory-mapped copy: memory does not grow with the file,
+    nor with how much of it was read.
+    """
 
-    def __init__(self, path: Path, sha256: str, rows: pyarrow.ChunkedArray, to_record: ToRecord, seed: int) -> None:
+    def __init__(self, path: Path, sha256: str, copy: ArrowCopy, to_record: ToRecord, seed: int) -> None:
         self.path, self.sha256 = path, sha256
-        self._rows, self._to_record, self._seed = rows, to_record, seed
+        self.most_tokens = copy.about.most_tokens  # that any of its questions can have, its answer included
+        self._copy, self._to_record, self._seed = copy, to_record, seed
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._copy)
 
     @overload
     def __getitem__(self, place: int) -> EditRecord: ...
@@ -79,55 +87,120 @@ class RecordFile(Sequence[EditRecord]):
     def __getitem__(self, place: slice) -> list[EditRecord]: ...
     def __getitem__(self, place: int | slice) -> EditRecord | list[EditRecord]:
         if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
+            rows = range(*place.indices(len(self)))
+            return self._records(rows.start, rows.stop) if rows.step == 1 else [self[index] for index in rows]
         index = place + len(self) if place < 0 else place
         if not 0 <= index < len(self):
             raise IndexError(f"row {place} of {self.path}, which has {len(self)}")
-        return self._record(index, self._rows[index].as_py())
+        return self._records(index, index + 1)[0]
 
     def __iter__(self) -> Iterator[EditRecord]:
-        texts = itertools.chain.from_iterable(chunk.to_pylist() for chunk in self._rows.iterchunks())
-        return itertools.starmap(self._record, enumerate(texts))
+        starts = range(0, len(self), BATCH_ROWS)
+        return itertools.chain.from_iterable(self[start : start + BATCH_ROWS] for start in starts)
 
-    def _record(self, index: int, text: str) -> EditRecord:
-        return self._to_record(json.loads(text), index, self._seed)
+    def _records(self, start: int, stop: int) -> list[EditRecord]:
+        texts = self._copy.texts(start, stop)
+        return [self._to_record(json.loads(text), index, self._seed) for index, text in enumerate(texts, start)]
 
 
 def open_records(path: str | Path, dataset: Dataset, *, cache_dir: Path, seed: int) -> RecordFile:
     """The records of a JSON array or JSON Lines file, every row of it checked.
 
     The first call streams the file into an Arrow copy in `cache_dir`, named by the content of the file and by how it
-    is read; later ones map that copy. Choices a reader makes among several texts follow `seed` and are not in the
-    copy. Raises ValueError, naming file and row, for the first thing that is wrong.
+    is read; later ones map that copy, and make it again where it is damaged. Choices a reader makes among several
+    texts follow `seed` and are not in the copy. Raises ValueError, naming file and row, for the first thing that is
+    wrong.
     """
     path = Path(path)
     _check_head(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     reading = json.dumps([FORMAT, sha256, dataset.name, dataset.fields, dataset.variant])
     name = f"{dataset.name}-{hashlib.sha256(reading.encode()).hexdigest()[:16]}.arrow"
-    copy = Path(cache_dir) / name
-    if not copy.is_file():
-        _convert(path, dataset, copy)
-    table = datasets.Dataset.from_file(str(copy)).data
-    return RecordFile(path, sha256, table.column("row"), dataset.to_record, seed)
+    file = Path(cache_dir) / name
+    about = _about(file)
+    if about is None:
+        about = _convert(path, dataset, file)
+    return RecordFile(path, sha256, ArrowCopy(file, about), dataset.to_record, seed)
 
 
-def _convert(path: Path, dataset: Dataset, copy: Path) -> None:
-    """Write the Arrow copy beside its place and rename it, so that it is complete or absent.
+# --------------------------------------------------------------------------------------------------------------------
+# The Arrow copy
+
+
+@dataclass(frozen=True)
+class AboutCopy:
+    """What is known of a copy without reading its rows; lies beside it as JSON."""
+
+    sha256: str
+    most_tokens: int
+
+
+class ArrowCopy:
+    """The JSON texts of a file's rows, memory-mapped. Pages that were read are given back to the system at once: it
+    still has them at hand, and they do not add up to the size of the file.
+    """
+
+    def __init__(self, path: Path, about: AboutCopy) -> None:
+        self.about = about
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table = pyarrow.ipc.open_stream(pyarrow.py_buffer(self._map)).read_all()  # maps: nothing is copied
+        self._rows: pyarrow.ChunkedArray = table.column("row")
+        self._release()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        texts = self._rows.slice(start, stop - start).to_pylist()
+        self._touched += max(len(texts), ROWS_A_PAGE)
+        if self._touched >= BATCH_ROWS:
+            self._release()
+        return texts
+
+    def _release(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
+        self._touched = 0  # rows since then
+
+
+def _about(copy: Path) -> AboutCopy | None:
+    """What lies beside a copy; None where there is no copy, or it is not what was written."""
+    beside = _beside(copy)
+    if not (copy.is_file() and beside.is_file()):
+        return None
+    try:
+        about = AboutCopy(**json.loads(beside.read_text()))
+        if about.sha256 == sha256_of(copy):
+            return about
+    except (ValueError, TypeError):  # no JSON, or another one
+        pass
+    logger.warning("%s: damaged, not what was written; it is made again", copy)
+    return None
+
+
+def _beside(copy: Path) -> Path:
+    return copy.with_suffix(".json")
+
+
+def _convert(path: Path, dataset: Dataset, copy: Path) -> AboutCopy:
+    """Write the Arrow copy beside its place and rename it, then what is known of it: without that it does not count.
 
     A row is kept as the JSON text of its fields: rows of one file may differ in form, and what is absent, null or of
     the wrong type in the file must still be so in the copy.
     """
     part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
+    most_tokens = 0
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         features = datasets.Features({"row": datasets.Value("string")})
         with ArrowWriter(path=str(part), features=features) as writer:
             for batch in _batches(_checked_rows(path, dataset)):
                 writer.write_batch({"row": batch}, writer_batch_size=BATCH_ROWS)
+                most_tokens = max(most_tokens, *map(_most_tokens, batch))
             writer.finalize()
+        about = AboutCopy(sha256_of(part), most_tokens)
         part.replace(copy)
+        _write_beside(copy, about)
     except OSError as error:
         raise ValueError(
             f"cannot keep a converted copy of {path} in {copy.parent}: {error.strerror or error}; "
@@ -136,6 +209,21 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> None:
     finally:
         if part.exists():
             part.unlink()
+    return about
+
+
+def _write_beside(copy: Path, about: AboutCopy) -> None:
+    part = copy.with_name(f"{copy.stem}.json.{os.getpid()}.part")
+    part.write_text(json.dumps(asdict(about)))
+    part.replace(_beside(copy))
+
+
+def _most_tokens(row: str) -> int:
+    """An upper bound on the tokens of any question made of a row, given as ASCII JSON.
+
+    A token stands for at least one byte of normalised text; prompt and answer are each within the row.
+    """
+    return 2 * len(row) * (NORMALISATION_GROWTH if "\\u" in row else 1)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

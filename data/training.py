@@ -45,8 +45,7 @@ class TrainingStream:
         self.turns_per_epoch = min(full - held_out, max_turns or full)
         self._trained = range((full - held_out) * n_edits)
         self._held_out = range((full - held_out) * n_edits, full * n_edits)
-        for probe in ("rephrase", *(["locality"] if needs_locality else [])):
-            self._require(probe)
+        self._require("rephrase", *(["locality"] if needs_locality else []))
 
     def __len__(self) -> int:
         """Turns of all passes."""
@@ -96,13 +95,17 @@ class TrainingStream:
         """Those that the data holds."""
         return tuple(self._tokenize([q for record in records if (q := getattr(record, probe)) is not None]))
 
-    def _require(self, probe: str) -> None:
-        has = np.array([getattr(record, probe) is not None for record in self.records()])
-        holds, held = has[: len(self._trained)], has[len(self._trained) :]
-        passes = [holds[self._order(epoch)] for epoch in range(self.epochs if not holds.all() else 0)]
-        if all(part.reshape(-1, self.n_edits).any(1).all() for part in (*passes, held)):
-            return
-        raise ValueError(
+    def _require(self, *probes: str) -> None:
+        """ValueError for a turn of any pass, or held out, in which no record has one of the probes."""
+        held = np.array([[getattr(record, probe) is not None for probe in probes] for record in self.records()])
+        passes = [self._order(epoch) for epoch in range(self.epochs if not held.all() else 0)]
+        for probe, has in zip(probes, held.T, strict=True):
+            turns = [has[rows].reshape(-1, self.n_edits) for rows in (*passes, self._held_out)]
+            if not all(turn.any(1).all() for turn in turns):
+                raise ValueError(self._lacks(probe))
+
+    def _lacks(self, probe: str) -> str:
+        return (
             f"the training data has turns of dataset.n_edits={self.n_edits} facts without any {probe} question, which "
             "the loss of meta-training needs; choose another dataset.train_path"
             + (", or editor.loc_coef=0" if probe == "locality" else "")
