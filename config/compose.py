@@ -10,6 +10,7 @@ import argparse
 import copy
 import difflib
 import itertools
+import shutil
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ MOST_LISTED = 12
 
 NOT_FOR_USERS = ("schema", "released")
 """Groups that only other files of config/ name."""
+
+LAUNCHERS = {name: name for name in ("joblib", "submitit_local", "submitit_slurm")} | {"slurm": "submitit_slurm"}
+"""Launchers of packages that not everybody installs, each with the choice that shows that its package is there."""
 
 HydraMistake = (HydraException, OmegaConfBaseException, YAMLError)
 
@@ -262,7 +266,12 @@ class _Job:
     def _choice_mistakes(self) -> list[str]:
         """Choices that their group does not offer."""
         groups = [override for override in self.overrides if self._is_group(override) and not override.is_delete()]
-        return [line for override in groups for line in _bad_choices(override, self._options(override))]
+        return [
+            line
+            for override in groups
+            for line in _not_installed(override, self._options(override))
+            or _bad_choices(override, self._options(override))
+        ]
 
     def _checked(self, values: bool) -> list[str]:
         """Keys and types, given the groups chosen; then, on the values as Hydra would set them, ranges."""
@@ -274,7 +283,8 @@ class _Job:
         mistakes = [line for override in inner if (line := _applied(override, cfg, choices))]
         if values and not mistakes:
             with _hydra_resolver(full):
-                to_run_config(cfg)
+                resume = to_run_config(cfg).resume
+            mistakes = _launcher_mistakes(full.hydra.launcher, resume)
         return mistakes
 
 
@@ -288,6 +298,22 @@ def _hydra_resolver(cfg: DictConfig) -> Iterator[None]:
         yield
     finally:
         HydraConfig.instance().cfg = None
+
+
+def _not_installed(override: Override, options: list[str]) -> list[str]:
+    needed = LAUNCHERS.get(str(override.value())) if override.key_or_group == "hydra/launcher" else None
+    if needed is None or needed in options:
+        return []
+    packages = ".venv/bin/python -m pip install -r requirements-launchers.txt"
+    return [f"{override.input_line}: the launcher is not installed; install it with {packages}"]
+
+
+def _launcher_mistakes(launcher: DictConfig, resume: str | None) -> list[str]:
+    if "partition" in launcher and shutil.which("sbatch") is None:
+        return ["hydra/launcher: SLURM is not on this machine (no sbatch); start on a login node, or choose joblib"]
+    if launcher.get("max_num_timeout") and resume is None:
+        return ["resume=null: a job that goes back into SLURM's queue could not go on from there; set resume=auto"]
+    return []
 
 
 def _bad_choices(override: Override, options: list[str]) -> list[str]:

@@ -236,10 +236,11 @@ class LoopState:
         return f"to go on from {where}: {command}"
 
 
-def move_into(folder: Path, fresh: Path) -> None:
+def move_into(folder: Path, fresh: Path, link: bool = False) -> None:
     """Log into the run's own folder from here on, what was logged so far included.
 
-    The folder that was made for this command goes, unless there is more in it than Hydra's own files.
+    The folder that was made for this command goes, unless there is more in it than Hydra's own files. With `link`,
+    as in a sweep, which should hold all of its runs, one to the run's folder takes its place.
     """
     if folder.resolve() == fresh.resolve():
         return
@@ -249,6 +250,8 @@ def move_into(folder: Path, fresh: Path) -> None:
             logs.append(_move_log(handler, folder))
     if {path.name for path in fresh.iterdir()} <= {".hydra", *logs}:
         shutil.rmtree(fresh)
+        if link:
+            fresh.symlink_to(os.path.relpath(folder.resolve(), fresh.parent.resolve()))
 
 
 def _move_log(handler: logging.FileHandler, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,11 +97,21 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder; name run folders, as outputs/zsre/smollm2-135m/stableedit/...")
-        found = [path] if (path / "run.json").exists() else sorted(file.parent for file in path.rglob("run.json"))
+        found = [path] if (path / "run.json").exists() else sorted(_runs_below(path))
         if not found:
             raise ValueError(f"{path}: holds no run (no run.json in it or below); name run folders")
         folders |= dict.fromkeys(folder.resolve() for folder in found)
     return [Run(folder, _about(folder / "run.json")) for folder in folders]
+
+
+def _runs_below(root: Path) -> Iterator[Path]:
+    """Run folders, and links to them: a sweep that was started again has those for what had been run before."""
+    for folder, below, files in os.walk(root):
+        if "run.json" in files:
+            yield Path(folder)
+        yield from (
+            path for name in below if (path := Path(folder, name)).is_symlink() and (path / "run.json").exists()
+        )
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Jobs of a sweep in processes that a launcher starts: joblib's workers, submitit's tasks on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+IN_TURN = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other, in one process
+ASKED_BY = (signal.SIGUSR1, signal.SIGUSR2)  # submitit takes the second, or what SUBMITIT_PREEMPT_SIGNAL names
+ERRORS = {
+    "joblib.externals.loky.process_executor": "BrokenProcessPool",
+    "submitit.core.utils": "UncompletedJobError",  # and FailedJobError, which is one
+}
+"""What launchers raise where a process has ended without its job's result, by the module that defines it."""
+
+
+def launcher_errors() -> tuple[type[Exception], ...]:
+    """Those of `ERRORS` that can have been raised: a launcher that is not in use has not been imported."""
+    return tuple(getattr(sys.modules[module], name) for module, name in ERRORS.items() if module in sys.modules)
+
+
+def share_terminal(launcher: str) -> None:
+    """Log lines in place of progress bars, where jobs beside this one write to the same terminal."""
+    if launcher != IN_TURN:
+        os.environ["TERM"] = "dumb"
+
+
+@contextmanager
+def requeued_after_checkpoint() -> Iterator[None]:
+    """Where a launcher has a handler that puts the job back into its queue (before a time limit, or as another job
+    needs the machine), the run inside is stopped as by SIGTERM first, and so with a checkpoint.
+    """
+    handlers = {number: handler for number in ASKED_BY if callable(handler := signal.getsignal(number))}
+    asked: list[int] = []
+
+    def stop_run(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.raise_signal(signal.SIGTERM)
+
+    for number in handlers:
+        signal.signal(number, stop_run)
+    try:
+        yield
+    except SystemExit:
+        for asking in map(signal.Signals, asked[:1]):
+            log.info("%s: the launcher puts the job back into its queue", asking.name)
+            handlers[asking](asking, None)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
