@@ -38,7 +38,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from data.batches import PADDING, compute_batches
-from data.disk import sha256_of
+from data.disk import sha256_of, sync
 from data.records import Capture, LossTerm, LowRankUpdate, TokenBatch, TokenSequence, Turn
 
 log = logging.getLogger(__name__)
@@ -994,17 +994,27 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def export(self, folder: Path) -> None:
-        """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent."""
+        """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent.
+
+        Nothing is written over: OSError where something stands there. ValueError where the disk refuses.
+        """
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             self.model.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
             beside.chmod(0o755)
+            for path in (*beside.iterdir(), beside):
+                sync(path)
             beside.rename(folder)
-        except BaseException:
-            shutil.rmtree(beside)
-            raise
+        except SafetensorError as error:  # such as a full disk
+            raise ValueError(
+                f"{folder}: the model could not be written ({error}); make room, or choose another folder"
+            ) from error
+        finally:
+            if beside.exists():
+                shutil.rmtree(beside)
+        sync(folder.parent)
 
 
 def _select(cache: Any, rows: list[int]) -> Any:
