@@ -59,7 +59,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 RANDOM_LLAMA = {
     "vocab_size": 677,
     "hidden_size": 32,
-    "intermediate_size": 256,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -426,6 +426,9 @@ class EditModule:
     def distance(self) -> Tensor:  # (2,) float64
         """||W_t - W_0|| and ||W_0||."""
         return torch.stack([_norm(self.master - self.original), _norm(self.original)])
+
+    def is_original(self) -> bool:
+        return torch.allclose(self.master, self.original.to(self.master), rtol=0, atol=0, equal_nan=True)
 
     @torch.no_grad()
     def restore(self, master: Tensor) -> None:
@@ -980,6 +983,24 @@ class LanguageModel:
         """Put a snapshot back, bit for bit."""
         for name, master in snapshot.items():
             self.edited[name].restore(master)
+
+    def restore_original(self) -> None:
+        """Put every edited weight back as it was loaded, bit for bit."""
+        self.restore({name: edited.original for name, edited in self.edited.items()})
+
+    @contextlib.contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The weights as they were loaded, for as long as the context lasts; then the edited ones, bit for bit."""
+        edited = self.snapshot()
+        self.restore_original()
+        try:
+            yield
+        finally:
+            self.restore(edited)
+
+    def is_original(self) -> bool:
+        """Whether every edited weight is as it was loaded."""
+        return all(edited.is_original() for edited in self.edited.values())
 
     def checksums(self) -> dict[str, int]:
         """The sum of each edited weight's bits, read as integers, which differs where two copies of it do."""
