@@ -56,6 +56,8 @@ MAY_IMPORT = {
     "harness/scoring.py": "harness.*",
     "harness/console.py": "rich.*",
     "harness/checkpoint.py": "torch safetensors.* data.disk",
+    "harness/delta.py": "torch safetensors.* data.disk harness.checkpoint",
+    "harness/export.py": "torch transformers.* config.schema harness.* model",
     "harness/tracking.py": "wandb.* data.records harness.lock",
     "harness/resume.py": "torch editor.base harness.* model",
     "harness/networks.py": "torch editor.base harness.checkpoint",
@@ -81,7 +83,8 @@ NEVER = {
 KNOWN_TO = {
     # outside packages that have one door
     "wandb": ("harness/tracking.py",),
-    "transformers": ("model.py", "main.py", "glue_eval/__main__.py"),  # command lines set its logging up
+    # command lines set its logging up
+    "transformers": ("model.py", "main.py", "glue_eval/__main__.py", "harness/export.py"),
     "hydra": ("config/*", "main.py"),
     "omegaconf": ("config/*", "main.py"),
     "datasets": ("data/files.py", "glue_eval/*"),
