@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -56,6 +57,18 @@ class EditableModel(Protocol):
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Put the weights of a snapshot back, bit for bit."""
+        ...
+
+    def restore_original(self) -> None:
+        """Put the weights back as they were loaded, bit for bit."""
+        ...
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """The weights as they were loaded, for as long as the context lasts."""
+        ...
+
+    def is_original(self) -> bool:
+        """Whether the weights are as they were loaded."""
         ...
 
     def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,7 +67,7 @@ class _Part:
 
 
 class MetaTrainer:
-    """Trains an editor's network on one language model, which between trajectories is as it was found, bit for bit."""
+    """Trains an editor's network on a language model, which between trajectories is as it was loaded, bit for bit."""
 
     def __init__(
         self,
@@ -76,11 +76,11 @@ class MetaTrainer:
         settings: MetaSettings,
         capture: Callable[[Turn], CapturedTurn],
     ) -> None:
+        assert model.is_original(), "training would take its edits away"
         self.model, self.editor, self.settings, self.capture = model, editor, settings, capture
         self.horizon = editor.horizon
         self.parameters = list(editor.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.meta_lr)
-        self._unedited = model.snapshot()
         self._edits_in_model = False
         # token ids and reference logits of the turns that the next one answers for; no activations
         self._window: deque[tuple[TrainingTurn, Tensor | None]] = deque(maxlen=self.horizon.back_depth)
@@ -149,20 +149,8 @@ class MetaTrainer:
         """What the unedited model says at the locality answers; None where nobody asks."""
         if self.settings.loc_coef == 0 or not turn.localities:
             return None
-        with self._without_edits():
+        with self.model.unedited() if self._edits_in_model else nullcontext():
             return self.model.reference_logits(turn.localities)
-
-    @contextmanager
-    def _without_edits(self) -> Iterator[None]:
-        if not self._edits_in_model:
-            yield
-            return
-        edited = self.model.snapshot()
-        self.model.restore(self._unedited)
-        try:
-            yield
-        finally:
-            self.model.restore(edited)
 
     def _terms(self, depth: int) -> list[_Part]:
         """The losses of the last `depth` turns of the trajectory, this one's first."""
@@ -218,7 +206,7 @@ class MetaTrainer:
         return norm
 
     def _end_trajectory(self) -> None:
-        self.model.restore(self._unedited)
+        self.model.restore_original()
         self._edits_in_model = False
         self._window.clear()
 

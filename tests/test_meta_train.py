@@ -323,6 +323,14 @@ def test_the_model_after_training_is_the_model_before(
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
 
 
+def test_training_begins_with_the_original_weights() -> None:
+    model = language_model(tiny_llama, LLAMA)
+    editor = editor_for(model, malmen())
+    model.apply(editor.update(model.capture(training_turn(0).edits).modules, Phase.EDIT), 0)
+    with pytest.raises(AssertionError, match="training would take its edits away"):
+        trainer_for(model, editor)
+
+
 def test_validation_leaves_no_trace() -> None:
     model = language_model(tiny_llama, LLAMA)
     plain, watched = (trainer_for(model, editor_for(model, rledit()), meta_lr=1e-2) for _ in range(2))

@@ -163,6 +163,34 @@ def test_snapshot_and_restore_are_bitwise(dtype: torch.dtype, master: bool) -> N
     assert all(torch.equal(master, snapshot[name]) for name, master in model.snapshot().items())
 
 
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_original_weights_come_back_bit_for_bit(dtype: torch.dtype, master: bool) -> None:
+    """For good, or for as long as they are asked for: then the edited ones are back, masters included."""
+    model = llama(dtype=dtype, master=master)
+    start = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    assert model.is_original()
+    model.apply(an_update(model), 0)
+    assert not model.is_original()
+    edited, masters = {n: w.clone() for n, w in model.model.state_dict().items()}, model.snapshot()
+    with model.unedited():
+        assert model.is_original()
+        assert all(torch.equal(weight, start[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(weight, edited[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(weight, masters[name]) for name, weight in model.snapshot().items())
+    model.restore_original()
+    assert model.is_original()
+    assert all(torch.equal(weight, start[name]) for name, weight in model.model.state_dict().items())
+
+
+def test_a_master_that_rounds_to_the_original_is_not_the_original() -> None:
+    model = llama(dtype=torch.bfloat16)
+    start = model.edited[LLAMA_MODULES[0]].weight.clone()
+    model.apply({LLAMA_MODULES[0]: LowRankUpdate(None, 1e-6 * start.T.float())}, 0)
+    assert torch.equal(model.edited[LLAMA_MODULES[0]].weight, start)
+    assert not model.is_original()
+
+
 def test_masters_keep_what_bf16_would_lose() -> None:
     """Hundreds of steps, each far below half a unit in the last place of the weight."""
     ends = {}
