@@ -27,6 +27,7 @@ from data.records import EditRecord, Phase, TokenBatch, TokenSequence, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
+from harness.evaluate import score_records
 from harness.places import CACHE, ROOT
 from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
 
@@ -149,21 +150,28 @@ def turns(bench: Bench) -> None:
         )
 
 
-def evaluation(bench: Bench) -> None:
-    """Teacher-forced scoring, tokenising included, against the bare forward over the same tokens."""
-    from harness.evaluate import score_records
+def score(model: LanguageModel, records: Sequence[EditRecord]) -> None:
+    """Teacher-forced, tokenising included."""
+    as_tokens = partial(tokenize, tokenizer=model.tokenizer, answer_tokens="joint")
+    for _ in score_records(model, enumerate(records), as_tokens):
+        pass
 
-    records = list(enumerate(bench.turn.records[:SCORED]))
-    questions = [question for _, r in records for question in (r.edit, r.rephrase, r.locality) if question is not None]
+
+def evaluation(bench: Bench) -> None:
+    """Scoring against the bare forward over the same tokens."""
+    records = bench.turn.records[:SCORED]
+    questions = [question for r in records for question in (r.edit, r.rephrase, r.locality) if question is not None]
     tokenized = tokenize(questions, bench.model.tokenizer, "joint")
     tokens = sum(len(sequence.ids) - 1 for sequence in tokenized)
 
-    def score() -> None:
-        list(score_records(bench.model, records, lambda asked: tokenize(asked, bench.model.tokenizer, "joint")))
-
     print(f"evaluation: {len(questions)} questions, {tokens} tokens")
     best = best_budget(bench, tokenized, backward=False)
-    times = bench.race({"forward": partial(bare, bench.model, tokenized, best, False), "evaluation": score})
+    times = bench.race(
+        {
+            "forward": partial(bare, bench.model, tokenized, best, False),
+            "evaluation": partial(score, bench.model, records),
+        }
+    )
     for name in times:
         print(f"  {name:<28} {tokens / statistics.median(times[name]):8.0f} tokens/s")
     print(f"  evaluation runs at           {ratio(times, 'forward', 'evaluation'):8.3f} x the bare forward", flush=True)

@@ -1,0 +1,58 @@
+"""What several processes do in the time that one takes, as ratios measured in one run:
+
+    torchrun --nproc-per-node 2 -m benchmarks.ranks [--facts 100] [--rounds 5] [--device cuda] [--half bf16]
+
+Capture of a turn, evaluation, and a turn's update on all ranks. On CPUs every process keeps to a core and a thread of
+its own; the one that works alone is the leader, on the same core. Rounds and ratios are as in benchmarks/turn.py.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import transformers
+
+from benchmarks.turn import SCORED, Bench, build, editor, parser_of, ratio, score
+from data.records import Phase
+from harness.ranks import joined
+from harness.spread import Held, SpreadModel
+from model import LanguageModel
+
+ALONE, SHARED = "one rank", "all ranks"
+
+
+def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SpreadModel) -> None:
+    times = bench.race({ALONE: partial(work, bench.model), SHARED: partial(work, shared)})
+    one, many = (statistics.median(times[name]) for name in (ALONE, SHARED))
+    print(f"  {what:26s} {one:8.3f} s {many:8.3f} s   {ratio(times, ALONE, SHARED):.2f} times as fast")
+
+
+def main() -> None:
+    transformers.logging.disable_progress_bar()
+    arguments = parser_of(__doc__).parse_args()
+    ranks = joined()
+    if arguments.device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
+        torch.set_num_threads(1)
+    bench = build(arguments)
+    held = Held(bench.model)
+    with ranks:
+        if ranks.rank > 0:
+            ranks.follow(held)
+            return
+        shared = SpreadModel(held, ranks)
+        ultraedit = editor(bench.model, "original", 1.0)
+        updates = ultraedit.update(bench.model.capture(bench.turn).modules, Phase.EDIT)
+        print(f"{arguments.facts} facts, {ranks.size} ranks")
+        race(bench, "capture", lambda model: model.capture(bench.turn), shared)
+        race(bench, f"evaluation of {SCORED} facts", partial(score, records=bench.turn.records[:SCORED]), shared)
+        race(bench, "applying an update", lambda model: model.apply(updates, 0), shared)
+
+
+if __name__ == "__main__":
+    main()
