@@ -658,7 +658,12 @@ class RunConfig(Section):
     """
 
     def mistakes(self) -> list[str]:
-        return [*root_mistakes(vars(self)), *device_mistakes(self), *training_data_mistakes(self)]
+        return [
+            *root_mistakes(vars(self)),
+            *device_mistakes(self),
+            *made_facts_mistakes(self),
+            *training_data_mistakes(self),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,6 +695,16 @@ def device_mistakes(run: RunConfig) -> list[str]:
         return []
     laid = f"model.device_map={run.model.device_map.name}"
     return [f"model_device={run.model_device} with {laid}, which takes all devices: set model_device=auto"]
+
+
+def made_facts_mistakes(run: RunConfig) -> list[str]:
+    """More turns than facts are made for: seen before they are made."""
+    facts = run.dataset.made_facts("eval")
+    if facts is None or run.num_seq is None or run.dataset.valid_path is not None:
+        return []
+    needed = run.num_seq * run.dataset.n_edits
+    remedy = f"set dataset.facts={needed}, or num_seq to {facts // run.dataset.n_edits} or less"
+    return [f"num_seq={run.num_seq}: takes {needed} facts, dataset.facts={facts} are made; {remedy}"] * (needed > facts)
 
 
 def training_data_mistakes(run: RunConfig) -> list[str]:
