@@ -49,6 +49,8 @@ OUTPUT_PROJECTIONS = ("down_proj", "fc_out", "c_proj", "dense_4h_to_h", "fc2")
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
 KEPT = 4
+# No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
+SAFELY_FINITE = 1e38
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
 
@@ -402,6 +404,7 @@ class EditModule:
         self.transposed = _is_transposed(module)
         self.shape = _shape(module)  # (d_k, d_v)
         self.original = weight.detach().clone()
+        self.original_norm = _norm(self.original)
         precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
         self.master = weight.detach().to(precise)  # no copy where it is precise already
 
@@ -410,22 +413,20 @@ class EditModule:
         return right if update.left is None else update.left.to(right.device) @ right
 
     @torch.no_grad()
-    def size(self, update: LowRankUpdate) -> Tensor:  # (2,) float64
-        """Norm and largest |entry| of DeltaW: both finite if, and only if, DeltaW is."""
-        delta = self.delta(update)
-        return torch.stack([_norm(delta), delta.abs().max().double()])
+    def can_add(self, update: LowRankUpdate) -> bool:
+        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
+        left = 1.0 if update.left is None else float(_norm(update.left))
+        return left * float(_norm(update.right)) < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
 
     @torch.no_grad()
-    def add(self, update: LowRankUpdate) -> None:
+    def add(self, update: LowRankUpdate) -> WeightChange:
         """W += DeltaW in the master, then round into the weight the model computes with."""
         delta = self.delta(update)
         self.master += delta.T if self.transposed else delta
         self._round()
-
-    @torch.no_grad()
-    def distance(self) -> Tensor:  # (2,) float64
-        """||W_t - W_0|| and ||W_0||."""
-        return torch.stack([_norm(self.master - self.original), _norm(self.original)])
+        sizes = [_norm(delta), delta.abs().max().double(), _norm(self.master - self.original), self.original_norm]
+        norm, largest, moved, start = torch.stack(sizes).tolist()
+        return WeightChange(norm, largest, moved / start if start else None)
 
     def is_original(self) -> bool:
         return torch.allclose(self.master, self.original.to(self.master), rtol=0, atol=0, equal_nan=True)
@@ -960,20 +961,13 @@ class LanguageModel:
 
     def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
         """Add the updates to the weights: all of them, or, where one is not finite, none."""
-        sizes = {name: self.edited[name].size(update).tolist() for name, update in updates.items()}
-        for name, size in sizes.items():
-            if not all(map(math.isfinite, size)):
+        for name, update in updates.items():
+            if not self.edited[name].can_add(update):
                 raise FloatingPointError(
                     f"turn {turn}: the update of {name} is not finite; the weights are those of the turn before. "
                     "A smaller editor.lr may keep it finite, or where a network learns it, a smaller editor.meta_lr"
                 )
-        for name, update in updates.items():
-            self.edited[name].add(update)
-        return {name: self._change(name, *size) for name, size in sizes.items()}
-
-    def _change(self, name: str, norm: float, largest: float) -> WeightChange:
-        moved, start = self.edited[name].distance().tolist()
-        return WeightChange(norm, largest, moved / start if start else None)
+        return {name: self.edited[name].add(update) for name, update in updates.items()}
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every edited weight, in the precision that takes the updates."""

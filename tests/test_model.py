@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import LowRankUpdate, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
-from model import LanguageModel, ModelSource, find_edit_modules, load_tokenizer, locate, outline
+from model import EditModule, LanguageModel, ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
 
 SMALL = {
@@ -224,6 +224,26 @@ def test_finite_factors_of_an_update_that_is_not_finite() -> None:
     with pytest.raises(FloatingPointError, match=r"turn 0: the update of .* is not finite"):
         model.apply(an_update(model, scale=1e38), 0)
     assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
+def test_an_update_too_large_for_its_norms_to_vouch_for_it_is_looked_at_itself() -> None:
+    """||left|| ||right|| is beyond float32, DeltaW is not: it is taken, like any other."""
+    model = llama()
+    name, (d_k, d_v) = LLAMA_MODULES[0], model.shapes[LLAMA_MODULES[0]]
+    left, right = torch.zeros(d_k, 2), torch.zeros(2, d_v)
+    left[0, 0], right[1, 0] = 1e20, 1e20
+    assert model.apply({name: LowRankUpdate(left, right)}, 0)[name].norm == 0
+    right[0, 0] = 1e-20
+    assert model.apply({name: LowRankUpdate(left, right)}, 1)[name].largest == pytest.approx(1.0)
+
+
+def test_each_update_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    formed = []
+    delta = EditModule.delta
+    monkeypatch.setattr(EditModule, "delta", lambda self, update: formed.append(self) or delta(self, update))
+    model.apply(an_update(model), 0)
+    assert formed == list(model.edited.values())
 
 
 def test_captures_that_are_not_finite_name_turn_and_module() -> None:
