@@ -34,9 +34,14 @@ from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 SUFFIX = ".safetensors"
-GOES_WITH = {"run": {"delta", "turn", "model"}, "apply": {"model", "trust_remote_code"}, "undo": {"edited"}}
-GOES_WITH["undo"] |= {"trust_remote_code"}
+GOES_WITH = {  # which options each way of working takes, beside --to
+    "run": {"delta", "turn", "model"},
+    "apply": {"model", "trust_remote_code"},
+    "undo": {"edited", "trust_remote_code"},
+}
+AS_TYPED = {"run": "RUN", "edited": "--from", "trust_remote_code": "--trust-remote-code"}  # others: --<name>
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,46 +71,43 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What the user typed; ValueError where it does not go together."""
-    parser = _Parser(
-        prog="python -m harness.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    path: dict[str, Any] = {"type": lambda text: Path(text).expanduser().absolute()}
-    parser.add_argument("run", nargs="?", metavar="RUN", **path, help="the folder of a run")
-    parser.add_argument("--apply", metavar="DELTA", **path, help="add a delta to the base model")
-    parser.add_argument("--undo", metavar="DELTA", **path, help="take a delta off the edited model")
-    parser.add_argument(
-        "--to", required=True, metavar="PATH", **path, help="what to write: a folder; a file of a delta"
-    )
-    parser.add_argument("--delta", action="store_true", default=None, help=f"write the differences only, to a {SUFFIX}")
-    parser.add_argument("--turn", type=int, metavar="T", help="the state after T turns; default: the newest checkpoint")
-    parser.add_argument("--from", dest="edited", metavar="FOLDER", help="the edited model, for --undo")
-    parser.add_argument(
-        "--model", metavar="BASE", help="the base model, where it is not under the name that the run had for it"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run the model's own code; a run says it itself"
-    )
+    parser = _parser()
     chosen = parser.parse_args(arguments)
-    given = {name for name, value in vars(chosen).items() if value is not None} - {"to"}
-    ways = [way for way in GOES_WITH if way in given]
+    typed = {name: AS_TYPED.get(name, f"--{name}") for name, value in vars(chosen).items() if value is not None}
+    ways = [way for way in GOES_WITH if way in typed]
     if len(ways) != 1:
-        parser.error(f"{' and '.join(ways) or 'no work'} given: name one of RUN, --apply DELTA, --undo DELTA")
-    for name in sorted(given - {ways[0]} - GOES_WITH[ways[0]]):
-        option = {"edited": "from"}.get(name, name).replace("_", "-")
-        parser.error(f"--{option} says nothing to {'a RUN' if ways == ['run'] else f'--{ways[0]}'}: leave it out")
+        given = " and ".join(typed[way] for way in ways) or "nothing to do"
+        parser.error(f"{given} given: name one of RUN, --apply DELTA, --undo DELTA")
+    for name in sorted(typed.keys() - {"to", *ways} - GOES_WITH[ways[0]]):
+        parser.error(f"{typed[name]} has no effect with {typed[ways[0]]}: leave it out")
     if chosen.undo and chosen.edited is None:
         parser.error("--undo needs --from FOLDER, the edited model")
     return chosen
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m harness.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    path: dict[str, Any] = {"type": lambda text: Path(text).expanduser().absolute()}
+    flag: dict[str, Any] = {"action": "store_true", "default": None}
+    parser.add_argument("run", nargs="?", metavar="RUN", **path, help="the folder of a run")
+    parser.add_argument("--apply", metavar="DELTA", **path, help="add a delta to the base model")
+    parser.add_argument("--undo", metavar="DELTA", **path, help="take a delta off the edited model")
+    parser.add_argument("--to", required=True, metavar="PATH", **path, help="a new folder; for --delta a new file")
+    parser.add_argument("--delta", **flag, help=f"write only what was changed, as one {SUFFIX} file")
+    parser.add_argument("--turn", type=int, metavar="T", help="the state after T turns; default: the newest checkpoint")
+    parser.add_argument("--from", dest="edited", metavar="FOLDER", help="the edited model, for --undo")
+    parser.add_argument("--model", metavar="BASE", help="the base model, where its name has changed since the run")
+    parser.add_argument("--trust-remote-code", **flag, help="for models that bring code; a RUN says it itself")
+    return parser
+
+
 def work(chosen: argparse.Namespace) -> str:
     """Write what was asked for, and say what it is."""
     check_target(chosen.to, chosen.delta)
-    if chosen.apply:
-        return f"{chosen.to}: {apply(chosen)}"
-    if chosen.undo:
-        return f"{chosen.to}: {undo(chosen)}"
-    return f"{chosen.to}: {export(chosen)}"
+    way = apply if chosen.apply else undo if chosen.undo else export
+    return f"{chosen.to}: {way(chosen)}"
 
 
 def check_target(target: Path, is_file: bool) -> None:
@@ -130,51 +132,58 @@ def export(chosen: argparse.Namespace) -> str:
     """The model as a checkpoint of the run has it, whole or as a delta."""
     run = read_run(chosen.run)
     checkpoint, when = find_checkpoint(chosen.run, run, chosen.turn)
-    settings = run["config"]["model"]
-    name, revision = settings["name_or_path"], settings["revision"]
-    if chosen.model:
-        name, revision = chosen.model, None
-    trust = settings["trust_remote_code"]
-    source = ModelSource(locate(name, CACHE, revision), settings["class_name"], revision, trust)
-    shapes = outline(source, settings["edit_modules"], settings["auto_layers"]).shapes
-    model = LanguageModel.load(
-        source,
-        load_tokenizer(source),
-        shapes,
-        dtype=DTYPES[Half[settings["half"]]],
-        device=torch.device("cpu"),
-        master=EditPrecision[settings["edit_precision"]] is EditPrecision.master,
-    )
-    base = model.fingerprint()
-    if base != run["model"]["fingerprint"]:
-        raise ValueError(
-            f"--model {name}: other weights than those that the run began with (fingerprint "
-            f"{run['model']['fingerprint']}, now {base}); name the base model of the run"
-        )
-    for module, master in checkpoint.of_group("model"):
-        model.edited[module].restore(master)
+    model = base_of(run, chosen.model)
+    for name, master in checkpoint.of_group("model"):
+        model.edited[name].restore(master)
     if not chosen.delta:
         model.export(chosen.to)
         return f"the edited model, {when}"
-    first = next(iter(model.edited.values()))
-    origin = Origin(
-        base=settings["name_or_path"],
-        revision=settings["revision"],
-        class_name=settings["class_name"],
-        base_fingerprint=base,
-        edited_fingerprint=model.fingerprint(),
-        run_id=run["run_id"],
-        turn=checkpoint.place,
-        modules=shapes,
-        dtype=_name(first.weight),
-        master_dtype=_name(first.master),
-    )
-    write_delta(chosen.to, origin, {n: difference(one.original, one.master) for n, one in model.edited.items()})
+    differences = {name: difference(edited.original, edited.master) for name, edited in model.edited.items()}
+    write_delta(chosen.to, origin_of(run, checkpoint.place, model), differences)
     return f"what the edits changed, {when}"
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def base_of(run: dict[str, Any], moved_to: str | None) -> LanguageModel:
+    """The model that the run began with; ValueError where what has its name now is another one."""
+    settings = run["config"]["model"]
+    revision = None if moved_to else settings["revision"]
+    name = moved_to or settings["name_or_path"]
+    trust = settings["trust_remote_code"]
+    source = ModelSource(locate(name, CACHE, revision), settings["class_name"], revision, trust)
+    model = LanguageModel.load(
+        source,
+        load_tokenizer(source),
+        outline(source, settings["edit_modules"], settings["auto_layers"]).shapes,
+        dtype=DTYPES[Half[settings["half"]]],
+        device=CPU,
+        master=EditPrecision[settings["edit_precision"]] is EditPrecision.master,
+    )
+    require(model, run["model"]["fingerprint"], f"--model {name}: not the model that the run began with")
+    return model
+
+
+def require(model: LanguageModel, fingerprint: str, otherwise: str) -> None:
+    """ValueError where the model's weights are others."""
+    found = model.fingerprint()
+    if found != fingerprint:
+        raise ValueError(f"{otherwise}: its weights have the fingerprint {found}, not {fingerprint}")
+
+
+def origin_of(run: dict[str, Any], turn: int, edited: LanguageModel) -> Origin:
+    settings = run["config"]["model"]
+    one = next(iter(edited.edited.values()))
+    return Origin(
+        base=settings["name_or_path"],
+        revision=settings["revision"],
+        class_name=settings["class_name"],
+        base_fingerprint=run["model"]["fingerprint"],
+        edited_fingerprint=edited.fingerprint(),
+        run_id=run["run_id"],
+        turn=turn,
+        modules=edited.shapes,
+        dtype=str(one.weight.dtype).removeprefix("torch."),
+        master_dtype=str(one.master.dtype).removeprefix("torch."),
+    )
 
 
 def find_checkpoint(folder: Path, run: dict[str, Any], turn: int | None) -> tuple[Checkpoint, str]:
@@ -230,7 +239,7 @@ def apply(chosen: argparse.Namespace) -> str:
     origin = delta.origin
     name, revision = (chosen.model, None) if chosen.model else (origin.base, origin.revision)
     source = ModelSource(locate(name, CACHE, revision), origin.class_name, revision, bool(chosen.trust_remote_code))
-    model = load(source, delta, f"--model {name}", origin.base_fingerprint, "base")
+    model = load(source, delta, origin.base_fingerprint, f"--model {name}: not the base model of {delta.path}")
     change(model, delta, added, origin.edited_fingerprint)
     model.export(chosen.to)
     return f"the edited model, after turn {origin.turn} of run {origin.run_id}"
@@ -242,50 +251,39 @@ def undo(chosen: argparse.Namespace) -> str:
     origin = delta.origin
     path = locate(chosen.edited, CACHE)
     source = ModelSource(path, origin.class_name, trust_remote_code=bool(chosen.trust_remote_code))
-    model = load(source, delta, f"--from {chosen.edited}", origin.edited_fingerprint, "edited")
+    otherwise = f"--from {chosen.edited}: not the edited model of {delta.path}"
+    model = load(source, delta, origin.edited_fingerprint, otherwise)
     change(model, delta, removed, origin.base_fingerprint)
     model.export(chosen.to)
-    return f"the base model, as before run {origin.run_id}"
+    return f"the base model, as it was before run {origin.run_id}"
 
 
-def load(source: ModelSource, delta: Delta, option: str, fingerprint: str, role: str) -> LanguageModel:
+def load(source: ModelSource, delta: Delta, fingerprint: str, otherwise: str) -> LanguageModel:
     """The model to change; ValueError where it is not the one that the delta belongs to."""
     try:
         shapes = outline(source, list(delta.origin.modules), 0).shapes
     except ValueError as error:
-        raise ValueError(f"{option}: not the {role} model of {delta.path} ({error})") from error
+        raise ValueError(f"{otherwise} ({error})") from error
     for name, shape in delta.origin.modules.items():
         if shapes[name] != shape:
-            raise ValueError(
-                f"{option}: not the {role} model of {delta.path}, in which {name} is {_by(shape)}, "
-                f"not {_by(shapes[name])}"
-            )
-    model = LanguageModel.load(
-        source,
-        load_tokenizer(source),
-        shapes,
-        dtype=getattr(torch, delta.origin.dtype),
-        device=torch.device("cpu"),
-    )
-    found = model.fingerprint()
-    if found != fingerprint:
-        raise ValueError(
-            f"{option}: not the {role} model of {delta.path}: its weights have the fingerprint {found}, not "
-            f"{fingerprint}"
-        )
+            raise ValueError(f"{otherwise}, in which {name} is {_by(*shape)}, not {_by(*shapes[name])}")
+    dtype = getattr(torch, delta.origin.dtype)
+    model = LanguageModel.load(source, load_tokenizer(source), shapes, dtype=dtype, device=CPU)
+    require(model, fingerprint, otherwise)
     return model
 
 
-def _by(shape: tuple[int, int]) -> str:
-    return " x ".join(map(str, shape))
+def _by(d_k: int, d_v: int) -> str:
+    return f"{d_k} x {d_v}"
 
 
 def change(model: LanguageModel, delta: Delta, step: Callable[[Tensor, Difference], Tensor], fingerprint: str) -> None:
     """Every edited weight becomes step(weight, its difference)."""
     for name, edited in model.edited.items():
         edited.restore(step(edited.original, delta.difference(name)))
-    if model.fingerprint() != fingerprint:
-        raise ValueError(f"{delta.path}: this machine comes to other weights than the run did; nothing was written")
+    require(
+        model, fingerprint, f"{delta.path}: this machine does not come to the weights of the run, nothing is written"
+    )
 
 
 if __name__ == "__main__":
