@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line, waiting_for_choices
-from config.schema import EditorConfig, RunConfig, Token, to_run_config
+from config.schema import RunConfig, Token, to_run_config
 from data.records import Turn
 from data.stream import EditStream
 from data.training import TrainingStream
@@ -117,7 +117,7 @@ def job(composed: DictConfig) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         line = error_line(error)
         if in_sweep:  # which goes on with its other jobs and ends with this error, maybe in another process
-            log.error("this job failed, %s", line)
+            log.error("this job failed: %s", line.removeprefix("error: "))
             raise ValueError(line.removeprefix("error: ")) from error
         sys.exit(line)
     except Interrupted as stop:
@@ -174,8 +174,7 @@ def edit(
     start = (checkpoints["turn"].newest() or checkpoints["training"].newest()) if earlier else None
     model = load_model(cfg, plan)
     about["model"]["fingerprint"] = fingerprint = model.fingerprint()
-    torch.manual_seed(cfg.seed)  # of a network's first parameters
-    editor = build_editor(cfg.editor, model.shapes, plan.editor_device)
+    editor = build_editor(cfg, model.shapes, plan.editor_device)
     if plan.network is not None:
         plan.network.require({MODEL: fingerprint})
         editor.load_state_dict(plan.network.tensors())
@@ -206,7 +205,7 @@ def edit(
             if plan.training is not None and not done:
                 capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
                 keeper = network_keeper(cfg, path, model.shapes, fingerprint)
-                training = meta_training(cfg.editor, plan.training, state, tracker, capture_turn)
+                training = meta_training(cfg, plan.training, state, tracker, capture_turn)
                 training.run(cfg.checkpoint_every, keeper, progress, interruption)
                 del training  # and with it the moments of its optimiser
 
@@ -289,14 +288,14 @@ def is_shared(part: str) -> bool:
     return "${" not in part.replace("${oc.env:", "")
 
 
-def build_editor(cfg: EditorConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Editor:
+def build_editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Editor:
     """The editor that the configuration names, with its settings."""
-    kind = EDITORS[cfg.name]
+    kind = EDITORS[cfg.editor.name]
     return kind(shapes, settings_of(kind.Settings, cfg), device)
 
 
 def meta_training(
-    cfg: EditorConfig,
+    cfg: RunConfig,
     stream: TrainingStream,
     state: LoopState,
     tracker: Tracker,
@@ -308,9 +307,10 @@ def meta_training(
     return MetaTraining(trainer, stream, state, tracker)
 
 
-def settings_of(kind: Any, cfg: EditorConfig) -> Any:
-    """A dataclass of settings, each under the name that users type."""
-    values: dict[str, Any] = {key: value.name if isinstance(value, Enum) else value for key, value in vars(cfg).items()}
+def settings_of(kind: Any, cfg: RunConfig) -> Any:
+    """A dataclass of an editor's settings, each under the name that users type; `seed` is the run's."""
+    typed = {"seed": cfg.seed, **vars(cfg.editor)}
+    values = {key: value.name if isinstance(value, Enum) else value for key, value in typed.items()}
     return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
 
 
