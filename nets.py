@@ -167,14 +167,24 @@ class HyperNetwork(nn.Module):
     2110.11309, section 3.1; MALMEN, arXiv 2311.04661, section 4).
     """
 
-    def __init__(self, d_k: int, d_v: int, n_modules: int, rank: int, n_blocks: int, own_statistics: bool) -> None:
+    def __init__(
+        self,
+        d_k: int,
+        d_v: int,
+        n_modules: int,
+        rank: int,
+        n_blocks: int,
+        own_statistics: bool,
+        generator: torch.Generator,
+    ) -> None:
+        """`generator`, of the CPU, draws what a fresh network has at random: the first factor A of each block."""
         super().__init__()
         assert rank <= d_k + d_v, "a map of that size needs no more"
         self.d_k, self.d_v = d_k, d_v
         self.normalizers = nn.ModuleList(
             LifelongNormalizer(d_k, d_v, full=False) for _ in range(n_modules if own_statistics else 1)
         )
-        self.blocks = nn.ModuleList(_Block(d_k + d_v, rank, n_modules) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(_Block(d_k + d_v, rank, n_modules, generator) for _ in range(n_blocks))
 
     def normalizer(self, module: int) -> LifelongNormalizer:
         """The running statistics that module number `module` uses."""
@@ -200,9 +210,10 @@ class HyperNetwork(nn.Module):
 class _Block(nn.Module):
     """x + s_m * max(x A B + b, 0) + o_m."""
 
-    def __init__(self, size: int, rank: int, n_modules: int) -> None:
+    def __init__(self, size: int, rank: int, n_modules: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(size, rank) / size**0.5)  # A: x A has the variance of x
+        drawn = torch.randn(size, rank, generator=generator)
+        self.down = nn.Parameter(drawn / size**0.5)  # A: x A has the variance of x
         self.up = nn.Parameter(torch.zeros(rank, size))  # B
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(n_modules, size))

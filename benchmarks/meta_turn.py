@@ -82,7 +82,7 @@ def main() -> None:
 
     shapes, device = bench.model.shapes, bench.model.device
     network: dict[str, Any] = {"lr": 1e-9, "batch_size": 512, "statistics_scope": "shape"}
-    network |= {"rank": arguments.rank, "n_blocks": arguments.blocks}
+    network |= {"rank": arguments.rank, "n_blocks": arguments.blocks, "seed": 0}
     horizon: dict[str, Any] = {"reg_coef": 1e-4, "time_decay": 0.95, "back_depth": BACK_DEPTH}
     horizon |= {"trajectory_length": None, "update_every": "turn"}
     editors: dict[str, HyperNetworkEditor] = {

@@ -26,7 +26,7 @@ class HyperNetworkSettings:
     """The keys of the same names in the configuration.
 
     `lr` is where each module's learned step size eta_m starts; `batch_size` rows go through the network at a time,
-    which bounds memory, never a result.
+    which bounds memory, never a result; `seed` draws the networks' first parameters.
     """
 
     lr: float
@@ -34,6 +34,7 @@ class HyperNetworkSettings:
     statistics_scope: str
     rank: int
     n_blocks: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,17 @@ class HyperNetworkEditor(nn.Module):
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], settings: HyperNetworkSettings, device: torch.device
     ) -> None:
-        """`shapes` gives (d_k, d_v) of each edit module. The networks start from torch's global random state."""
+        """`shapes` gives (d_k, d_v) of each edit module."""
         super().__init__()
         self.settings, self.device = settings, device
         self.shapes = dict(shapes)
         alike = {shape: [name for name in shapes if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())}
+        generator = torch.Generator().manual_seed(settings.seed)
+        own_statistics = settings.statistics_scope == "module"
         self.networks = nn.ModuleDict(
             {
                 shape_name(shape): HyperNetwork(
-                    *shape, len(names), settings.rank, settings.n_blocks, settings.statistics_scope == "module"
+                    *shape, len(names), settings.rank, settings.n_blocks, own_statistics, generator
                 )
                 for shape, names in alike.items()
             }

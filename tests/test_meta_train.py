@@ -30,7 +30,7 @@ LLAMA = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 MIXED = ["model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
 GPT2 = ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
 MODELS = [(tiny_llama, LLAMA), (tiny_llama, MIXED), (tiny_gpt2, GPT2)]
-BASE: dict[str, Any] = {"lr": 0.02, "batch_size": 7, "statistics_scope": "shape", "rank": 5, "n_blocks": 2}
+BASE: dict[str, Any] = {"lr": 0.02, "batch_size": 7, "statistics_scope": "shape", "rank": 5, "n_blocks": 2, "seed": 3}
 HORIZON: dict[str, Any] = {
     "reg_coef": 0.3, "time_decay": 0.7, "back_depth": 2, "update_every": "trajectory", "trajectory_length": None,
 }  # fmt: skip
@@ -80,11 +80,12 @@ def exact_norm(norm: LlamaRMSNorm, rows: Tensor) -> Tensor:
 
 def editor_for(model: LanguageModel, make: Callable[..., HyperNetworkEditor], stir: float = 0.3) -> HyperNetworkEditor:
     """With parameters away from where the fresh network has a kink; `stir` 0 keeps it fresh."""
-    torch.manual_seed(3)
     editor = make(model.shapes).double()
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in editor.parameters():
-            parameter += stir * torch.randn_like(parameter) / max(parameter.shape) ** 0.5
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += stir * drawn / max(parameter.shape) ** 0.5
     return editor
 
 
@@ -267,6 +268,20 @@ def test_the_gradient_agrees_with_finite_differences(method: Callable[..., Hyper
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=1e-6)
 
 
+def test_a_fresh_network_hangs_on_its_seed_and_on_nothing_that_was_drawn_before() -> None:
+    shapes = language_model(tiny_llama, MIXED).shapes
+    first = malmen()(shapes).state_dict()
+    state = torch.manual_seed(17).get_state()
+    again, other = malmen()(shapes).state_dict(), malmen(seed=4)(shapes).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = {name for name in first if not torch.equal(first[name], other[name])}
+    assert drawn == {name for name in first if name.endswith(".down")}
+    blocks = [first[name] for name in sorted(drawn)]
+    assert len(blocks) == 4
+    assert not any(torch.equal(one, two) for i, one in enumerate(blocks) for two in blocks[:i])
+
+
 @pytest.mark.parametrize(("make", "modules"), MODELS, ids=["llama", "mixed", "gpt2"])
 def test_a_fresh_network_is_the_identity_after_normalisation(make: Callable[..., Any], modules: list[str]) -> None:
     """So fresh MALMEN is the closed form with D_i = -eta (k_i . k_hat_i) g_hat_i, and fresh MEND its outer products."""
@@ -314,7 +329,6 @@ def test_the_model_after_training_is_the_model_before(
     plain = tiny_llama(dtype=dtype)
     model = LanguageModel(plain, None, find_edit_modules(plain, LLAMA, 0), master=master, compute_tokens=40)
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    torch.manual_seed(3)
     trainer = trainer_for(model, method(model.shapes), meta_lr=1e-2)
     trainer.validate([training_turn(8, of=9)])
     for index in range(6):
