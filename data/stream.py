@@ -88,7 +88,9 @@ def _tokenize_joint(questions: Sequence[Question], tokenizer: Tokenizer) -> list
         )
     heads = [q.prompt if q.prompt[-1:].isspace() else q.prompt + " " for q in questions]
     texts = [head + q.answer for head, q in zip(heads, questions, strict=True)]
-    encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoded = tokenizer(
+        texts, return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
+    )
     return [
         _cut_at_character(ids[: _text_end(special)], offsets, len(head))
         for ids, offsets, special, head in zip(

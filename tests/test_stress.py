@@ -166,9 +166,9 @@ else:
     reads = (i * 7919 % count for i in range(count // 10))
 for place, read in enumerate(reads):
     records[read]
-    if place == 100:
+    if place == 5:
         before = resident()
-    if place > 100 and place % 50 == 0:
+    if place > 5 and place % 50 == 0:
         grown.append(resident() - before)
 print(max(grown))
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,17 +159,17 @@ def one_line(error: Exception) -> str:
 
 def columns_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, Columns]:
     """The numbers of turns.jsonl as columns: of "turns", and of each of `META_PHASES`."""
-    found: dict[str, tuple[list[int], dict[str, list[float]]]] = {}
+    found: dict[str, tuple[list[int], dict[str, array[float]]]] = {}  # arrays: a quarter of a list's memory
     for line in lines:
         phase = line.get("phase", "edit")
         counter, into = found.setdefault(phase if phase in META_PHASES else "turns", ([0], {}))
         for name, value in numbers({**line, "warm_up": int(phase == "warm_up")}):
-            column = into.setdefault(name, [])
-            column.extend([np.nan] * (counter[0] - len(column)))
+            column = into.setdefault(name, array("d"))
+            column.extend([math.nan] * (counter[0] - len(column)))
             column.append(value)
         counter[0] += 1
     return {
-        phase: {name: np.array(column + [np.nan] * (count - len(column))) for name, column in into.items()}
+        phase: {name: np.pad(column, (0, count - len(column)), constant_values=np.nan) for name, column in into.items()}
         for phase, ((count,), into) in found.items()
     }
 
