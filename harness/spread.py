@@ -221,6 +221,9 @@ class SpreadModel(LanguageModel):
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         self._require_alike(self._every(_restore, dict(snapshot)))
 
+    def restore_original(self) -> None:
+        self._require_alike(self._every(_restore_original, None))
+
     def _require_alike(self, found: Sequence[Mapping[str, int]]) -> None:
         for rank, checksums in enumerate(found):
             for name in (name for name in checksums if checksums[name] != found[0][name]):
@@ -321,4 +324,9 @@ def _apply(
 
 def _restore(model: LanguageModel, snapshot: Mapping[str, Tensor]) -> dict[str, int]:
     model.restore(snapshot)
+    return model.checksums()
+
+
+def _restore_original(model: LanguageModel, _nothing: None) -> dict[str, int]:
+    model.restore_original()
     return model.checksums()

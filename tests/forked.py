@@ -1,19 +1,31 @@
 """Runs of main.py in processes that are forked from one which has imported everything: a run starts in a moment.
 
-`python -m tests.forked` reads command lines from stdin, each a JSON list on a line, forks for each, and says the pid of
-the child and, on a second line, how it ended.
+`python -m tests.forked` reads from stdin, on a line each, JSON lists of processes that are to run at the same time; it
+forks for each, and says their pids and, on a second line, how they ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Process:
+    """A command line, and what is special about its process."""
+
+    line: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    before: str | None = None  # module:function, called in it first
+    cwd: str = "."
 
 
 class Forks:
@@ -52,14 +64,22 @@ class Forks:
 
     def start(self, line: list[str]) -> int:
         """The pid of a process that runs `python main.py` with these arguments."""
+        return self.start_together(Process(line))[0]
+
+    def start_together(self, *processes: Process) -> list[int]:
+        """The pids of processes that run at the same time."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.write(json.dumps([asdict(process) for process in processes]) + "\n")
         self._process.stdin.flush()
-        return int(self._line())
+        return json.loads(self._line())
 
     def end(self) -> int:
         """Wait for it: its exit code, or minus the signal that killed it."""
-        return int(self._line())
+        return self.end_together()[0]
+
+    def end_together(self) -> list[int]:
+        """Wait for all of them."""
+        return json.loads(self._line())
 
     def stderr(self) -> str:
         """What all of them said."""
@@ -77,15 +97,23 @@ def serve() -> None:
     os.dup2(2, 1)  # what the runs print
     print("ready", file=replies, flush=True)
     for text in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            sys.argv = ["main.py", *json.loads(text)]
-            replies.close()
-            sys.stdin.close()
-            main.main()
-            sys.exit(0)
-        print(pid, file=replies, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=replies, flush=True)
+        pids = []
+        for process in (Process(**entry) for entry in json.loads(text)):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                replies.close()
+                sys.stdin.close()
+                os.chdir(process.cwd)
+                os.environ.update(process.environment)
+                sys.argv = ["main.py", *process.line]
+                if process.before is not None:
+                    module, _, name = process.before.partition(":")
+                    getattr(importlib.import_module(module), name)()
+                main.main()
+                sys.exit(0)
+        print(json.dumps(pids), file=replies, flush=True)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(ended), file=replies, flush=True)
 
 
 if __name__ == "__main__":
