@@ -202,7 +202,9 @@ def edit(
             if not begun:
                 hidden.keep("base")
 
-            if plan.training is not None and not done:
+            if plan.training is not None and done:
+                network_keeper(cfg, path, model.shapes, fingerprint).keep_late(editor, len(plan.training), done)
+            elif plan.training is not None:
                 capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
                 keeper = network_keeper(cfg, path, model.shapes, fingerprint)
                 training = meta_training(cfg, plan.training, state, tracker, capture_turn)

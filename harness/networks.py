@@ -51,6 +51,13 @@ class TrainedNetwork:
                 state["turns"],
                 state["of"],
             )
+        if state.get("edited"):
+            log.warning(
+                "editor.load_checkpoint=%s: kept after turn %d of the run that trained it, whose rows its statistics have "
+                "seen, too",
+                self.source,
+                state["edited"],
+            )
         return self.checkpoint.tensors()[GROUP]
 
 
@@ -110,9 +117,31 @@ class NetworkKeeper:
         self.checkpoints, self.identity, self.wanted = checkpoints, identity, wanted
 
     def keep(self, editor: Editor, turns: int, of: int) -> None:
+        """The network after `turns` of the `of` turns of its training."""
         if self.wanted:
-            state = {"identity": dict(self.identity), "turns": turns, "of": of}
-            self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)
+            self._save(editor, turns, of, edited=0)
+
+    def keep_late(self, editor: Editor, turns: int, edited: int) -> None:
+        """The network whose training ended after `turns`, and that has edited since, unless it was kept at its end.
+
+        Editing changes no parameter of it, but its statistics have seen the rows of the `edited` turns: from them on
+        it edits as this run goes on, and not from the first turn on as this run did. WARNING says so.
+        """
+        if not self.wanted:
+            return
+        kept = self.checkpoints.newest()
+        if kept is not None and kept.place == turns:
+            return
+        self._save(editor, turns, turns, edited)
+        log.warning(
+            "editor.save_checkpoint=true came after the end of training: the network is kept as it is after turn %d, "
+            "whose rows its statistics have seen, too",
+            edited,
+        )
+
+    def _save(self, editor: Editor, turns: int, of: int, edited: int) -> None:
+        state = {"identity": dict(self.identity), "turns": turns, "of": of, "edited": edited}
+        self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)
 
     def what_is_left(self) -> str:
         """Which networks there are to go on from, for an error message; nothing where there are none."""

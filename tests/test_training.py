@@ -118,11 +118,12 @@ def test_the_seed_decides_the_network(commands: Commands, runs: dict[str, Run]) 
 
 
 @pytest.mark.parametrize("name", ["malmen", "rledit"])
-@pytest.mark.parametrize("stop", [2, 4, 9])
+@pytest.mark.parametrize("stop", [2, 4, 9, 10])
 def test_training_that_was_stopped_comes_to_the_same_bits(
     commands: Commands, runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch, name: str, stop: int
 ) -> None:
-    """In the middle of a pass (for RLEdit of a trajectory, with half its gradient), later, and where editing begins."""
+    """In the middle of a pass (for RLEdit of a trajectory, with half its gradient), later, where editing begins, and
+    after its first turn, where the network that was kept at the end of training stays as it is."""
     keep = ("editor.save_checkpoint=true", "checkpoint_every=4", "model_cache=true")
     place = f"{name}_stopped_{stop}"
     stopping_after(monkeypatch, stop)
@@ -136,6 +137,32 @@ def test_training_that_was_stopped_comes_to_the_same_bits(
     assert resumed.scores() == runs[name].scores()
     for file in ("model/model.safetensors", "network/turn_9/tensors.safetensors"):
         assert (resumed.folder / file).read_bytes() == (runs[name].folder / file).read_bytes()
+
+
+def test_a_network_asked_for_after_training_has_ended(
+    commands: Commands, runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parameters are those that training ended with, its statistics those after the first turn of editing."""
+    stopping_after(monkeypatch, 10)
+    with command_line(commands.line(*settings_of("malmen"), run="late")), pytest.raises(SystemExit):
+        main.main()
+    monkeypatch.undo()
+    resume = f"resume={commands.folder / 'late'}"
+    late = Run(commands.folder / "late")
+    first = load_file(late.folder / "checkpoints" / "turn_1" / "tensors.safetensors")
+    commands(*settings_of("malmen"), resume, "editor.save_checkpoint=true", run="fresh")
+    assert late.scores() == runs["malmen"].scores()
+    files = (run.folder / "network" / "turn_9" / "tensors.safetensors" for run in (late, runs["malmen"]))
+    kept, ended = (load_file(file) for file in files)
+    assert kept.keys() == ended.keys()
+    different = {name for name in kept if not torch.equal(kept[name], ended[name])}
+    assert different == {name for name in kept if ".normalizers." in name}
+    assert all(torch.equal(kept[name], first[name.replace("network/", "editor/", 1)]) for name in kept)
+    said = "the network is kept as it is after turn 1, whose rows its statistics have seen, too"
+    assert said in (late.folder / "main.log").read_text()
+
+    again = commands(*settings_of("malmen"), f"editor.load_checkpoint={late.folder}", run="from_late")
+    assert "kept after turn 1 of the run that trained it" in (again.folder / "main.log").read_text()
 
 
 def stopping_after(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
