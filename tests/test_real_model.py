@@ -59,3 +59,21 @@ def test_five_turns_of_released_arithmetic_agree_with_the_reference(source: Mode
         error = float((ours - theirs).norm() / theirs.norm())
         print(f"{name}: relative error of the weight delta over 5 turns {error:.1e}")
         assert error < 1e-3
+
+
+def test_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(source: ModelSource) -> None:
+    """In float64, to 1e-5 a token; in float32 the shapes of products alone move them by some 1e-5."""
+    tokenizer = load_tokenizer(source)
+    model = LanguageModel.load(source, tokenizer, (), dtype=torch.float64, device=torch.device("cpu"))
+    prompts = [
+        tokenizer(f"Box {i} holds {'a very ' * (i % 5)}large thing. True or not:")["input_ids"] for i in range(8)
+    ]
+    labels = [tokenizer(f" {text}")["input_ids"] for text in ("true", "not at all true", "nobody knows")]
+    scored = model.label_log_probs(prompts, [labels] * len(prompts))
+    for prompt, found in zip(prompts, scored, strict=True):
+        for label, (total, tokens) in zip(labels, found, strict=True):
+            with torch.inference_mode():
+                log_probs = model.model(input_ids=torch.tensor([prompt + label])).logits[0].log_softmax(-1)
+            alone = sum(float(log_probs[len(prompt) - 1 + place, token]) for place, token in enumerate(label))
+            assert tokens == len(label)
+            assert abs(total - alone) / tokens < 1e-5
