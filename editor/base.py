@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from data.records import Capture, LossTerm, LowRankUpdate, Phase, TokenSequence
+
+StatisticsScope = Literal["shape", "module"]
+"""Running statistics are shared by all modules of a shape, or each module has its own."""
 
 
 class Editor(Protocol):
@@ -34,6 +37,11 @@ def shape_name(shape: tuple[int, int]) -> str:
     """How turns.jsonl, checkpoints and messages name the modules of one shape (d_k, d_v): 1536x576."""
     d_k, d_v = shape
     return f"{d_k}x{d_v}"
+
+
+def statistics_group(name: str, shape: tuple[int, int], scope: StatisticsScope) -> str:
+    """The name that a module's running statistics have: its shape's, where it shares them, or its own."""
+    return shape_name(shape) if scope == "shape" else name
 
 
 class CapturedTurn(Protocol):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.records import Capture, LowRankUpdate, Phase, TrainingTurn
 from editor import linalg
-from editor.base import shape_name
+from editor.base import StatisticsScope, shape_name, statistics_group
 from nets import HyperNetwork
 
 
@@ -31,7 +31,7 @@ class HyperNetworkSettings:
 
     lr: float
     batch_size: int
-    statistics_scope: str
+    statistics_scope: StatisticsScope
     rank: int
     n_blocks: int
     seed: int
@@ -112,6 +112,7 @@ class HyperNetworkEditor(nn.Module):
         return {name: self.propose(name, capture).update for name, capture in captures.items()}
 
     def observe(self, captures: Mapping[str, Capture]) -> None:
+        """The rows enter the statistics."""
         for name, capture in captures.items():
             normalizer = self.network(name).normalizer(self._number[name])
             normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
@@ -135,11 +136,10 @@ class HyperNetworkEditor(nn.Module):
             yield rows, *self.network(name)(capture.keys[rows], capture.value_grads[rows], self._number[name])
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
-        """Rows seen, mean |mu| and mean sigma of the value gradients, by group that shares them; what
-        was learned by module."""
+        """By group that shares them rows seen, mean |mu| and mean sigma of the value gradients; by module `learned`."""
         found: dict[str, dict[str, float | None]] = {}
         for name, shape in self.shapes.items():
-            group = shape_name(shape) if self.settings.statistics_scope == "shape" else name
+            group = statistics_group(name, shape, self.settings.statistics_scope)
             if group not in found:
                 found[group] = self.network(name).normalizer(self._number[name]).summary()
         for name, scalars in self.learned().items():

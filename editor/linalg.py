@@ -33,7 +33,7 @@ class RidgeSystem:
         self.keys, self.device, self.chunk = keys, device, chunk
         count, d_k = keys.shape
         self.dual = count <= d_k
-        matrix = self._gram() if self.dual else self._from_rows(keys, d_k)
+        matrix = self._gram() if self.dual else self._transposed_keys_times(keys)
         matrix.diagonal().add_(alpha)
         self._factor = torch.linalg.cholesky(matrix)
 
@@ -47,7 +47,7 @@ class RidgeSystem:
         """
         if self.dual:
             return self.keys.T, self._solve(value_shifts.double()).to(self.keys.dtype)
-        return None, self._solve(self._from_rows(value_shifts, self.keys.shape[1])).to(self.keys.dtype)
+        return None, self._solve(self._transposed_keys_times(value_shifts)).to(self.keys.dtype)
 
     def adjoint(
         self,
@@ -62,10 +62,10 @@ class RidgeSystem:
         target = gradient.to(self.device).double()
         right = update[1].to(self.device).double()
         if self.dual:
-            shifts_gradient = self._solve(self._times_keys(target))
+            shifts_gradient = self._solve(self._keys_times(target))
             return shifts_gradient, -float((shifts_gradient * right).sum())
         solution = self._solve(target)
-        return self._times_keys(solution), -float((solution * right).sum())
+        return self._keys_times(solution), -float((solution * right).sum())
 
     def _solve(
         self,
@@ -83,20 +83,19 @@ class RidgeSystem:
                 product[rows, columns] = block @ self._block(columns).T
         return product.tril() + product.tril(-1).T
 
-    def _from_rows(
+    def _transposed_keys_times(
         self,
-        rows_of: Tensor,  # (N, m)
-        d_k: int,
-    ) -> Tensor:  # (d_k, m) K^T times the rows
-        product = torch.zeros((d_k, rows_of.shape[1]), dtype=torch.float64, device=self.device)
-        for rows in row_chunks(rows_of.shape[0], self.chunk):
-            product.addmm_(self._block(rows).T, rows_of[rows].to(self.device).double())
+        matrix: Tensor,  # (N, m)
+    ) -> Tensor:  # (d_k, m) float64
+        product = torch.zeros((self.keys.shape[1], matrix.shape[1]), dtype=torch.float64, device=self.device)
+        for rows in row_chunks(matrix.shape[0], self.chunk):
+            product.addmm_(self._block(rows).T, matrix[rows].to(self.device).double())
         return product
 
-    def _times_keys(
+    def _keys_times(
         self,
         matrix: Tensor,  # (d_k, m) float64
-    ) -> Tensor:  # (N, m) K times the matrix
+    ) -> Tensor:  # (N, m) float64
         product = matrix.new_empty((self.keys.shape[0], matrix.shape[1]))
         for rows in row_chunks(self.keys.shape[0], self.chunk):
             product[rows] = self._block(rows) @ matrix

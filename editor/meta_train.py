@@ -42,8 +42,8 @@ class MetaSettings:
 class MetaLoss:
     """What a turn's edit cost: its own rephrases and localities, the penalty, and the sum that is differentiated."""
 
-    rephrase: float  # cross-entropy, mean over answer tokens
-    locality: float  # KL(unedited || edited), mean over answer tokens; 0 where editor.loc_coef is
+    rephrase: float  # cross-entropy, nats, mean over answer tokens
+    locality: float  # KL(unedited || edited), nats, mean over answer tokens; 0 where editor.loc_coef is 0
     regulariser: float  # reg_coef ||DeltaW||^2
     total: float  # with the losses of the turns that this one answers for
 
@@ -52,7 +52,7 @@ class MetaLoss:
 class MetaStep:
     """What a training turn did."""
 
-    edit_loss: float  # of the facts, before the edit
+    edit_loss: float  # of the facts, before the edit, nats a token
     loss: MetaLoss
     grad_norm: float | None  # of the network's parameters before clipping; None where the optimiser did not step
 
@@ -188,7 +188,7 @@ class MetaTrainer:
         self,
         gradient: Tensor,  # (d_k, d_v)
         update: LowRankUpdate,
-    ) -> Tensor:
+    ) -> Tensor:  # (d_k, d_v)
         """With 2 reg_coef DeltaW, the gradient of the regulariser, which goes on into the network like the rest."""
         if self.horizon.reg_coef == 0:
             return gradient

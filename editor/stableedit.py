@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
-from editor.base import shape_name
+from editor.base import StatisticsScope, statistics_group
 from nets import LifelongNormalizer
 
 Mode = Literal["stable", "original", "none", "batch", "frozen"]
@@ -46,7 +46,7 @@ class StableEditSettings:
     alpha: float
     batch_size: int
     RunningMeanStd_mode: Mode
-    statistics_scope: Literal["shape", "module"]
+    statistics_scope: StatisticsScope
     whitening_floor: float
     whitening_floor_mode: Literal["relative", "absolute"]
     whitening_prior: float
@@ -68,14 +68,17 @@ class StableEdit(nn.Module):
         super().__init__()
         self.settings = settings
         self.device = device
-        self.groups = {name: _group(name, shape, settings.statistics_scope) for name, shape in shapes.items()}
+        self.groups = {
+            name: statistics_group(name, shape, settings.statistics_scope).replace(".", "/")  # no submodule has a '.'
+            for name, shape in shapes.items()
+        }
         self.normalizers = nn.ModuleDict()
         full = settings.RunningMeanStd_mode in FULL_WHITENING
         for name, (d_k, d_v) in shapes.items():
             if self.groups[name] not in self.normalizers:
                 self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, full)
         self.to(device)
-        self._found: dict[str, dict[str, float | None]] = {}  # of this turn, by group: for `statistics`
+        self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn
 
     @torch.no_grad()
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
@@ -157,7 +160,7 @@ class StableEdit(nn.Module):
             group.replace("/", "."): {
                 **self._normalizer(group).summary(),
                 "floored_fraction": None,
-                **self._found.get(group, {}),
+                **self._found[group],
             }
             for group in self.normalizers
         }
@@ -173,8 +176,3 @@ def _spectrum_quantiles(
 ) -> dict[str, float | None]:
     levels = torch.tensor(list(SPECTRUM.values()), dtype=spectrum.dtype, device=spectrum.device)
     return dict(zip(SPECTRUM, torch.quantile(spectrum, levels).tolist(), strict=True))
-
-
-def _group(name: str, shape: tuple[int, int], scope: str) -> str:
-    """The name of the statistics a module uses; '.' may not stand in the name of a submodule."""
-    return shape_name(shape) if scope == "shape" else name.replace(".", "/")

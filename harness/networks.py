@@ -53,8 +53,8 @@ class TrainedNetwork:
             )
         if state.get("edited"):
             log.warning(
-                "editor.load_checkpoint=%s: kept after turn %d of the run that trained it, whose rows its statistics have "
-                "seen, too",
+                "editor.load_checkpoint=%s: kept after turn %d of the run that trained it, whose rows its statistics "
+                "have seen, too",
                 self.source,
                 state["edited"],
             )
