@@ -41,7 +41,7 @@ class Run:
         if self.finished:
             return None
         turns = len(self.turns.get("turn", ()))
-        drawn = f"{turns:,} turn{'s' * (turns != 1)} and {len(self.scores)} evaluations are there and are drawn"
+        drawn = f"{turns:,} turn{'s' * (turns != 1)} and {len(self.evaluations)} evaluations are there and are drawn"
         error = f" ({self.about['error']})" if self.about.get("error") else ""
         state = "still running, or was killed" if self.about["status"] == "running" else self.about["status"]
         return f"{state}{error}; {drawn}"
@@ -60,9 +60,9 @@ class Run:
         return self._lines.get(phase, {})
 
     @cached_property
-    def scores(self) -> list[dict[str, Any]]:
-        """The lines of scores.jsonl."""
-        return list(self._read("scores.jsonl"))
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of scores.jsonl that hold scores of all facts so far, or of the base model."""
+        return [line for line in self._read("scores.jsonl") if line["stage"] in ("base", "eval", "final")]
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Run:
         path = self.folder / "results.json"
         if path.is_file():
             return read_json(path)
-        return {line["stage"]: line["scores"] for line in self.scores if line["stage"] in ("base", "final")}
+        return {line["stage"]: line["scores"] for line in self.evaluations if line["stage"] in ("base", "final")}
 
     def edits_after(self, turn: int) -> float:
         """Facts written by the first `turn` turns of the stream."""

@@ -58,7 +58,7 @@ def order(name: str) -> tuple[bool, int, str]:
 
 
 def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
-    names = list(dict.fromkeys(name for named in runs for line in evaluations(named.run) for name in line["scores"]))
+    names = list(dict.fromkeys(name for named in runs for line in named.run.evaluations for name in line["scores"]))
     names.sort(key=order)
     panels = one_runs_panels(runs[0].run, names) if len(runs) == 1 else all_runs_panels(runs, names)
     if not panels:
@@ -79,11 +79,6 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
         "base model's, not with 100%.",
         figure,
     )
-
-
-def evaluations(run: Run) -> list[dict[str, Any]]:
-    """The lines of scores.jsonl that hold scores of all facts so far, or of the base model."""
-    return [line for line in run.scores if line["stage"] in ("base", "eval", "final")]
 
 
 def one_runs_panels(run: Run, names: Sequence[str]) -> dict[str, list[ScoreLine]]:
@@ -109,7 +104,7 @@ def all_runs_panels(runs: Sequence[Named], names: Sequence[str]) -> dict[str, li
 
 
 def draw_score(ax: Axes, line: ScoreLine) -> None:
-    found = [one for one in evaluations(line.run) if one["scores"].get(line.score) is not None]
+    found = [one for one in line.run.evaluations if one["scores"].get(line.score) is not None]
     for one in found:
         if one["stage"] == "base":
             mean, *_ = interval(one["scores"][line.score])
@@ -176,15 +171,14 @@ def scores_by_age(run: Run) -> dict[str, dict[int, Any]]:
     finished = run.results.get("retention")
     if finished:
         return {name: {int(age): score for age, score in one["by_age"].items()} for name, one in finished.items()}
-    pooled: dict[str, dict[int, list[tuple[float, int]]]] = {}
-    for line in run.scores:
+    sums: dict[str, dict[int, tuple[float, int]]] = {}  # of shares and of records: there is a line a turn
+    for line in run.lines("scores.jsonl"):
         for name, score in line["scores"].items() if line["stage"] == "retention" else ():
             protocol, _, age = name.partition("_age")
-            pooled.setdefault(protocol, {}).setdefault(int(age), []).append((score["mean"], score["n"]))
-    return {
-        protocol: {age: sum(mean * n for mean, n in found) / sum(n for _, n in found) for age, found in ages.items()}
-        for protocol, ages in pooled.items()
-    }
+            ages = sums.setdefault(protocol, {})
+            total, n = ages.get(int(age), (0.0, 0))
+            ages[int(age)] = total + score["mean"] * score["n"], n + score["n"]
+    return {name: {age: total / n for age, (total, n) in ages.items()} for name, ages in sums.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
