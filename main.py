@@ -43,7 +43,7 @@ from harness.downstream import Downstream
 from harness.evaluate_only import evaluate_only
 from harness.hidden import HiddenStates
 from harness.interrupt import Interrupted, Interruption
-from harness.launching import launcher_errors, requeued_after_checkpoint, share_terminal
+from harness.launching import last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.networks import MODEL
 from harness.plan import (
     Plan,
@@ -60,7 +60,7 @@ from harness.ranks import joined
 from harness.resume import LoopState, earlier_run, move_into
 from harness.scoring import Scoring
 from harness.spread import Held, load_model
-from harness.tracking import RunFolder, Tracker, one_line
+from harness.tracking import RunFolder, Tracker
 from harness.training import MetaTraining
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,8 @@ def main() -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))
     except launcher_errors() as error:
-        log.debug("the launcher's own words", exc_info=True)
-        sys.exit(
-            f"error: a job ended without a result ({one_line(error)}); its main.log says how far it came, and "
-            "the same command with resume=auto goes on"
-        )
+        sys.stderr.write(f"{last_lines(error)}\n")
+        sys.exit("error: a job ended without a result (above); the same command with resume=auto goes on")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)  # 128 + SIGINT, as shells have it

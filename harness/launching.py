@@ -12,6 +12,7 @@ from contextlib import contextmanager
 log = logging.getLogger(__name__)
 
 IN_TURN = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other, in one process
+MOST_LINES = 20
 ASKED_BY = (signal.SIGUSR1, signal.SIGUSR2)  # submitit takes the second, or what SUBMITIT_PREEMPT_SIGNAL names
 ERRORS = {
     "joblib.externals.loky.process_executor": "BrokenProcessPool",
@@ -23,6 +24,11 @@ ERRORS = {
 def launcher_errors() -> tuple[type[Exception], ...]:
     """Those of `ERRORS` that can have been raised: a launcher that is not in use has not been imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in ERRORS.items() if module in sys.modules)
+
+
+def last_lines(error: Exception) -> str:
+    """What a launcher says of such a job, which may be all that the job had logged, and its trace."""
+    return "\n".join(str(error).splitlines()[-MOST_LINES:])
 
 
 def share_terminal(launcher: str) -> None:

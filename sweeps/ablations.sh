@@ -1,0 +1,16 @@
+#!/bin/sh
+# What is each part of the method worth? StableEdit whole and without one part at a time, and ULTRAEDIT, each over two
+# orders of the edits.  sh sweeps/ablations.sh [SETTING...]
+# 12 runs, 15 to 30 minutes with the default model on 2 cores; then outputs/sweeps/ablations/<time>/report.html
+set -eu
+. "$(dirname "$0")/common.sh"
+
+# Raw rows need a step size of their own; model.lr is that of normalised rows.
+LR_WITHOUT_LN=${LR_WITHOUT_LN:-1}
+
+sweep 1_stableedit dataset.shuffle=true seed=1,2 \
+    ablation=full_method,frozen_statistics,without_warm_up,diagonal_whitening "$@"
+sweep 2_without_ln dataset.shuffle=true seed=1,2 ablation=without_ln editor.lr="$LR_WITHOUT_LN" "$@"
+sweep 3_ultraedit dataset.shuffle=true seed=1,2 editor=ultraedit "$@"
+report "$folder"
+exit "$status"

@@ -1,0 +1,19 @@
+# Read by the scripts beside it, which users start.
+#   sweep NAME SETTING...   runs main.py over every combination of the comma lists. resume=auto: what is finished is
+#                           passed over and what was stopped goes on, whichever sweep began it; a job that fails is named,
+#                           and the others run. Of a key that is set twice the later setting counts.
+#   report FOLDER           compares the runs there, in FOLDER/report.html.
+cd "$(dirname "$0")/.."
+folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)
+status=0
+
+sweep() {
+    name=$1
+    shift
+    .venv/bin/python main.py -m resume=auto hydra.sweep.dir="$folder/$name" "$@" || status=$?
+    [ "$status" -lt 128 ] || exit "$status" # a signal: the whole script stops
+}
+
+report() {
+    .venv/bin/python -m harness.report "$1" --to "$1" || status=$?
+}
