@@ -1018,8 +1018,8 @@ class LanguageModel:
         try:
             self.model.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
-            beside.chmod(0o755)
-            for path in (*beside.iterdir(), beside):
+            for path in (beside, *beside.iterdir()):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # both were made for their owner alone
                 sync(path)
             beside.rename(folder)
         except SafetensorError as error:  # such as a full disk
