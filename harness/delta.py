@@ -25,9 +25,9 @@ from torch import Tensor
 
 from data.disk import sync
 from harness.checkpoint import DamagedError, write_safetensors
+from model import INTEGERS
 
 FORMAT: Final = 1  # `sha256` is the checksum of all else in the file, in this format and in every later one
-INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "harness/scoring.py": "harness.*",
     "harness/console.py": "rich.*",
     "harness/checkpoint.py": "torch safetensors.* data.disk",
-    "harness/delta.py": "torch safetensors.* data.disk harness.checkpoint",
+    "harness/delta.py": "torch safetensors.* data.disk harness.checkpoint model",
     "harness/export.py": "torch transformers.* config.schema harness.* model",
     "harness/tracking.py": "wandb.* data.records harness.lock",
     "harness/resume.py": "torch editor.base harness.* model",
