@@ -409,14 +409,17 @@ class EditModule:
         self.master = weight.detach().to(precise)  # no copy where it is precise already
 
     def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
-        right = update.right.to(self.master.device)
-        return right if update.left is None else update.left.to(right.device) @ right
+        return reduce(torch.matmul, self._factors(update))
+
+    def _factors(self, update: LowRankUpdate) -> list[Tensor]:
+        """Those that there are, where the master is: keys may come from a memory-mapped file."""
+        return [factor.to(self.master.device) for factor in (update.left, update.right) if factor is not None]
 
     @torch.no_grad()
     def can_add(self, update: LowRankUpdate) -> bool:
         """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
-        left = 1.0 if update.left is None else float(_norm(update.left))
-        return left * float(_norm(update.right)) < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
+        bound = math.prod(float(_norm(factor)) for factor in self._factors(update))
+        return bound < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
 
     @torch.no_grad()
     def add(self, update: LowRankUpdate) -> WeightChange:
