@@ -237,6 +237,7 @@ def test_whole_delta_apply_and_undo(
     command(done.folder, "--to", whole)
     assert capsys.readouterr().out == f"{whole}: the edited model, after turn 6 of 6 of the run in {done.folder}\n"
     assert content(whole) == content(done.folder / "model"), "as model_cache=true writes it"
+    assert {path.stat().st_mode & 0o777 for path in whole.iterdir()} == {0o644}
     command(done.folder, "--delta", "--to", delta)
     command("--apply", delta, "--to", run.folder / "applied")
     assert content(run.folder / "applied") == content(whole)
