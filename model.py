@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -463,6 +464,10 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _norm(tensor: Tensor) -> Tensor:  # () float64
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -1004,12 +1009,15 @@ class LanguageModel:
         return {name: _checksum(edited.master) for name, edited in self.edited.items()}
 
     def fingerprint(self) -> str:
-        """A hash of all weights, from float64 sums and norms of every tensor: names a model in caches."""
-        digest = hashlib.sha256()
-        for name, weight in self.model.named_parameters():  # tied weights once
-            sums = torch.stack([weight.sum(dtype=torch.float64), _norm(weight)])
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sums.tolist()}".encode())
-        return digest.hexdigest()[:16]
+        """A hash of all weights, which names a model: the same on every device and for any number of threads.
+
+        Of their bytes, not of sums, whose last bits hang on the order of adding.
+        """
+        weights = dict(self.model.named_parameters())  # tied weights once
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(_sha256, weights.values())
+            lines = [f"{n} {tuple(w.shape)} {w.dtype} {d}" for (n, w), d in zip(weights.items(), digests, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def export(self, folder: Path) -> None:
         """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent.

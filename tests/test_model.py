@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from data.records import LowRankUpdate, Phase, TokenSequence, Turn
@@ -354,3 +355,24 @@ def test_a_class_transformers_does_not_have(tmp_path: Path) -> None:
     tiny_gpt2().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.class_name=AutoModelForTelepathy: transformers has no such model"):
         outline(ModelSource(str(tmp_path), class_name="AutoModelForTelepathy"), "auto", 1)
+
+
+def test_the_fingerprint_is_that_of_the_bits_alone() -> None:
+    """Not of the number of threads, which changes the last bits of sums; a single bit, and an exchange, show."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"wide": nn.Linear(5760, 1536), "narrow": nn.Linear(3, 2)})
+    nn.init.normal_(plain["wide"].weight)
+    model, threads, seen = LanguageModel(plain, None, {}), torch.get_num_threads(), set()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            seen.add(model.fingerprint())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+    weight = plain["narrow"].weight
+    weight.view(-1)[:2] = weight.view(-1)[:2].flip(0)
+    seen.add(model.fingerprint())
+    weight.view(torch.int32)[1, 2] ^= 1
+    seen.add(model.fingerprint())
+    assert len(seen) == 3
