@@ -270,4 +270,6 @@ def test_memory_stays_where_it_is(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     resident = {line["turn"]: line["memory"]["resident_bytes"] for line in lines_of(tmp_path / "run")}
     assert len(resident) == 420
-    assert max(resident[turn] for turn in range(320, 420)) - resident[100] < 20e6
+    assert (
+        max(resident[turn] for turn in range(320, 420)) - resident[100] < 10e6
+    )  # caches of the first turns aside, nothing grows
