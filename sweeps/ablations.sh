@@ -5,8 +5,9 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 
-# Raw rows need a step size of their own; model.lr is that of normalised rows.
-LR_WITHOUT_LN=${LR_WITHOUT_LN:-1}
+# Raw rows need a step size of their own. With 2, the default model's first updates are as large as with whitened
+# rows and model.lr (norms of 2 turns, mean over modules); another model has another value.
+LR_WITHOUT_LN=${LR_WITHOUT_LN:-2}
 
 sweep 1_stableedit dataset.shuffle=true seed=1,2 \
     ablation=full_method,frozen_statistics,without_warm_up,diagonal_whitening "$@"

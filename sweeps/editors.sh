@@ -9,6 +9,6 @@ set -eu
 sweep . dataset=zsre,fever,wikibigedit,ultraeditbench,counterfact \
     editor=stableedit,ultraedit,rledit,malmen,mend "$@"
 for data in "$folder"/*/; do
-    report "${data%/}"
+    [ ! -d "$data" ] || report "${data%/}"
 done
 exit "$status"
