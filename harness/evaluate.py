@@ -310,10 +310,8 @@ class Evaluation:
         Where the cache is gone, it is made again on the base model's weights.
         """
         if not cache.is_dir():
-            edited = self.model.snapshot()
-            self.model.restore({name: module.original for name, module in self.model.edited.items()})
-            self.run(None, lambda _: None, cache)
-            self.model.restore(edited)
+            with self.model.unedited():
+                self.run(None, lambda _: None, cache)
         self._base = BaseReader(cache / "locality")
 
     def count(self, upto: int | None) -> int:

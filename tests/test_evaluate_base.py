@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,13 @@ class Stand(Table):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        module = type("Module", (), {"original": self.logits.clone()})()
-        self.edited = {"m": module}
+        self.original = self.logits.clone()
 
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        return {"m": self.logits.clone()}
-
-    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
-        self.logits = snapshot["m"].clone()
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        edited, self.logits = self.logits, self.original
+        yield
+        self.logits = edited
 
 
 class Split:
