@@ -20,6 +20,8 @@ COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", README.replace
 
 @pytest.mark.parametrize("command", [command.split("#")[0] for command in COMMANDS])
 def test_commands_compose(command: str) -> None:
+    if "hydra/launcher" in command:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs requirements-launchers.txt")
     check_command_line([word for word in shlex.split(command) if word])
 
 
