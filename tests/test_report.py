@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import re
 import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -19,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from data.records import EditRecord, Question, TokenSequence
 from harness.hidden import HiddenStates
-from harness.report import method_figures, projection, write_report
+from harness.report import DRAWINGS, adjusted, method_figures, projection, score_figures, tables, write_report
 from harness.report.__main__ import main
-from harness.report.drawing import MOST_POINTS, STYLE, curve
-from harness.report.paired import compare, final_scores, holm, paired_difference
-from harness.report.runs import columns_by_phase, labels, open_runs, short_module_names
+from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
+from harness.report.paired import Difference, average, compare, holm, paired_difference, record_scores
+from harness.report.runs import columns_by_phase, configurations, labels, open_runs, short_module_names
 from harness.report.score_figures import scores_by_age
 
 MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")
@@ -72,10 +75,18 @@ def make_run(
     editor: str = "stableedit",
     data: str = "abc",
     right: Sequence[int] = (1, 0, 2, 1),
+    rows: Sequence[int] | None = None,
+    on_the_way: bool = True,
 ) -> Path:
     """A run folder as the tracker leaves it, of 10 facts a turn after two warm-up turns."""
     folder.mkdir(parents=True)
-    config = {"editor": {"name": editor}, "dataset": {"name": "zsre"}, "model": {"name_or_path": "some/tiny-model"}}
+    seeds = [int(override.removeprefix("seed=")) for override in overrides if override.startswith("seed=")]
+    config = {
+        "seed": (seeds or [42])[0],
+        "editor": {"name": editor},
+        "dataset": {"name": "zsre"},
+        "model": {"name_or_path": "some/tiny-model"},
+    }
     about = {
         "run_id": "0123456789abcdef", "status": status, "error": error, "started": "2026-01-02T03:04:05+00:00",
         "finished": None, "config": config, "overrides": list(overrides), "inputs": {"eval": data}, "model": {},
@@ -83,15 +94,15 @@ def make_run(
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about))
     write_lines(folder / "turns.jsonl", [turn_line(turn, 2) for turn in range(turns)])
-    stages = [("base", 0), ("eval", 4), ("final", turns)] if status == "finished" else [("base", 0), ("eval", 4)]
+    stages = [("base", 0), *[("eval", 4)] * on_the_way, *[("final", turns)] * (status == "finished")]
     scores = [
         {"turn": turn, "stage": stage, "scores": {"ES": score(0.1 * turn), "ES_seq": score(0.05 * turn), "LS_kl": 0.3}}
         for stage, turn in stages
     ]
     write_lines(folder / "scores.jsonl", scores)
     records = [
-        {"stage": "final", "turn": 2, "place": i, "index": i, "protocol": "ES", "correct": n, "tokens": 2}
-        for i, n in enumerate(right)
+        {"stage": "final", "turn": 2, "place": i, "index": row, "protocol": "ES", "correct": n, "tokens": 2}
+        for i, (row, n) in enumerate(zip(rows or range(len(right)), right, strict=True))
     ]
     write_lines(folder / "records.jsonl", records)
     if status == "finished":
@@ -277,13 +288,124 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     page = write_report([tmp_path])
     assert page == tmp_path / "report" / "report.html"
     text = text_of(page)
-    assert "Each run against stableedit x" in text
+    assert "Each against stableedit x" in text
     assert "stableedit y +100.0 [+100.0, +100.0] p &lt; 0.001" in text
     assert "stableedit z is not compared: its facts come from another file." in text
     assert "ultraedit is not compared: it has no final scores of single records." in text
     assert "ultraedit : still running" in text
-    assert "adjusted for all 2 tests" in text  # ES and ES_seq
-    assert pictures_of(page) == ["scores", "statistics", "time", "updates"]
+    assert "averaged over seeds" not in text
+    assert pictures_of(page) == ["comparison", "scores", "statistics", "time", "updates"]
+
+
+def sweep(root: Path, configurations: int, seeds: int, **more: Any) -> list[Path]:
+    """Runs in the order of a sweep: all configurations with a seed, then with the next."""
+    return [
+        make_run(root / f"{seed}_{k}", overrides=[f"seed={seed}", f"ablation=a_rather_long_name_{k}"], **more)
+        for seed in range(seeds)
+        for k in range(configurations)
+    ]
+
+
+def test_runs_that_differ_in_the_seed_share_a_colour_and_no_two_look_alike(tmp_path: Path) -> None:
+    named = named_runs(open_runs(sweep(tmp_path, 10, 3)))
+    assert [one.label for one in named[:2]] == [f"stableedit a_rather_long_name_0 seed={seed}" for seed in (0, 1)]
+    colours: dict[str, set[str]] = {}
+    for one in named:
+        colours.setdefault(one.configuration, set()).add(one.look["color"])
+    assert [len(found) for found in colours.values()] == [1] * 10
+    assert len({(one.look["color"], one.look["linestyle"]) for one in named}) == 30
+    assert len({(one.look["color"], marker(one.look)) for one in named}) == 30
+
+
+def test_a_configuration_is_all_but_the_seed(tmp_path: Path) -> None:
+    """Another file of facts makes another configuration, and so does a seed that is repeated: it has no partner."""
+    told = [
+        make_run(tmp_path / "a", overrides=["seed=1"]),
+        make_run(tmp_path / "b"),
+        make_run(tmp_path / "c", overrides=["seed=1"]),
+        make_run(tmp_path / "d", overrides=["seed=1"], data="other"),
+        make_run(tmp_path / "e", overrides=["seed=1", "editor.lr=2"]),
+    ]
+    first, second, repeated, other, lr = configurations(open_runs(told))
+    assert first == second == "stableedit #1"
+    assert [repeated, other, lr] == ["stableedit #2", "stableedit #3", "stableedit lr=2"]
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(1, 1), (3, 1), (6, 2), (10, 2)])
+@pytest.mark.parametrize("on_the_way", [False, True])
+def test_nothing_in_a_picture_is_covered_or_cut(tmp_path: Path, count: int, seeds: int, on_the_way: bool) -> None:
+    """As laid out: each legend inside the figure and clear of all panels, which keep a size that can be read."""
+    runs = sweep(tmp_path, count, seeds, on_the_way=on_the_way)
+    for run in runs:
+        by_age = {str(age): score(0.9 - age / 10) for age in (0, 1, 2)}
+        results = json.loads((run / "results.json").read_text())
+        results["retention"] = {name: {"by_age": by_age} for name in ("ES", "GS")}
+        (run / "results.json").write_text(json.dumps(results))
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [picture for draw in DRAWINGS if (picture := draw(named_runs(open_runs(runs)))) is not None]
+        for picture in found:
+            picture.figure.draw_without_rendering()
+            assert_readable(picture.figure, picture.name)
+    assert {"retention", "updates"} <= {picture.name for picture in found}
+
+
+def assert_readable(figure: Figure, name: str) -> None:
+    panels = [ax.get_window_extent() for ax in figure.axes]
+    for panel in panels:
+        assert min(panel.width, panel.height) > 0.8 * figure.dpi, name
+    legends = [*figure.legends, *(legend for ax in figure.axes if (legend := ax.get_legend()))]
+    for legend in legends:
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(panel) for panel in panels), name
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, name
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, name
+    for ax in figure.axes:
+        low, high = sorted(ax.get_ylim())
+        for label in (one for one in ax.get_yticklabels() if low <= one.get_position()[1] <= high):
+            assert label.get_window_extent().x0 >= figure.bbox.x0, (name, label.get_text())
+
+
+def test_final_scores_are_points_with_intervals_a_run_a_row(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(k), overrides=[f"ablation={k}"], on_the_way=False) for k in range(3)]
+    for place, run in enumerate(runs):
+        results = json.loads((run / "results.json").read_text())
+        results["base"] |= {"ES": score(0.2 + 0.1 * (place == 2)), "ES_gen": 0.0, "perplexity": 20.0}
+        results["final"] |= {"ES": score(0.5 + place / 10), "ES_gen": 0.0, "perplexity": 30.0 * 10**place}
+        (run / "results.json").write_text(json.dumps(results))
+    named = named_runs(open_runs(runs))
+    assert score_figures.scores(named) is None  # one point a run at the right edge would say nothing
+    with matplotlib.rc_context(STYLE):
+        picture = score_figures.comparison(named)
+    assert picture is not None
+    assert "Left out, being 0 for every run and for the base model: ES_gen." in picture.caption
+    panels = {ax.get_title(loc="left"): ax for ax in picture.figure.axes}
+    assert list(panels) == ["ES", "ES_seq", score_figures.TITLES["perplexity"], score_figures.TITLES["LS_kl"]]
+    ax = panels["ES"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [one.label for one in named]
+    intervals = [container.lines[2][0].get_segments()[0] for container in ax.containers]
+    np.testing.assert_allclose(intervals, [[[0.45 + k / 10, k], [0.55 + k / 10, k]] for k in range(3)])
+    base = next(line for line in ax.get_lines() if line.get_linestyle() == ":")
+    steps = [[0.2, -0.5], [0.2, 0.5], [0.2, 0.5], [0.2, 1.5], [0.3, 1.5], [0.3, 2.5]]
+    np.testing.assert_allclose(base.get_xydata(), steps)
+    assert [panels[title].get_xscale() for title in list(panels)[2:]] == ["log", "linear"]
+
+
+def test_a_run_without_evaluations_on_the_way_is_drawn_before_and_after(tmp_path: Path) -> None:
+    picture = score_figures.scores(named_runs(open_runs([make_run(tmp_path / "run", on_the_way=False)])))
+    assert picture is not None
+    (ax,) = picture.figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ES  efficacy", "ES_seq  efficacy, all tokens"]
+    means = [container.lines[0].get_xdata() for container in ax.containers]
+    np.testing.assert_allclose(means, [[0.0, 0.0], [0.6, 0.3]])
+    assert "LS_kl" in picture.caption
+
+
+def test_scores_that_are_all_0_have_an_axis_that_can_be_read() -> None:
+    ax = Figure().subplots()
+    ax.plot([0, 1], [0.0, 0.0])
+    percent_axis(ax)
+    assert ax.get_ylim() == pytest.approx((-0.0002, 0.01))
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
@@ -293,7 +415,7 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
         make_run(tmp_path / "c", overrides=["num_seq=4", "editor=ultraedit"], editor="ultraedit"),
         make_run(tmp_path / "d", overrides=["num_seq=4", "editor=ultraedit"], editor="ultraedit"),
     ]
-    names = ["stableedit seed=1", "stableedit seed=2 train_path=x.json", "ultraedit #1", "ultraedit #2"]
+    names = ["stableedit seed=1", "stableedit train_path=x.json seed=2", "ultraedit #1", "ultraedit #2"]
     assert labels(open_runs(told)) == names
     assert labels(open_runs(told[:1])) == ["stableedit"]
 
@@ -305,12 +427,16 @@ def test_records_are_paired_by_row_and_only_the_final_ones() -> None:
             for row, n in rows.items()
         ]
 
-    first = final_scores([*lines({3: 0, 1: 1, 2: 2}), *lines({1: 2}, "eval")])
-    second = final_scores(lines({2: 2, 1: 2, 9: 0}))
-    differences = compare(first, second)
+    first = record_scores([*lines({3: 0, 1: 1, 2: 2}), *lines({1: 2}, "eval")], "final")
+    second = record_scores(lines({2: 2, 1: 2, 9: 0, 0: 0}), "final")
+    differences = compare([(first, second)])
     assert {name: (one.mean, one.n) for name, one in differences.items()} == {
         "ES": (0.25, 2), "ES_seq": (0.5, 2), "ES_gen": (0.5, 2),
     }  # fmt: skip
+
+
+def difference_of(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
+    return paired_difference(second - first, np.ones(len(first), dtype=int), seed)
 
 
 def test_sign_flips_agree_with_all_of_them() -> None:
@@ -321,12 +447,76 @@ def test_sign_flips_agree_with_all_of_them() -> None:
         difference = second - first
         flips = np.array(list(itertools.product([-1, 1], repeat=10)))
         exact = (np.abs(flips @ difference) >= abs(difference.sum()) - 1e-9).mean()
-        assert paired_difference(first, second).p == pytest.approx(exact, abs=0.016)
+        assert difference_of(first, second).p == pytest.approx(exact, abs=0.016)
+
+
+def test_far_from_chance_a_bound_tells_what_flips_cannot() -> None:
+    """With 300 records +-1 the exact p is a binomial tail; the bound is above it, and far below 1 / 10,001."""
+    difference = np.repeat([1.0, -1.0], [200, 100])
+    exact = 2 * sum(math.comb(300, k) for k in range(101)) / 2**300
+    p = paired_difference(difference, np.ones(300, dtype=int)).p
+    assert p is not None
+    assert exact < p < 1e-6
+
+
+def test_seeds_are_averaged_by_record() -> None:
+    """By hand: all numbers of all seeds; a record's numbers stay together, so copies of a seed narrow no interval."""
+    rng = np.random.default_rng(0)
+    one = {"ES": (np.arange(50), rng.random(50))}
+    few = {"ES": (np.arange(40, 60), rng.random(20))}
+    both = average([one, few])["ES"]
+    assert both.mean == pytest.approx(np.concatenate([one["ES"][1], few["ES"][1]]).mean())
+    assert both.n == 60
+    alone, copied = average([one])["ES"], average([one] * 4)["ES"]
+    assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high))
+    zero = {"ES": (np.arange(50), np.zeros(50))}
+    once, often = compare([(zero, one)])["ES"], compare([(zero, one)] * 4)["ES"]
+    assert (often.mean, often.low, often.high, often.p, often.n) == pytest.approx(
+        (once.mean, once.low, once.high, once.p, 50)
+    )
+
+
+def test_configurations_are_compared_within_seeds_by_row(tmp_path: Path) -> None:
+    """Seed 2 edits other facts in another order. Within a seed, b answers one record in ten more than a; the seeds'
+    own levels differ by far more, and places mean nothing."""
+    for seed, level, rows in ((1, 0, range(40)), (2, 1, range(79, 39, -1))):
+        for name, gain in (("a", 0), ("b", 1)):
+            right = [level + gain * (row % 10 == 0) for row in rows]
+            order = list(zip(rows, right, strict=True))[:: 1 - 2 * gain]
+            overrides = [f"seed={seed}", f"ablation={name}"]
+            make_run(
+                tmp_path / f"{seed}{name}", overrides=overrides, rows=[i for i, _ in order], right=[n for _, n in order]
+            )
+    text = text_of(write_report([tmp_path]))
+    assert "averaged over seeds" in text
+    assert "stableedit a 25.0 [" in text
+    assert re.search(r"stableedit b 30\.0 \[[^]]*\] 60\.0 · 60\.0", text)  # the seeds' own, as results.json says
+    assert re.search(r"stableedit b \+5\.0 \[\+1\.\d, \+8\.\d\] p = 0\.0", text)
+    assert "within each seed" in text
+
+
+def test_a_seed_that_one_configuration_lacks_is_left_out(tmp_path: Path) -> None:
+    gain = [int(row % 10 == 0) for row in range(40)]
+    make_run(tmp_path / "0", overrides=["seed=1", "ablation=a"], right=[0] * 40)
+    make_run(tmp_path / "1", overrides=["seed=2", "ablation=a"], right=[1] * 40)
+    make_run(tmp_path / "2", overrides=["seed=1", "ablation=b"], right=gain)
+    difference = tables(named_runs(open_runs([tmp_path]))).differences["stableedit b"]
+    assert not isinstance(difference, str)
+    assert difference["ES"].mean == pytest.approx(0.05)
+
+
+def test_p_values_are_adjusted_for_the_comparisons_of_their_score() -> None:
+    def of(p: float | None) -> Difference:
+        return Difference(0.1, 0.0, 0.2, 9, p)
+
+    tests = {"b": {"ES": of(0.01), "LS_gen": of(None)}, "c": {"ES": of(0.04), "LS_gen": of(0.04)}, "d": "why not"}
+    found = adjusted(tests)
+    assert found == pytest.approx({("b", "ES"): 0.02, ("c", "ES"): 0.04, ("c", "LS_gen"): 0.04})
 
 
 def test_a_difference_of_nothing_is_no_difference() -> None:
-    same = paired_difference(np.array([0.0, 1.0, 0.5]), np.array([0.0, 1.0, 0.5]))
-    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+    same = difference_of(np.array([0.0, 1.0, 0.5]), np.array([0.0, 1.0, 0.5]))
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, None)
 
 
 def test_intervals_cover_and_false_alarms_are_as_rare_as_said() -> None:
@@ -339,9 +529,9 @@ def test_intervals_cover_and_false_alarms_are_as_rare_as_said() -> None:
     for trial in range(400):
         known = rng.random(120) < 0.4  # records that both runs get right, or wrong, more often together
         first, second = (np.where(rng.random(120) < 0.7, known, rng.random(120) < 0.4).astype(float) for _ in range(2))
-        one = paired_difference(first, second, seed=trial)
+        one = difference_of(first, second, seed=trial)
         covered += one.low <= 0 <= one.high
-        alarms += one.p < 0.05
+        alarms += one.p is not None and one.p < 0.05
     assert 372 <= covered <= 388, covered
     assert 12 <= alarms <= 28, alarms
 

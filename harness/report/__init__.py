@@ -15,13 +15,15 @@ from pathlib import Path
 import matplotlib
 
 from harness.report import hidden_figure, method_figures, page, score_figures
-from harness.report.drawing import STYLE, Named, Picture, look
-from harness.report.paired import Difference, Scores, compare, final_scores, holm
-from harness.report.runs import Run, labels, open_runs
+from harness.report.drawing import STYLE, Named, Picture, named_runs
+from harness.report.page import Tables
+from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
+from harness.report.runs import Run, open_runs
 from harness.tracking import write_atomically
 
 DRAWINGS = (  # in the order of the page
-    score_figures.scores_over_edits,
+    score_figures.comparison,
+    score_figures.scores,
     score_figures.retention_by_age,
     score_figures.glue_over_edits,
     method_figures.updates_over_turns,
@@ -39,11 +41,10 @@ def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
     ValueError, in one line, where a folder holds no run or a file of a run is damaged, before anything is written.
     """
     runs = open_runs(folders)
-    named = [Named(label, run, look(place)) for place, (label, run) in enumerate(zip(labels(runs), runs, strict=True))]
+    named = named_runs(runs)
     with matplotlib.rc_context(STYLE):
         drawn = [(picture, page.png(picture)) for draw in DRAWINGS if (picture := draw(named)) is not None]
-    differences = against_first(named)
-    text = page.page(named, drawn, differences, adjusted(differences))
+    text = page.page(named, drawn, tables(named))
     target = target or (runs[0].folder if len(runs) == 1 else shared_folder(runs) / "report")
     return write_files(target, text, drawn)
 
@@ -63,30 +64,54 @@ def shared_folder(runs: Sequence[Run]) -> Path:
     return Path(os.path.commonpath([run.folder for run in runs]))
 
 
-def against_first(runs: Sequence[Named]) -> dict[str, Mapping[str, Difference] | str]:
-    """Each later run's paired differences from the first, or the reason why there are none."""
-    if len(runs) < 2:
-        return {}
-    first, scores = runs[0], final_scores(runs[0].run.lines("records.jsonl"))
-    return {named.label: compared(first.run, scores, named.run) for named in runs[1:]}
+def tables(runs: Sequence[Named]) -> Tables:
+    """What is told of configurations: averages over their seeds, and paired differences from the first."""
+    groups: dict[str, list[Run]] = {}
+    for named in runs:
+        groups.setdefault(named.configuration, []).append(named.run)
+    found = Tables({}, {}, {}, {})
+    if len(runs) == 1:
+        return found
+    first, *_ = groups
+    base = [record_scores(run.lines("records.jsonl"), "base") for run in groups[first]]
+    reference = final_scores(groups[first])
+    found.base.update(average(base))
+    for label, members in groups.items():
+        own = reference if label == first else final_scores(members)
+        found.averages[label] = average(own)
+        if label != first:
+            found.differences[label] = compared(groups[first], reference, members, own)
+    found.adjusted.update(adjusted(found.differences))
+    return found
 
 
-def compared(first: Run, scores: Scores, second: Run) -> Mapping[str, Difference] | str:
-    data = [run.about.get("inputs", {}).get("eval") for run in (first, second)]
+def final_scores(runs: Sequence[Run]) -> list[Scores]:
+    return [record_scores(run.lines("records.jsonl"), "final") for run in runs]
+
+
+def compared(
+    first: Sequence[Run], reference: Sequence[Scores], second: Sequence[Run], own: Sequence[Scores]
+) -> Mapping[str, Difference] | str:
+    """Paired differences within each seed that both have; every run with every run where they have none in common."""
+    data = [runs[0].about.get("inputs", {}).get("eval") for runs in (first, second)]
     if data[0] != data[1]:
         return "its facts come from another file"
-    others = final_scores(second.lines("records.jsonl"))
-    if not scores or not others:
-        return f"{'the first run' if not scores else 'it'} has no final scores of single records"
-    return compare(scores, others) or "no record was scored in both runs"
+    if not any(reference) or not any(own):
+        return f"{'it' if any(reference) else 'the first'} has no final scores of single records"
+    pairs = [(a, b) for a in range(len(first)) for b in range(len(second))]
+    same_seed = [(a, b) for a, b in pairs if first[a].seed == second[b].seed]
+    return compare([(reference[a], own[b]) for a, b in same_seed or pairs]) or "no record was scored in both"
 
 
 def adjusted(differences: Mapping[str, Mapping[str, Difference] | str]) -> dict[tuple[str, str], float]:
-    """p-values of all tests of the table, adjusted for their number."""
-    tests = {
-        (label, score): difference.p
-        for label, found in differences.items()
-        if not isinstance(found, str)
-        for score, difference in found.items()
+    """(label, score) -> p-value, adjusted for all tests of that score."""
+    tests: dict[str, dict[str, float]] = {}
+    for label, found in differences.items():
+        for score, difference in found.items() if not isinstance(found, str) else ():
+            if difference.p is not None:
+                tests.setdefault(score, {})[label] = difference.p
+    return {
+        (label, score): p
+        for score, one in tests.items()
+        for label, p in zip(one, holm(list(one.values())), strict=True)
     }
-    return dict(zip(tests, holm(list(tests.values())), strict=True))

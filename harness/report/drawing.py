@@ -15,18 +15,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from harness.report.runs import Columns, Run
+from harness.report.runs import Columns, Run, configurations, labels
 
 # Okabe and Ito's colours, which readers with any common colour blindness tell apart; line styles come to their help.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES: Final = ("-", "--", "-.", (0, (1, 1)))
+DASHES: Final = ("-", "--", "-.", (0, (1, 1)), (0, (9, 3)), (0, (6, 1, 1, 1, 1, 1)))
+MARKERS: Final = ("o", "s", "^", "D", "v", "P")  # of points, beside the line styles
 GREY: Final = "#8a8a8a"
 WARM_UP: Final = "#ececec"
+LETTERS: Final = 10.5  # of a legend, to an inch
+LEGEND_ROW: Final = 0.28  # inches
+MOST_LEGEND_ROWS: Final = 6  # without a second column
+MOST_WIDTH: Final = 11.0  # inches, of a figure that a legend widens
+MOST_BANDS: Final = 4  # intervals of more curves than these would hide each other
 MOST_POINTS: Final = 400  # of a curve; longer ones are drawn as the median of bins, and the 5% to 95% range as a band
 STYLE: Final[Any] = {
     "savefig.dpi": 150,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
     "font.size": 13,
     "axes.titlesize": 13,
     "axes.titlelocation": "left",
@@ -57,16 +65,38 @@ class Picture:
 
 @dataclass(frozen=True)
 class Named:
-    """A run under the name, and in the look, that it has in every picture."""
+    """A run under the name, and in the look, that it has in every picture.
+
+    Runs of a configuration, which differ in the seed alone, share its colour.
+    """
 
     label: str
+    configuration: str
     run: Run
     look: Look
 
 
-def look(place: int) -> dict[str, Any]:
-    """Colour and line style of the series at that place: 28 that differ."""
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
+def look(place: int, variant: int = 0, variants: int = 1) -> dict[str, Any]:
+    """Colour of the series at that place, line style of that one of its `variants`: 42 that differ."""
+    dashes = place // len(COLOURS) * variants + variant
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dashes % len(DASHES)]}
+
+
+def marker(style: Look) -> str:
+    """What stands for a single point of that look."""
+    return MARKERS[DASHES.index(style["linestyle"])]
+
+
+def named_runs(runs: Sequence[Run]) -> list[Named]:
+    """The runs with their names and looks, those of a configuration side by side."""
+    of = configurations(runs)
+    every = list(dict.fromkeys(of))
+    variants = max(map(of.count, every))
+    named = [
+        Named(label, name, run, look(every.index(name), of[:place].count(name), variants))
+        for place, (label, name, run) in enumerate(zip(labels(runs), of, runs, strict=True))
+    ]
+    return sorted(named, key=lambda one: every.index(one.configuration))
 
 
 def curve(ax: Axes, x: np.ndarray, y: np.ndarray, *, over_log: bool = False, **style: Any) -> None:
@@ -99,15 +129,19 @@ def panel_grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def legend_above(figure: Figure, *axes: Axes, extra: Sequence[Any] = ()) -> None:
-    """One legend over the whole figure, each label once, where it covers nothing."""
+    """One legend over the whole figure, each label once, where it covers nothing: the figure grows by what it takes."""
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     entries |= {handle.get_label(): handle for handle in extra}
     if entries:
-        letters = 11 * figure.get_figwidth()  # that fit across at the legend's size
-        columns = max(1, min(len(entries), int(letters / (max(map(len, entries)) + 6))))
+        widest = (max(map(len, entries)) + 7) / LETTERS
+        width, height = figure.get_size_inches()
+        wanted = widest * min(2, math.ceil(len(entries) / MOST_LEGEND_ROWS))  # a second column, where it still fits
+        width = max(width, widest, wanted if wanted <= MOST_WIDTH else 0)
+        columns = max(1, min(len(entries), int(width / widest)))
+        figure.set_size_inches(width, height + (math.ceil(len(entries) / columns) - 1) * LEGEND_ROW)
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
@@ -125,10 +159,13 @@ def legend_beside(ax: Axes, extra: Sequence[Any] = ()) -> None:
         ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
+PERCENT: Final = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+
+
 def percent_axis(ax: Axes) -> None:
-    """Shares as percentages, from just below 0, so that a line at 0 is seen."""
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
-    top = ax.get_ylim()[1]
+    """Shares as percentages, from just below 0, so that a line at 0 is seen, to 1% at least where all are 0."""
+    ax.yaxis.set_major_formatter(PERCENT)
+    top = ax.get_ylim()[1] if values_of(ax).any() else 0.01
     ax.set_ylim(bottom=-0.02 * top, top=top)
 
 
@@ -136,7 +173,9 @@ def log_axis(ax: Axes, which: Literal["x", "y"], lowest: float, highest: float) 
     """A logarithmic axis with few labels, in plain numbers."""
     ax.set(**{f"{which}scale": "log"})
     axis: Axis = getattr(ax, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 100 * lowest else (1.0,)))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if highest < (100 if which == "y" else 30) * lowest else (1.0,))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

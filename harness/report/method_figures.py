@@ -42,6 +42,10 @@ MOMENTS: Final = {
     "key_mean_change": r"$\mu$ of keys",
     "key_std_change": r"$\sigma$ of keys",
 }
+PHASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {  # of meta-training: words, look beside the run's
+    "meta_valid": ("held-out turns", {"marker": "o"}),
+    "meta_train": ("training turns", {"linewidth": 1.0, "alpha": 0.6}),
+}
 PARTS: Final = {"capture": "capture", "update": "update", "apply": "apply"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,9 +73,13 @@ def updates_over_turns(runs: Sequence[Named]) -> Picture | None:
     percent_axis(drifts)
     count_axis(drifts, "turn")
     shaded = shade_warm_up(axes, shown)
-    legend_beside(norms, shaded)
-    cosine_legend(cosines, alone=len(shown) == 1)
-    legend_beside(drifts, [Line2D([], [], color="black", linestyle=":", linewidth=1.5, label="if orthogonal")])
+    orthogonal = Line2D([], [], color="black", linestyle=":", linewidth=1.5, label="drift if orthogonal")
+    if len(shown) > 1:
+        legend_above(figure, norms, extra=[*shaded, *cosine_entries(alone=False), orthogonal])
+    else:
+        legend_beside(norms, shaded)
+        legend_beside(cosines, cosine_entries(alone=True))
+        legend_beside(drifts, [orthogonal])
     return Picture(
         "updates",
         "Updates: size, orthogonality, drift",
@@ -142,13 +150,11 @@ def before(lag: int) -> str:
     return "turn before" if lag == 1 else f"{lag} turns before"
 
 
-def cosine_legend(ax: Axes, alone: bool) -> None:
-    """Of several runs, colours are explained one panel above."""
-    line = Line2D([], [], color="black", label=before(1))
-    cross = Line2D(
-        [], [], color=COLOURS[1] if alone else "black", marker="x", linestyle="", label="random earlier turn"
-    )
-    legend_beside(ax, [cross] if alone else [line, cross])
+def cosine_entries(alone: bool) -> list[Line2D]:
+    """What the cosines are with; of one run, the lines say it themselves."""
+    colour, words = (COLOURS[1], "") if alone else ("black", "cosine with ")
+    cross = Line2D([], [], color=colour, marker="x", linestyle="", label=f"{words}random earlier turn")
+    return [cross] if alone else [Line2D([], [], color=colour, label=f"{words}{before(1)}"), cross]
 
 
 def whole_cosine(modules: Mapping[str, Columns], field: str, with_turn: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -303,8 +309,12 @@ def time_over_turns(runs: Sequence[Named]) -> Picture | None:
     memory.set_ylim(bottom=0)
     loss.set_ylim(bottom=0)
     count_axis(loss, "turn")
-    legend_beside(seconds, shade_warm_up(axes, shown))
-    legend_beside(memory)
+    shaded = shade_warm_up(axes, shown)
+    if len(shown) > 1:
+        legend_above(figure, seconds, extra=shaded)
+    else:
+        legend_beside(seconds, shaded)
+        legend_beside(memory)
     return Picture(
         "time",
         "Time, memory and loss of each turn",
@@ -342,7 +352,8 @@ def meta_training(runs: Sequence[Named]) -> Picture | None:
         ax.set_title(path.removeprefix("meta_loss/").replace("_", " ").replace("grad norm", "norm of the gradient"))
         count_axis(ax, "turn of meta-training")
         fit_values(ax)
-    legend_above(figure, *axes)
+    phases = [Line2D([], [], color="black", label=label, **style) for label, style in PHASES.values()]
+    legend_above(figure, *axes, extra=phases)
     return Picture(
         "meta_training",
         "Meta-training",
@@ -353,9 +364,7 @@ def meta_training(runs: Sequence[Named]) -> Picture | None:
 
 
 def draw_meta(ax: Axes, named: Named, path: str) -> None:
-    for phase, style in (("meta_train", {"linewidth": 1.0, "alpha": 0.6}), ("meta_valid", {"marker": "o"})):
+    for phase, (_, style) in PHASES.items():
         lines = named.run.meta(phase)
         if path in lines:
-            words = "training turns" if phase == "meta_train" else "held-out turns"
-            extra: dict[str, Any] = {**named.look, **style, "label": f"{named.label}, {words}"}
-            curve(ax, lines["turn"], lines[path], **extra)
+            curve(ax, lines["turn"], lines[path], **{**named.look, **style, "label": named.label})

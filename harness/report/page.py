@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 from harness.console import FORMS, SCORES, duration
 from harness.report.drawing import Named, Picture, interval
-from harness.report.paired import RESAMPLES, Difference
+from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import is_share, order
 
 CSS: Final = """
@@ -28,7 +29,9 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
 th { color: #55606e; font-weight: 600; border-bottom-color: #b8c0ca; }
 th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 td small { color: #55606e; }
+.stacked td { vertical-align: top; } .stacked small { display: block; }
 td.far { font-weight: 650; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
 figure { margin: 0; }
@@ -42,14 +45,23 @@ PARTS: Final = ("immediate", "final", "forgetting")  # of a score's retention
 LEVEL: Final = 0.05  # adjusted p-values below it are set bold
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What is told of configurations, by their names; empty of a single run."""
+
+    base: dict[str, Average]  # of each score, the base model's, on the facts of the first configuration's runs
+    averages: dict[str, dict[str, Average]]
+    differences: dict[str, Mapping[str, Difference] | str]  # from the first, or why there are none
+    adjusted: dict[tuple[str, str], float]  # (name, score) -> p-value adjusted for all tests of that score
+
+
 def page(
     runs: Sequence[Named],
     pictures: Iterable[tuple[Picture, bytes]],  # with the PNG of each
-    differences: Mapping[str, Mapping[str, Difference] | str],  # by label: of each score, or why there is none
-    adjusted: Mapping[tuple[str, str], float],  # (label, score) -> p-value adjusted for their number
+    tables: Tables,
 ) -> str:
     """The whole page; every picture is inside it."""
-    body = [*_head(runs), *_results(runs), *_comparison(runs, differences, adjusted)]
+    body = [*_head(runs), *_averages(runs, tables), *_results(runs), *_comparison(runs, tables), *_retention(runs)]
     for picture, png in pictures:
         image = base64.b64encode(png).decode()
         body.append(f"<h2>{escape(picture.title)}</h2>")
@@ -87,21 +99,21 @@ def _head(runs: Sequence[Named]) -> Iterator[str]:
             yield f'<p class="warning"><b>{escape(named.label)}</b>: {escape(named.run.unfinished)}.</p>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, stacked: bool = False) -> str:
+    """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow."""
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<div class="scroll"><table><tr>{titles}</tr>{"".join(lines)}</table></div>'
+    kind = ' class="stacked"' if stacked else ""
+    return f'<div class="scroll"><table{kind}><tr>{titles}</tr>{"".join(lines)}</table></div>'
 
 
 def _results(runs: Sequence[Named]) -> Iterator[str]:
     """Base, final and change of one run; of several, the final scores side by side."""
-    yield "<h2>Scores</h2>"
+    yield "<h2>Scores of each run</h2>" if len(runs) > 1 else "<h2>Scores</h2>"
     if not any(named.run.results.get(stage) for named in runs for stage in ("base", "final")):
         yield '<p class="note">No evaluation is complete yet.</p>'
         return
     yield _one_runs_results(runs[0]) if len(runs) == 1 else _all_runs_results(runs)
-    yield from _retention(runs)
     note = "Percent where the score is a share; means over records with 95% bootstrap intervals."
     yield f'<p class="note">{note} {"".join(_cost(named) for named in runs if len(runs) == 1)}</p>'
 
@@ -119,13 +131,63 @@ def _one_runs_results(named: Named) -> str:
 
 def _all_runs_results(runs: Sequence[Named]) -> str:
     names = sorted(dict.fromkeys(n for named in runs for n in named.run.results.get("final", {})), key=order)
-    bases = {tuple(_score(name, named.run.results.get("base", {}).get(name)) for name in names) for named in runs}
-    rows = [["base model", *cells] for cells in (sorted(bases) if len(bases) == 1 else ())]
-    rows += [
+    rows = _base_rows(runs, names) + [
         [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
         for named in runs
     ]
-    return _table(["run", *names], rows)
+    return _table(["run", *names], rows, stacked=True)
+
+
+def _base_rows(runs: Sequence[Named], names: Sequence[str]) -> list[list[str]]:
+    """One row, unless runs asked the base model about other facts: then each says of which seeds, or runs, it is."""
+    bases: dict[tuple[str, ...], list[Named]] = {}
+    for named in runs:
+        cells = tuple(_score(name, named.run.results.get("base", {}).get(name)) for name in names)
+        bases.setdefault(cells, []).append(named)
+    seeds = [{named.run.seed for named in members} for members in bases.values()]
+    by_seed = sum(map(len, seeds)) == len(set.union(*seeds))
+    rows = []
+    for cells, members in bases.items():
+        of = [f"seed={named.run.seed}" if by_seed else named.label for named in members]
+        told = f", {escape(', '.join(dict.fromkeys(of)))}" if len(bases) > 1 else ""
+        rows.append([f"base model{told}", *cells])
+    return rows
+
+
+def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
+    """Means over records and seeds, where runs differ in the seed alone."""
+    groups: dict[str, list[Named]] = {}
+    for named in runs:
+        groups.setdefault(named.configuration, []).append(named)
+    names = sorted({name for named in runs for name in named.run.results.get("final", {})}, key=order)
+    if len(groups) == len(runs) or not names:
+        return
+    first, *_ = groups.values()
+    yield "<h2>Scores, averaged over seeds</h2>"
+    rows = [["base model", *(_averaged(name, first, "base", tables.base) for name in names)]]
+    rows += [
+        [_swatch(members[0], label), *(_averaged(name, members, "final", tables.averages[label]) for name in names)]
+        for label, members in groups.items()
+    ]
+    yield _table(["configuration", *names], rows, stacked=True)
+    seeds = list(dict.fromkeys(f"{named.run.seed}" for named in runs))
+    yield (
+        '<p class="note">Means over records and seeds; in brackets a 95% bootstrap interval over records, each '
+        "resampled with all that the seeds scored of it; below it each seed's own mean (seeds "
+        f"{escape(', '.join(seeds))}, where a configuration has them, in this order). The interval says what other "
+        "facts would change; what another seed would change, only the seeds' own means tell. Percent where the score "
+        "is a share.</p>"
+    )
+
+
+def _averaged(name: str, members: Sequence[Named], stage: str, averages: Mapping[str, Average]) -> str:
+    every = [named.run.results.get(stage, {}).get(name) for named in members]
+    means = [interval(score)[0] for score in every if score is not None]
+    if not means:
+        return "-"
+    found = averages.get(name)
+    whole = asdict(found) if found else sum(means) / len(means)
+    return f"{_score(name, whole)} <small>{' · '.join(_score(name, one) for one in means)}</small>"
 
 
 def _retention(runs: Sequence[Named]) -> Iterator[str]:
@@ -140,41 +202,51 @@ def _retention(runs: Sequence[Named]) -> Iterator[str]:
         yield _table(["run", "score", "right after its turn", "at the end", "forgotten"], rows)
 
 
-def _comparison(
-    runs: Sequence[Named],
-    differences: Mapping[str, Mapping[str, Difference] | str],
-    adjusted: Mapping[tuple[str, str], float],
-) -> Iterator[str]:
-    if not differences:
+def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
+    if not tables.differences:
         return
-    yield f"<h2>Each run against {escape(runs[0].label)}</h2>"
-    found = {label: one for label, one in differences.items() if not isinstance(one, str)}
-    names = sorted(dict.fromkeys(name for one in found.values() for name in one), key=order)
+    yield f"<h2>Each against {escape(runs[0].configuration)}</h2>"
+    found = {label: one for label, one in tables.differences.items() if not isinstance(one, str)}
+    every = sorted({name for one in found.values() for name in one}, key=order)
+    names = [name for name in every if any(name in one and one[name].p is not None for one in found.values())]
     if names:
-        compared = [named for named in runs if named.label in found]
-        yield _table(["run", *names], (_differences(named, names, found[named.label], adjusted) for named in compared))
-        yield (
-            '<p class="note">Difference in percentage points over the records that both runs scored at their end, '
-            "paired by row of the data file: mean with a 95% paired bootstrap interval, and p of a two-sided sign-flip "
-            f"permutation test ({RESAMPLES:,} flips), adjusted for all {len(adjusted)} tests of this table (Holm). "
-            f"Bold where p &lt; {LEVEL}.</p>"
-        )
-    for label, why in differences.items():
+        swatches = {named.configuration: _swatch(named, named.configuration) for named in reversed(runs)}
+        rows = [
+            [swatches[label], *(_difference(one.get(name), tables.adjusted.get((label, name))) for name in names)]
+            for label, one in found.items()
+        ]
+        yield _table(["configuration", *names], rows, stacked=True)
+        yield f'<p class="note">{_how_compared(runs)}</p>'
+    if same := [name for name in every if name not in names]:
+        yield f'<p class="note">No record differs in {", ".join(same)}: nothing to test.</p>'
+    for label, why in tables.differences.items():
         if isinstance(why, str):
             yield f'<p class="note">{escape(label)} is not compared: {escape(why)}.</p>'
 
 
-def _differences(
-    named: Named, names: Sequence[str], found: Mapping[str, Difference], adjusted: Mapping[tuple[str, str], float]
-) -> list[str]:
-    return [_swatch(named), *(_difference(found.get(name), adjusted.get((named.label, name))) for name in names)]
+def _how_compared(runs: Sequence[Named]) -> str:
+    several = len({named.run.seed for named in runs}) > 1
+    seeds = (
+        "Runs are compared within each seed that both configurations have (where they have none in common, each with "
+        "each), and a record's differences are taken together. "
+    )
+    return (
+        f"{seeds * several}Difference in percentage points over the records that both runs scored at their end, paired "
+        "by row of the data file, wherever the order of edits put it: mean with a 95% bootstrap interval over records, "
+        f"and p of a two-sided sign-flip test over records ({RESAMPLES:,} flips; below 1 in {RESAMPLES:,}, Hoeffding's "
+        "bound), adjusted for all comparisons in its column (Holm). Columns are not adjusted for each other: decide "
+        f"before looking which score counts. Where no record differs there is nothing to test. Bold where p &lt; "
+        f"{LEVEL}."
+    )
 
 
 def _difference(difference: Difference | None, p: float | None) -> str:
-    if difference is None or p is None:
+    if difference is None:
         return "-"
+    if p is None:
+        return "0.0 <small>no record differs</small>"
     mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
-    text = f"{mean:+.1f} <small>[{low:+.1f}, {high:+.1f}] p {_p(p)}</small>"
+    text = f"{mean:+.1f} <small>[{low:+.1f}, {high:+.1f}]</small> <small>p {_p(p)}</small>"
     return f"<b>{text}</b>" if p < LEVEL else text
 
 
@@ -217,8 +289,9 @@ def _cost(named: Named) -> str:
     return f"{cost['turns']:,} turns{each}; {cost['edits']:,} facts edited." if "turns" in cost else ""
 
 
-def _swatch(named: Named) -> str:
-    return f'<span class="swatch" style="background:{named.look["color"]}"></span>{escape(named.label)}'
+def _swatch(named: Named, label: str | None = None) -> str:
+    """The run's colour and name, or that of its configuration."""
+    return f'<span class="swatch" style="background:{named.look["color"]}"></span>{escape(label or named.label)}'
 
 
 def _about(named: Named) -> str:

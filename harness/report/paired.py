@@ -1,55 +1,111 @@
-"""Are two runs different? Paired statistics over the records both were scored on."""
+"""Are two configurations different? Averages and paired statistics over the records their runs were scored on."""
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-RESAMPLES: Final = 10_000  # of the bootstrap, and sign flips of the test: the smallest p is 1 / 10,001
+RESAMPLES: Final = 10_000  # of the bootstrap, and sign flips of the test: what they tell of p ends at 1 / 10,001
 CELLS: Final = 4_000_000  # numbers drawn at once
 
-Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # protocol -> (rows of the data file, sorted; their scores)
+Column = tuple[np.ndarray, np.ndarray]  # (rows of the data file, sorted, each once; a number of each)
+Scores = dict[str, Column]  # of one run
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Second run minus first, over the records that both scored."""
+class Average:
+    """The mean over records, and over the runs that asked about them."""
 
     mean: float
-    low: float  # 95% percentile bootstrap over records
+    low: float  # 95% percentile bootstrap over records, each with all that its runs scored
     high: float
-    p: float  # two-sided sign-flip permutation test
-    n: int
+    n: int  # records
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
-    """The mean of second - first with a 95% paired bootstrap interval, and the p-value of a sign-flip test.
+@dataclass(frozen=True)
+class Difference(Average):
+    """What a configuration scored more than another on the records that both were asked about."""
 
-    Null hypothesis of the test: a record's two scores could as well be exchanged, so that its difference could carry
-    either sign. p = (1 + flips with |mean| at least the observed) / (1 + flips), which is valid at any n. Differences
-    take few values, so both draw from their histogram: the bootstrap a multinomial, the flips a binomial a value.
+    p: float | None  # two-sided, of a sign-flip test over records; None where no record differs: nothing to test
+
+
+def average(runs: Sequence[Scores]) -> dict[str, Average]:
+    """Each score of the runs together, records resampled alike in all of them."""
+    names = dict.fromkeys(name for scores in runs for name in scores)
+    return {name: Average(*_mean(*_by_record([one[name] for one in runs if name in one]))) for name in names}
+
+
+def compare(pairs: Sequence[tuple[Scores, Scores]]) -> dict[str, Difference]:
+    """Each score's difference, second minus first, over the rows of the data file that both runs of a pair scored.
+
+    Empty where the runs of no pair share a row.
     """
-    difference = np.round(second - first, 12)  # 2/3 - 1/3 and 1/3 - 0 are the same difference
-    rng = np.random.default_rng(seed)
-    values, counts = np.unique(difference, return_counts=True)
-    n = int(counts.sum())
-    mean = float(values @ counts / n)
-    resampled = np.concatenate([rng.multinomial(n, counts / n, size=size) @ values / n for size in _blocks(values)])
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Difference(mean, float(low), float(high), _sign_flip_p(difference, mean, rng), n)
+    names = dict.fromkeys(name for first, second in pairs for name in first if name in second)
+    found = {
+        name: _by_record([_shared(a[name], b[name]) for a, b in pairs if name in a and name in b]) for name in names
+    }
+    return {name: paired_difference(sums, counts) for name, (sums, counts) in found.items() if len(sums)}
 
 
-def _sign_flip_p(difference: np.ndarray, mean: float, rng: np.random.Generator) -> float:
-    sizes, counts = np.unique(np.abs(difference), return_counts=True)
-    observed = abs(mean) * len(difference) - 1e-9  # rounding must not make a tie a miss
+def _shared(first: Column, second: Column) -> Column:
+    rows, here, there = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
+    return rows, second[1][there] - first[1][here]
+
+
+def _by_record(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of the data file, the sum of its numbers and how many there are."""
+    rows, values = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    _, place = np.unique(rows, return_inverse=True)
+    return np.bincount(place, values), np.bincount(place)
+
+
+def paired_difference(
+    sums: np.ndarray,  # (records,) of a record's differences, over its pairs of runs
+    counts: np.ndarray,  # (records,) of those pairs
+    seed: int = 0,
+) -> Difference:
+    """The mean difference with a 95% bootstrap interval, and the p-value of a sign-flip test, both over records.
+
+    Null hypothesis of the test: the two configurations could as well be exchanged on a record, so that its sum could
+    carry either sign. p = (1 + flips with |total| at least the observed) / (1 + flips), which is valid at any n. Below
+    what so many flips can tell, Hoeffding's bound on their exact share (1963, theorem 2) stands in: 2 exp(-total^2 / (2
+    sum of squares)).
+    """
+    if not _rounded(sums).any():
+        return Difference(0.0, 0.0, 0.0, len(sums), None)
+    flipped = _sign_flip_p(sums, np.random.default_rng([seed, 1]))
+    bound = 2 * math.exp(-(sums.sum() ** 2) / (2 * (sums**2).sum()))
+    return Difference(*_mean(sums, counts, seed), min(flipped, bound))
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float, float, int]:
+    """(mean, low, high, records). Records take few values, so the bootstrap draws their histogram, a multinomial."""
+    values, n_each = np.unique(np.stack([_rounded(sums), counts]), axis=1, return_counts=True)  # (2, values)
+    rng, n = np.random.default_rng(seed), len(sums)
+    drawn = np.concatenate([rng.multinomial(n, n_each / n, size=size) @ values.T for size in _blocks(n_each)])
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return float(sums.sum() / counts.sum()), float(low), float(high), n
+
+
+def _sign_flip_p(sums: np.ndarray, rng: np.random.Generator) -> float:
+    """Flips, too, are drawn as a histogram: a binomial for each size."""
+    sizes, n_each = np.unique(np.abs(_rounded(sums)), return_counts=True)
+    observed = abs(sums.sum()) - 1e-9  # rounding must not make a tie a miss
     reached = 0
     for block in _blocks(sizes):
-        flipped = (2 * rng.binomial(counts, 0.5, size=(block, len(counts))) - counts) @ sizes
+        flipped = (2 * rng.binomial(n_each, 0.5, size=(block, len(n_each))) - n_each) @ sizes
         reached += int((np.abs(flipped) >= observed).sum())
     return (1 + reached) / (1 + RESAMPLES)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """2/3 - 1/3 and 1/3 - 0 are the same difference."""
+    return np.round(values, 12)
 
 
 def _blocks(values: np.ndarray) -> Iterable[int]:
@@ -68,14 +124,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def final_scores(lines: Iterable[Mapping[str, Any]]) -> Scores:
-    """From records.jsonl, what the final model scored on each record, under the names that scores have everywhere."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:
+    """From records.jsonl, what the model of that stage scored on each record, under the names that scores have."""
+    found: dict[str, tuple[array[int], array[float]]] = {}
     for line in lines:
-        if line.get("stage") != "final" or not line.get("tokens"):
+        if line.get("stage") != stage or not line.get("tokens"):
             continue
         for form, score in forms(line):
-            rows, scores = found.setdefault(line["protocol"] + form, ([], []))
+            rows, scores = found.setdefault(line["protocol"] + form, (array("q"), array("d")))
             rows.append(line["index"])
             scores.append(score)
     return {name: _sorted(np.array(rows), np.array(scores)) for name, (rows, scores) in found.items()}
@@ -92,18 +148,6 @@ def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield form, float(line[field])
 
 
-def _sorted(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sorted(rows: np.ndarray, scores: np.ndarray) -> Column:
     unique, first = np.unique(rows, return_index=True)
     return unique, scores[first]
-
-
-def compare(first: Scores, second: Scores) -> dict[str, Difference]:
-    """Each score's difference over the rows of the data file that both runs scored; none where they share no row."""
-    differences = {}
-    for name in first:
-        if name not in second:
-            continue
-        _, here, there = np.intersect1d(first[name][0], second[name][0], assume_unique=True, return_indices=True)
-        if len(here):
-            differences[name] = paired_difference(first[name][1][here], second[name][1][there])
-    return differences

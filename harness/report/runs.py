@@ -36,6 +36,10 @@ class Run:
         return self.about["status"] == "finished"
 
     @property
+    def seed(self) -> Any:
+        return self.about["config"].get("seed")
+
+    @property
     def unfinished(self) -> str | None:
         """What to tell of a run that has not come to its end; None where it has."""
         if self.finished:
@@ -204,12 +208,31 @@ def under(table: Columns, prefix: str) -> dict[str, Columns]:
 
 def labels(runs: Sequence[Run]) -> list[str]:
     """A short name for each run: its editor, and of its overrides those that not all runs share. No name is twice."""
-    overrides = [_overrides(run) for run in runs]
-    shared = set.intersection(*(set(one.items()) for one in overrides)) if overrides else set()
-    names = [
+    return _numbered(_names(runs, [_overrides(run) for run in runs]))
+
+
+def configurations(runs: Sequence[Run]) -> list[str]:
+    """The name of each run's configuration: of all that was chosen but the seed. Runs that repeat a seed are apart."""
+    chosen = [{key: value for key, value in _overrides(run).items() if key != "seed"} for run in runs]
+    facts = [run.about.get("inputs", {}).get("eval") for run in runs]
+    names = _names(runs, chosen)
+    keys = [(name, tuple(sorted(one.items())), data) for name, one, data in zip(names, chosen, facts, strict=True)]
+    seeded = [(key, run.seed) for key, run in zip(keys, runs, strict=True)]
+    apart = [(key, seeded[:place].count(seeded[place])) for place, key in enumerate(keys)]
+    distinct = list(dict.fromkeys(apart))
+    name_of = dict(zip(distinct, _numbered([name for (name, *_), _ in distinct]), strict=True))
+    return [name_of[one] for one in apart]
+
+
+def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
+    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
+    return [
         " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
-        for run, one in zip(runs, overrides, strict=True)
+        for run, one in zip(runs, chosen, strict=True)
     ]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
     return [
         name if names.count(name) == 1 else f"{name} #{names[: place + 1].count(name)}"
         for place, name in enumerate(names)
@@ -222,9 +245,9 @@ def _overrides(run: Run) -> dict[str, str]:
 
 
 def _told(overrides: Mapping[str, str], shared: set[tuple[str, str]]) -> list[str]:
-    """Values alone where the value says enough (a word), else key=value; of a path, its last part."""
+    """Values alone where the value says enough (a word), else key=value; of a path, its last part. The seed is last."""
     told = []
-    for key, value in overrides.items():
+    for key, value in sorted(overrides.items(), key=lambda item: item[0] == "seed"):
         if (key, value) in shared or key == "editor":
             continue
         short = value.rsplit("/", 1)[-1]

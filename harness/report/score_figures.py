@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from harness.console import FORMS, NOT_SHARES, SCORES
 from harness.report.drawing import (
     DASHES,
     GREY,
+    LETTERS,
+    MARKERS,
+    MOST_BANDS,
+    PERCENT,
     Look,
     Named,
     Picture,
     count_axis,
     interval,
     legend_above,
+    log_axis,
     look,
+    marker,
     panel_grid,
     percent_axis,
 )
@@ -28,7 +37,13 @@ from harness.report.runs import Run
 
 FORM_WORDS: Final = FORMS | {"": "token by token", "contains": "generated text contains it"}
 TITLES: Final = {"LS_kl": "LS_kl  KL from base, nats", "perplexity": "perplexity of a fixed text"}
+STAGES: Final = ("base", "final")
+BASE: Final = {"color": "#6b6b6b"}
+ROW: Final = 0.3  # inches a row of a dot plot
 GLUE_WAYS: Final = {"likelihood": "likelihood of the labels", "generation": "generated answer"}
+LS_NOTE: Final = (
+    "LS is accuracy on the true answers of unrelated questions: compare it with the base model's, not with 100%."
+)
 GLUE_NOTE: Final = (
     "A generated answer can be invalid, which counts as wrong; the likelihood of the labels is the number to trust."
 )
@@ -51,10 +66,19 @@ def is_share(name: str) -> bool:
     return score in SCORES and form not in NOT_SHARES
 
 
-def order(name: str) -> tuple[bool, int, str]:
-    """Token accuracy first, then its other forms, then what is no share."""
-    form = name.partition("_")[2]
-    return not is_share(name), list(FORMS).index(form) if form in FORMS else len(FORMS), form
+def order(name: str) -> tuple[bool, int, str, int]:
+    """Token accuracy first, then its other forms, then what is no share; edits before rephrases before localities."""
+    score, _, form = name.partition("_")
+    place = list(FORMS).index(form) if form in FORMS else len(FORMS)
+    return not is_share(name), place, form, list(SCORES).index(score) if score in SCORES else len(SCORES)
+
+
+def scores(runs: Sequence[Named]) -> Picture | None:
+    """Over edits where there are evaluations on the way; else, of one run, before and after."""
+    stages = {line["stage"] for named in runs for line in named.run.evaluations}
+    if "eval" in stages or (stages and "final" not in stages):
+        return scores_over_edits(runs)
+    return before_and_after(runs[0]) if len(runs) == 1 and stages else None
 
 
 def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
@@ -66,7 +90,7 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
     figure, axes = panel_grid(len(panels), 3)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for line in lines:
-            draw_score(ax, line)
+            draw_score(ax, line, bands=len(lines) <= MOST_BANDS)
         finish_panel(ax, title, is_share(lines[0].score))
         facts_axis(ax)
     base = Line2D([], [], color=GREY if len(runs) > 1 else "black", linestyle=":", linewidth=1.6, label="base model")
@@ -74,9 +98,8 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
     return Picture(
         "scores",
         "Scores over edits",
-        "Mean over the facts written so far; bands are 95% bootstrap intervals over records. The base model is asked "
-        "about all facts of the run. LS is accuracy on the true answers of unrelated questions: compare it with the "
-        "base model's, not with 100%.",
+        f"Mean over the facts written so far; {bands_note(len(runs))} The base model is asked about all facts of the "
+        f"run. {LS_NOTE}",
         figure,
     )
 
@@ -103,27 +126,35 @@ def all_runs_panels(runs: Sequence[Named], names: Sequence[str]) -> dict[str, li
     }
 
 
-def draw_score(ax: Axes, line: ScoreLine) -> None:
+def bands_note(curves: int) -> str:
+    if curves <= MOST_BANDS:
+        return "bands are 95% bootstrap intervals."
+    return f"intervals of more than {MOST_BANDS} runs would hide each other, and are in the tables."
+
+
+def draw_score(ax: Axes, line: ScoreLine, bands: bool) -> None:
     found = [one for one in line.run.evaluations if one["scores"].get(line.score) is not None]
     for one in found:
         if one["stage"] == "base":
             mean, *_ = interval(one["scores"][line.score])
             ax.axhline(mean, color=line.base_colour, linestyle=":", linewidth=1.6, zorder=1)
     points = {line.run.edits_after(one["turn"]): one["scores"][line.score] for one in found if one["stage"] != "base"}
-    draw_points(ax, points, line.look, line.label)
+    draw_points(ax, points, line.look, line.label, bands)
 
 
-def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str | None) -> None:
+def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str | None, bands: bool) -> None:
     """Scores over x with their intervals as a band; one alone with an error bar."""
     if not points:
         return
     x = list(points)
     mean, low, high = np.array([interval(score) for score in points.values()]).T
     if len(x) == 1:
-        ax.errorbar(x, mean, [mean - low, high - mean], color=style["color"], marker="o", capsize=4, label=label)
+        errors = [mean - low, high - mean]
+        ax.errorbar(x, mean, errors, color=style["color"], marker=marker(style), capsize=4, label=label)
         return
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    ax.plot(x, mean, **style, marker="o", label=label)
+    if bands:
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    ax.plot(x, mean, **style, marker=marker(style), label=label)
 
 
 def finish_panel(ax: Axes, title: str, share: bool) -> None:
@@ -135,6 +166,100 @@ def finish_panel(ax: Axes, title: str, share: bool) -> None:
 def facts_axis(ax: Axes) -> None:
     count_axis(ax, "facts edited")
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Base and final scores
+
+
+def before_and_after(named: Named) -> Picture:
+    """A row a score that is a share: the base model's, and the edited model's."""
+    stages = {stage: named.run.results.get(stage, {}) for stage in STAGES}
+    names = sorted({name for found in stages.values() for name in found if is_share(name)}, key=order)
+    figure = Figure(figsize=(8, 1.4 + ROW * len(names)))
+    ax = figure.subplots()
+    for stage, style, label in (("base", BASE, "base model"), ("final", named.look, "edited model")):
+        rows = {row: stages[stage][name] for row, name in enumerate(names) if stages[stage].get(name) is not None}
+        draw_row_points(ax, rows, style["color"], MARKERS[stage == "base"], label)
+    rows_axis(ax, [f"{name}  {row_words(name)}" for name in names])
+    ax.xaxis.set_major_formatter(PERCENT)
+    legend_above(figure, ax)
+    others = sorted({name for found in stages.values() for name in found if not is_share(name)}, key=order)
+    more = f" {' and '.join(others)}, no shares, are in the table." if others else ""
+    return Picture("scores", "Scores", f"Means over records with 95% bootstrap intervals. {LS_NOTE}{more}", figure)
+
+
+def row_words(name: str) -> str:
+    score, _, form = name.partition("_")
+    return ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
+
+
+def comparison(runs: Sequence[Named]) -> Picture | None:
+    """A panel a score, a row a run: what its edited model scored, and the base model."""
+    shown = [named for named in runs if named.run.results.get("final")]
+    if len(runs) < 2 or not shown:
+        return None
+    every = sorted({name for named in shown for name in named.run.results["final"]}, key=order)
+    names = [name for name in every if any(_mean(named, stage, name) for named in shown for stage in STAGES)]
+    if not names:
+        return None
+    figure, axes = panel_grid(len(names), 3)
+    rows = math.ceil(len(names) / 3)
+    label_width = max(len(named.label) for named in shown) / LETTERS + 0.4
+    figure.set_size_inches(label_width + 2.9 * min(3, len(names)), rows * (ROW * len(shown) + 1.1) + 0.6)
+    for place, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        rows_axis(ax, [named.label for named in shown])
+        draw_comparison(ax, shown, name)
+        ax.tick_params(labelleft=place % 3 == 0)
+    base = Line2D([], [], color=BASE["color"], linestyle=":", linewidth=1.6, label="base model, on the run's facts")
+    legend_above(figure, extra=[base])
+    left_out = [name for name in every if name not in names]
+    zero = f" Left out, being 0 for every run and for the base model: {', '.join(left_out)}." if left_out else ""
+    return Picture(
+        "comparison",
+        "Final scores",
+        "Means over records with 95% bootstrap intervals, each run's own; runs that differ in the seed alone have one "
+        f"colour. Runs on the same facts are told apart more sharply by the paired differences above. {LS_NOTE}{zero}",
+        figure,
+    )
+
+
+def draw_comparison(ax: Axes, runs: Sequence[Named], name: str) -> None:
+    """Of the base model a piece of line a row, which is one line where all runs have the same."""
+    for row, named in enumerate(runs):
+        if (score := named.run.results["final"].get(name)) is not None:
+            draw_row_points(ax, {row: score}, named.look["color"], marker(named.look), None)
+    bases = np.array([_mean(named, "base", name) for named in runs], dtype=float)  # NaN where there is none
+    edges = np.arange(len(runs))[:, None] + [-0.5, 0.5]
+    ax.plot(np.repeat(bases, 2), edges.flat, color=BASE["color"], linestyle=":", linewidth=1.6, zorder=1)
+    ax.set_title(TITLES.get(name, name))
+    if is_share(name):
+        ax.xaxis.set_major_formatter(PERCENT)
+    means = np.array([*bases, *(_mean(named, "final", name) for named in runs)], dtype=float)
+    if not is_share(name) and np.nanmin(means) > 0 and np.nanmax(means) > 10 * np.nanmin(means):
+        log_axis(ax, "x", np.nanmin(means), np.nanmax(means))
+
+
+def _mean(named: Named, stage: str, name: str) -> float | None:
+    score = named.run.results.get(stage, {}).get(name)
+    return None if score is None else interval(score)[0]
+
+
+def draw_row_points(ax: Axes, scores: Mapping[int, Any], colour: str, shape: str, label: str | None) -> None:
+    """Scores by row, each with its interval."""
+    mean, low, high = np.array([interval(score) for score in scores.values()]).reshape(-1, 3).T
+    errors = [mean - low, high - mean]
+    ax.errorbar(
+        mean, list(scores), xerr=errors, label=label, color=colour, marker=shape, linestyle="", capsize=3, markersize=6
+    )
+
+
+def rows_axis(ax: Axes, names: Sequence[str]) -> None:
+    """A row a name, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    ax.tick_params(axis="y", length=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +276,7 @@ def retention_by_age(runs: Sequence[Named]) -> Picture | None:
     for ax, protocol in zip(axes, protocols, strict=True):
         for label, (named, ages) in curves.items():
             points = {float(every_age.index(age)): score for age, score in ages.get(protocol, {}).items()}
-            draw_points(ax, points, named.look, label if len(runs) > 1 else None)
+            draw_points(ax, points, named.look, label if len(runs) > 1 else None, bands=len(curves) <= MOST_BANDS)
         ax.set_xticks(range(len(every_age)), [f"{age:,}" for age in every_age])
         ax.set_xlabel("age of the facts, turns")
         finish_panel(ax, f"{protocol}  {SCORES.get(protocol, '')}", share=True)
@@ -160,8 +285,7 @@ def retention_by_age(runs: Sequence[Named]) -> Picture | None:
         "retention",
         "Retention by age",
         "Token accuracy on a fixed sample of each turn's facts, asked again when so many more turns had gone by (0: "
-        "right after their own); bands are 95% bootstrap intervals, there once a run is over. Only the early turns' "
-        "facts reach a great age.",
+        f"right after their own); {bands_note(len(curves))} Only the early turns' facts reach a great age.",
         figure,
     )
 
@@ -196,19 +320,19 @@ def glue_over_edits(runs: Sequence[Named]) -> Picture | None:
         for label, (named, scores) in found.items():
             ways = scores.get(task, {})
             if len(runs) > 1:
-                draw_points(ax, ways.get("likelihood", {}), named.look, label)
+                draw_points(ax, ways.get("likelihood", {}), named.look, label, bands=len(found) <= MOST_BANDS)
             else:
                 for place, (way, words) in enumerate(GLUE_WAYS.items()):
                     style = look(place) | {"linestyle": DASHES[place]}  # the two often agree
-                    draw_points(ax, ways.get(way, {}), style, words)
+                    draw_points(ax, ways.get(way, {}), style, words, bands=True)
         finish_panel(ax, task.replace("_", " "), share=True)
         facts_axis(ax)
     legend_above(figure, *axes)
     return Picture(
         "glue",
         "GLUE over edits",
-        "Accuracy on tasks that the edits have nothing to do with, at 0 that of the base model; bands are 95% "
-        "bootstrap intervals over rows. " + (GLUE_NOTE if len(runs) == 1 else "By the likelihood of the labels."),
+        "Accuracy on tasks that the edits have nothing to do with, at 0 that of the base model; "
+        f"{bands_note(len(found))} {GLUE_NOTE if len(runs) == 1 else 'By the likelihood of the labels.'}",
         figure,
     )
 
