@@ -43,7 +43,7 @@ from harness.downstream import Downstream
 from harness.evaluate_only import evaluate_only
 from harness.hidden import HiddenStates
 from harness.interrupt import Interrupted, Interruption
-from harness.launching import last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
+from harness.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.networks import MODEL
 from harness.plan import (
     Plan,
@@ -81,6 +81,7 @@ def main() -> None:
             if ranks.rank > 0:
                 ranks.follow(Held())
                 return
+            check_launcher(sys.argv[1:], ranks.size)
             check_command_line(sys.argv[1:])
             sys.argv[1:] = waiting_for_choices(sys.argv[1:])
             job()

@@ -55,6 +55,8 @@ SAFELY_FINITE = 1e38
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
 
+# Entries of a weight that are checked together.
+CHECKED = 1 << 22
 # Integer types by their size in bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -185,7 +187,8 @@ def _random_llama(name: str, cache_dir: Path) -> Path:
     target = cache_dir / "models" / f"random-llama-{recipe}"
     if target.is_dir() and not _is_whole(target):
         log.warning("%s: damaged, not what was written; it is made again", target)
-        shutil.rmtree(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as away, contextlib.suppress(FileNotFoundError):
+            target.rename(Path(away) / target.name)  # unless another process has just done so
     if not target.is_dir():
         _make_folder(target, _write_random_llama)
     return target
@@ -471,7 +474,14 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return int(tensor.view(INTEGERS[tensor.itemsize]).sum(dtype=torch.int64))
+    """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
+    bits, total = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1), 0
+    for first in range(0, len(bits), CHECKED):
+        piece = bits[first : first + CHECKED].to(torch.int64)
+        places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
+        places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
+        total += int((piece * ((places ^ (places >> 29)) | 1)).sum())
+    return total % 2**64
 
 
 class _Tracer:
@@ -1005,7 +1015,7 @@ class LanguageModel:
         return all(edited.is_original() for edited in self.edited.values())
 
     def checksums(self) -> dict[str, int]:
-        """The sum of each edited weight's bits, read as integers, which differs where two copies of it do."""
+        """A number for each edited weight, of all its bits in their places, in which two copies that differ differ."""
         return {name: _checksum(edited.master) for name, edited in self.edited.items()}
 
     def fingerprint(self) -> str:

@@ -58,7 +58,7 @@ def _beside(path: Path) -> Path:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write beside and rename; the SHA-256 comes last, so a file that has one was complete."""
+    """Write beside and rename: a file that has its SHA-256 beside it was complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     digest = hashlib.sha256()
@@ -68,9 +68,8 @@ def _write(path: Path, lines: Iterable[str]) -> None:
             while block := "".join(itertools.islice(rest, 1024)).encode():
                 file.write(block)
                 digest.update(block)
-        _beside(path).unlink(missing_ok=True)
+        _beside(path).write_text(digest.hexdigest())  # first: a process that starts meanwhile finds a whole pair
         part.replace(path)
-        _beside(path).write_text(digest.hexdigest())
     finally:
         if part.exists():
             part.unlink()

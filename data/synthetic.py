@@ -17,7 +17,6 @@ PAIRS = [first + second for first in SYLLABLES for second in SYLLABLES]
 NAMES = len(PAIRS) ** 2
 STRIDE = 28_657_001  # shares no factor with NAMES, so that i * STRIDE takes every name once and neighbours differ
 FIRST = {"eval": 0, "train": NAMES // 4}  # of each split's names; the second half is that of the locality questions
-MOST_FACTS = NAMES // 4
 
 WHAT_THEY_DO = (
     ("sells", "trades in", ("rope", "cocoa", "lace", "tape", "wine", "honey", "dates", "wool")),

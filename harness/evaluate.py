@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.disk import sync
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.generation import Generation, matches
@@ -211,6 +212,8 @@ def _asked(
 
 
 def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
+    if not asked.sequences:  # there are more processes than questions
+        return _Answered([], None)
     lengths = [sequence.answer_length for sequence in asked.sequences]
     rows = _rows_of(asked.local, lengths)
     base = asked.base and asked.base.to(model.device)
@@ -418,6 +421,8 @@ def kept_scores(folder: Path, compute: Callable[[Path], Iterator[RecordScore]]) 
             for score in compute(beside):
                 lines.write(json.dumps(score.line(), ensure_ascii=False) + "\n")
                 yield score
+        for path in (*beside.rglob("*"), beside):
+            sync(path)  # a folder that is there is taken for whole from then on
         try:
             beside.rename(folder)
         except OSError:

@@ -224,9 +224,9 @@ def _no_checkpoint(folder: Path, config: dict[str, Any]) -> str:
 
 
 def turns_done(folder: Path) -> int:
-    """Turns that the run has behind it, those of meta-training not counted."""
+    """Turns that the run has behind it, those of meta-training not counted; a line that a kill cut short is none."""
     with (folder / "turns.jsonl").open(encoding="utf-8") as file:
-        return sum(json.loads(line)["phase"] not in TRAINING for line in file)
+        return sum(json.loads(line)["phase"] not in TRAINING for line in file if line.endswith("\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

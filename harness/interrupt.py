@@ -16,6 +16,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.5  # seconds: a terminal and whatever launched the run may both pass the same Ctrl-C on
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """A signal that comes inside is handled when that is over; a second one ends the process there and then."""
+    come: list[tuple[int, float]] = []
+
+    def keep(number: int, _frame: FrameType | None) -> None:
+        if come and time.monotonic() - come[0][1] >= ECHO:
+            raise SystemExit(128 + number)
+        come.append((number, time.monotonic()))
+
+    before = {number: signal.signal(number, keep) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for first, _ in come[:1]:
+        signal.raise_signal(first)
+
+
 class Interrupted(SystemExit):
     """The run is to end, and its state is that of a whole turn; `code` is 128 + the signal, as shells have it."""
 

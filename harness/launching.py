@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,13 @@ def launcher_errors() -> tuple[type[Exception], ...]:
 def last_lines(error: Exception) -> str:
     """What a launcher says of such a job, which may be all that the job had logged, and its trace."""
     return "\n".join(str(error).splitlines()[-MOST_LINES:])
+
+
+def check_launcher(arguments: Sequence[str], processes: int) -> None:
+    """ValueError where jobs would run in processes of a launcher's, beside those that torchrun started."""
+    chosen = [word for word in arguments if word.lstrip("+").startswith("hydra/launcher=")]
+    if chosen and processes > 1:
+        raise ValueError(f"{chosen[0]} with {processes} processes of torchrun: leave one of the two out")
 
 
 def share_terminal(launcher: str) -> None:

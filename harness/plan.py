@@ -41,7 +41,7 @@ from harness.evaluate import SCORES_FORMAT, Evaluation, Tokenize, evaluated_coun
 from harness.generation import Generation, PromptForm
 from harness.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network
 from harness.perplexity import Passage, read_passage
-from harness.ranks import Ranks
+from harness.ranks import Ranks, require_gpu_each
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
 from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer, locate, outline
@@ -137,6 +137,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
                 )
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
+    if cfg.editor.cache_dir is not None and ranks.size > 1:
+        log.warning("editor.cache_dir: with %d processes, captures pass through memory as well", ranks.size)
     with capture_memory(cfg, stream, model_outline.shapes):
         pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
@@ -272,6 +274,8 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
             raise ValueError(
                 f"{key}={device}: this machine has {torch.cuda.device_count()} GPUs; choose another, or auto"
             )
+    if ranks.size > 1 and model.type == "cuda":
+        require_gpu_each()
     if "cuda" in (model.type, editor.type):
         ask_for_the_same_bits()
     return model, editor

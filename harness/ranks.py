@@ -1,7 +1,8 @@
 """The processes of a run: rank 0 leads, the others hold the same model and do their share of what it asks for.
 
-    torchrun --nproc-per-node 4 main.py dataset=zsre
+    torchrun --shutdown-timeout 600 --nproc-per-node 4 main.py dataset=zsre
 
+(Left alone, torchrun kills all processes 30 seconds after a signal: less than a turn and its checkpoint may take.)
 Only the leader knows of data, editors, files and signals: what runs in one process runs in many without a second form.
 It hands out work as function and argument, and gathers the results. A follower's error travels to the leader like a
 result, so the processes stay in step and the leader ends the run with it.
@@ -12,6 +13,7 @@ NCCL between GPUs and over gloo otherwise, in the layout they have: products of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -28,13 +30,14 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, distributed
 
+from harness.interrupt import postponed
+
 Work = Callable[[Any, Any], Any]
 """work(held, part): a function by itself in a module, so that every process finds it by its name."""
 
 VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
-PATIENCE: Final = timedelta(
-    days=30
-)  # followers wait while the leader works alone; a process that ends is noticed at once
+ARRIVAL: Final = timedelta(minutes=10)  # by when all processes must have come together
+PATIENCE: Final = timedelta(days=30)  # followers wait while the leader works alone; from then on who ends is noticed
 END, ONE_EACH, ALL_ALIKE = range(3)  # what the leader announces
 MISTAKES: Final[dict[str, type[Exception]]] = {kind.__name__: kind for kind in (ValueError, FloatingPointError)}
 
@@ -55,8 +58,9 @@ class _Failure:
 class Ranks:
     """The processes of this run, as one of them sees them; by itself, `Ranks()`, it is all there is."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
+        self._wire = _Wire(group)
         self._in_step = True  # every task that was handed out has been answered
 
     # -- the leader
@@ -80,17 +84,20 @@ class Ranks:
         """Let the followers go. Those that still work on something when the leader fails notice that it is gone."""
         if self.size > 1 and self.rank == 0 and self._in_step:
             self._in_step = False
-            _unless_lost(lambda: _announce(END))
+            with contextlib.suppress(LostRankError):  # what has been done without it stands
+                _unless_lost(lambda: self._wire.announce(END))
 
     def _hand_out(self, held: Any, work: Work, parts: Sequence[Any], kind: int) -> list[Any]:
-        if self.size > 1:
-            if not self._in_step:
-                raise LostRankError("the processes of the run are no longer in step; see what was said before")
+        if self.size == 1:
+            return [work(held, parts[0])]
+        if not self._in_step:
+            raise LostRankError("the processes of the run are no longer in step; see what was said before")
+        with postponed():  # a signal between a task and its answer would leave the others behind
             self._in_step = False
             _unless_lost(lambda: self._send_parts(work, parts, kind))
-        replies = [_attempt(held, work, parts[0])]
-        replies += [_unless_lost(functools.partial(_receive, rank)) for rank in range(1, self.size)]
-        self._in_step = True
+            replies = [_attempt(held, work, parts[0])]
+            replies += [_unless_lost(functools.partial(self._wire.receive, rank)) for rank in range(1, self.size)]
+            self._in_step = True
         for rank, reply in enumerate(replies):
             if isinstance(reply, BaseException):
                 raise reply
@@ -99,12 +106,12 @@ class Ranks:
         return replies
 
     def _send_parts(self, work: Work, parts: Sequence[Any], kind: int) -> None:
-        _announce(kind)
+        self._wire.announce(kind)
         if kind == ALL_ALIKE:
-            _broadcast((work, parts[0]))
+            self._wire.broadcast((work, parts[0]))
             return
         for rank in range(1, self.size):
-            _send((work, parts[rank]), rank)
+            self._wire.send((work, parts[rank]), rank)
 
     # -- a follower
 
@@ -115,12 +122,14 @@ class Ranks:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        while (kind := _unless_lost(_hear)) != END:
-            work, part = _unless_lost(_receive_broadcast if kind == ALL_ALIKE else functools.partial(_receive, 0))
+        wire = self._wire
+        while (kind := _unless_lost(wire.hear)) != END:
+            come = wire.receive_broadcast if kind == ALL_ALIKE else functools.partial(wire.receive, 0)
+            work, part = _unless_lost(come)
             reply = _attempt(held, work, part)
             if isinstance(reply, Exception):
                 reply = self._failure(reply)
-            _unless_lost(functools.partial(_send, reply, 0))
+            _unless_lost(functools.partial(wire.send, reply, 0))
             del work, part, reply  # and with them what may fill a GPU
 
     def _failure(self, error: Exception) -> _Failure:
@@ -136,20 +145,38 @@ class Ranks:
 def joined() -> Ranks:
     """The processes that this one was started with, by torchrun; without it, this one alone.
 
-    ValueError where there are more on this machine than it has GPUs, if it has any.
+    ValueError where the others do not come.
     """
     if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
-    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < here:
-        raise ValueError(f"--nproc-per-node={here}: {platform.node()} has {gpus} GPUs; start {gpus} processes or fewer")
-    if gpus:
-        torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    has_gpu = _gpu_each()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=ARRIVAL)
+        group = distributed.new_group(backend=backend, timeout=PATIENCE)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise LostRankError(f"the {os.environ['WORLD_SIZE']} processes of the run did not meet ({first})") from error
     for name in VARIABLES:  # a process that this one starts is none of them
         del os.environ[name]
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), group)
+
+
+def _gpu_each() -> bool:
+    """Whether this machine has a GPU for every process that torchrun started on it."""
+    return 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+
+
+def require_gpu_each() -> None:
+    """ValueError where several processes of the run would have to share a GPU."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not _gpu_each():
+        raise ValueError(
+            f"--nproc-per-node={here}: {platform.node()} has {torch.cuda.device_count()} GPUs; start as many processes "
+            "or fewer, or set model_device=cpu"
+        )
 
 
 def _attempt(held: Any, work: Work, part: Any) -> Any:
@@ -163,6 +190,8 @@ def _attempt(held: Any, work: Work, part: Any) -> Any:
 def _unless_lost(exchange: Callable[[], Any]) -> Any:
     try:
         return exchange()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of torch.distributed: the other end of a connection is gone
         first = str(error).strip().splitlines()[0]
         raise LostRankError(f"another process of the run has ended, see what it said ({first})") from error
@@ -244,27 +273,31 @@ def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also wher
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _announce(kind: int) -> None:
-    distributed.broadcast(torch.tensor([kind]), 0)
+class _Wire:
+    """Messages between the processes of a group."""
 
+    def __init__(self, group: Any) -> None:
+        self._group = group
 
-def _hear() -> int:
-    kind = torch.zeros(1, dtype=torch.int64)
-    distributed.broadcast(kind, 0)
-    return int(kind)
+    def announce(self, kind: int) -> None:
+        self._broadcast(torch.tensor([kind]))
 
+    def hear(self) -> int:
+        kind = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(kind)
+        return int(kind)
 
-def _broadcast(message: Any) -> None:
-    _put(message, lambda tensor: distributed.broadcast(tensor, 0))
+    def broadcast(self, message: Any) -> None:
+        _put(message, self._broadcast)
 
+    def receive_broadcast(self) -> Any:
+        return _take(self._broadcast)
 
-def _receive_broadcast() -> Any:
-    return _take(lambda tensor: distributed.broadcast(tensor, 0))
+    def send(self, message: Any, to: int) -> None:
+        _put(message, lambda tensor: distributed.send(tensor, to, group=self._group))
 
+    def receive(self, source: int) -> Any:
+        return _take(lambda tensor: distributed.recv(tensor, source, group=self._group))
 
-def _send(message: Any, to: int) -> None:
-    _put(message, lambda tensor: distributed.send(tensor, to))
-
-
-def _receive(source: int) -> Any:
-    return _take(lambda tensor: distributed.recv(tensor, source))
+    def _broadcast(self, tensor: Tensor) -> None:
+        distributed.broadcast(tensor, 0, group=self._group)

@@ -20,7 +20,7 @@ from config.schema import EditPrecision, RunConfig
 from data.records import LossTerm, LowRankUpdate, TokenSequence, Turn
 from harness import places
 from harness.plan import DTYPES, Plan, ask_for_the_same_bits
-from harness.ranks import Ranks
+from harness.ranks import Ranks, require_gpu_each
 from harness.tracking import versions
 from model import Allocate, LanguageModel, ModelSource, TurnCapture, WeightChange, locate, rows_of_turn
 
@@ -59,6 +59,7 @@ class _Wanted:
     device_map: str | None
     master: bool
     compute_tokens: int | None
+    ranks: int
 
 
 def load_model(cfg: RunConfig, plan: Plan, evaluated: str | None = None) -> LanguageModel:
@@ -78,28 +79,32 @@ def load_model(cfg: RunConfig, plan: Plan, evaluated: str | None = None) -> Lang
         device_map=cfg.model.device_map and cfg.model.device_map.name,
         master=cfg.model.edit_precision is EditPrecision.master,
         compute_tokens=cfg.model.compute_tokens,
+        ranks=ranks.size,
     )
     held = Held(tokenizer=plan.tokenizer)
     loaded = ranks.all(held, _load, wanted)
     if ranks.size == 1:
         return held.loaded
-    for rank, (fingerprint, packages) in enumerate(loaded):
-        if fingerprint != loaded[0][0]:
+    said = [each for each in loaded if each is not None]
+    for rank, (fingerprint, packages) in enumerate(said):
+        if fingerprint != said[0][0]:
             raise ValueError(
                 f"model.name_or_path={wanted.name_or_path}: rank {rank} reads other weights than rank 0 (fingerprints "
-                f"{fingerprint} and {loaded[0][0]}); give every machine the same files"
+                f"{fingerprint} and {said[0][0]}); give every machine the same files"
             )
-        for name in (name for name in packages if packages[name] != loaded[0][1][name]):
+        for name in (name for name in packages if packages[name] != said[0][1][name]):
             raise ValueError(
-                f"rank {rank} computes with {name} {packages[name]} and rank 0 with {loaded[0][1][name]}; install the "
+                f"rank {rank} computes with {name} {packages[name]} and rank 0 with {said[0][1][name]}; install the "
                 "same versions on every machine"
             )
     return SpreadModel(held, ranks)
 
 
-def _load(held: Held, wanted: _Wanted) -> tuple[str, dict[str, str | None]]:
+def _load(held: Held, wanted: _Wanted) -> tuple[str, dict[str, str | None]] | None:
+    """What has to be the same on every rank; None where there is but one."""
     held.model = None  # that of the job before, in a sweep
     if wanted.device.type == "cuda":
+        require_gpu_each()
         ask_for_the_same_bits()
     source = ModelSource(
         locate(wanted.name_or_path, places.CACHE, wanted.revision),
@@ -117,7 +122,7 @@ def _load(held: Held, wanted: _Wanted) -> tuple[str, dict[str, str | None]]:
         master=wanted.master,
         compute_tokens=wanted.compute_tokens,
     )
-    return held.model.fingerprint(), versions()
+    return (held.model.fingerprint(), versions()) if wanted.ranks > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +170,7 @@ class SpreadModel(LanguageModel):
         return torch.stack(self._in_order(_hidden_states, sequences, costs))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        self._check_lengths([len(prompt) for prompt in prompts])  # by their places here, not in a share
         costs = [len(prompt) + max_new_tokens for prompt in prompts]
         return self._in_order(partial(_generate, max_new_tokens=max_new_tokens), prompts, costs)
 

@@ -4,6 +4,7 @@
 #                           and the others run. Of a key that is set twice the later setting counts.
 #   report FOLDER           compares the runs there, in FOLDER/report.html.
 cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || { echo "error: no .venv here yet; sh setup.sh makes it" >&2; exit 1; }
 folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)
 status=0
 

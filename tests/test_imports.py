@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "editor/meta_train.py": "torch editor.linalg editor.base editor.hypernetwork data.records",
     # an editor: a file of its own; hypernetwork is what the trained ones share
     "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork data.records",
-    "harness/evaluate.py": "numpy torch.* model data data.records data.stream harness.*",
+    "harness/evaluate.py": "numpy torch.* model data data.disk data.records data.stream harness.*",
     "harness/generation.py": "model data.records data.stream",
     "harness/locality.py": "torch safetensors.*",
     "harness/perplexity.py": "model data.records",
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "harness/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/spill.py": "torch",
     "harness/places.py": "platformdirs",
-    "harness/ranks.py": "torch",
+    "harness/ranks.py": "torch harness.interrupt",
     "harness/spread.py": "torch config.schema data.records harness.* model",
     "harness/plan.py": "torch config.schema data.* harness.* model",
     "harness/scoring.py": "harness.*",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from harness import ranks as ranks_module
-from harness.ranks import Ranks
+from harness.ranks import LostRankError, Ranks
 from harness.spread import Held, SpreadModel
 from model import LanguageModel
 from tests.commands import Commands, Run, save_tiny_model, zsre_row
@@ -121,6 +122,57 @@ def test_two_processes_do_what_one_does(place: Commands, forks: Forks) -> None:
     assert all(torch.allclose(states[name], others[name], rtol=1e-4, atol=1e-5) for name in states)
     assert many.json("run.json")["device"] == "2 x cpu"
     assert [path.name for path in place.folder.glob("outputs*")] == [], "only the leader writes, and only there"
+
+
+def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> None:
+    """One fact a turn, one record in each evaluation: some of three ranks have nothing to do."""
+    few = (
+        "dataset.n_edits=1", "num_seq=3", "num_seq_zsre=2", "evaluation.sample=1", "evaluation.retention=1",
+        "evaluation.generation=all", "evaluation.max_new_tokens=2", "editor.token=all", "checkpoint_every=1", "keep=9",
+        "editor.cache_dir=spilled",
+    )  # fmt: skip
+    one, many = Run(place.folder / "few_one"), Run(place.folder / "few_many")
+    assert together(forks, 1, place.line(*few, run="few_one")) == [0], forks.stderr()
+    assert together(forks, 3, place.line(*few, run="few_many")) == [0, 0, 0], forks.stderr()
+    require_close(one, many, 5)
+    assert many.scores() == about(one.scores())
+    assert list((place.folder / "spilled").iterdir()) == []
+
+
+def test_a_model_edited_before_is_scored_by_all(place: Commands, forks: Forks) -> None:
+    line = [f"evaluate={place.model}", "evaluation.generation=2", "evaluation.max_new_tokens=2"]
+    assert together(forks, 1, place.line(*line, run="scored_one")) == [0], forks.stderr()
+    assert together(forks, 2, place.line(*line, run="scored_many")) == [0, 0], forks.stderr()
+    assert Run(place.folder / "scored_many").scores() == about(Run(place.folder / "scored_one").scores())
+
+
+def test_a_stop_between_two_blocks_of_an_evaluation(place: Commands, forks: Forks) -> None:
+    """All leave in step: nobody takes it for a crash. And one process goes on where two were stopped."""
+    before = len(forks.stderr())
+    stop = {"before": "tests.test_ranks:terminate_while_scoring"}
+    assert together(forks, 2, place.line(*EVERYTHING, run="scoring"), rank0=stop) == [143, 0], forks.stderr()
+    assert "another process" not in forks.stderr()[before:]
+    stopped = Run(place.folder / "scoring")
+    assert stopped.json("run.json")["status"] == "interrupted"
+    assert together(forks, 1, place.line(*EVERYTHING, f"resume={stopped.folder}", run="fresh")) == [0]
+    assert stopped.json("run.json")["status"] == "finished"
+
+
+def terminate_while_scoring() -> None:
+    """In the middle of a task of the second evaluation of edited facts."""
+    from harness import evaluate
+
+    original, calls = evaluate._answer, 0
+
+    def answer(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    answer.__module__, answer.__qualname__ = original.__module__, original.__qualname__
+    evaluate._answer = answer
 
 
 @pytest.mark.parametrize("editor", ["mend", "rledit"])
@@ -321,6 +373,7 @@ def round_otherwise() -> None:
         (("model.device_map=auto",), "model.device_map=auto with 2 processes"),
         (("dataset.valid_path=nowhere.json",), "dataset.valid_path=nowhere.json: no such file"),
         (("num_seq=abc",), "num_seq"),
+        (("hydra/launcher=joblib", "-m"), "hydra/launcher=joblib with 2 processes of torchrun"),
     ],
 )
 def test_a_mistake_is_said_once(place: Commands, forks: Forks, overrides: tuple[str, ...], words: str) -> None:
@@ -335,12 +388,22 @@ def test_a_mistake_is_said_once(place: Commands, forks: Forks, overrides: tuple[
 # The parts
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(ranks_module.VARIABLES, ("0", "4", "0", "127.0.0.1", "1"), strict=True):
+@pytest.mark.parametrize(("here", "gpus", "enough"), [("4", 2, False), ("2", 2, True), ("1", 0, False)])
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, here: str, gpus: int, enough: bool) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if enough:
+        ranks_module.require_gpu_each()
+        return
+    with pytest.raises(ValueError, match=rf"--nproc-per-node={here}: .* has {gpus} GPUs; start as many processes or"):
+        ranks_module.require_gpu_each()
+
+
+def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(ranks_module.VARIABLES, ("1", "2", "1", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"--nproc-per-node=4: .* has 2 GPUs; start 2 processes or fewer"):
+    monkeypatch.setattr(ranks_module, "ARRIVAL", timedelta(seconds=1))
+    with pytest.raises(LostRankError, match="the 2 processes of the run did not meet"):
         ranks_module.joined.__wrapped__()
 
 
@@ -396,8 +459,14 @@ def test_checksums_tell_one_bit_apart() -> None:
     model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
     before = model.checksums()
     weight = model.edited["down"].master.view(-1)
-    weight[3] = weight[3].nextafter(torch.tensor(2.0))
-    assert model.checksums() != before
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    weight[3] = weight[3].nextafter(up)
+    seen = [before, model.checksums()]
+    weight[4] = weight[4].nextafter(down)  # sums of bits would be as before
+    seen.append(model.checksums())
+    weight[:] = weight.flip(0)
+    seen.append(model.checksums())
+    assert len({sums["down"] for sums in seen}) == 4
     spread = SpreadModel(Held(model), Ranks())
     with pytest.raises(ValueError, match="rank 1 holds other bits of down than rank 0"):
         spread._require_alike([before, model.checksums()])
