@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.ranks [--facts 100] [--rounds 5] [--device cuda] [--half bf16]
 
-Capture of a turn, evaluation, and a turn's update on all ranks. On CPUs every process keeps to a core and a thread of
+Capture of a turn, and evaluation. On CPUs every process keeps to a core and a thread of
 its own; the one that works alone is the leader, on the same core. Rounds and ratios are as in benchmarks/turn.py.
 """
 
@@ -16,8 +16,7 @@ from functools import partial
 import torch
 import transformers
 
-from benchmarks.turn import SCORED, Bench, build, editor, parser_of, ratio, score
-from data.records import Phase
+from benchmarks.turn import SCORED, Bench, build, parser_of, ratio, score
 from harness.ranks import joined
 from harness.spread import Held, SpreadModel
 from model import LanguageModel
@@ -46,12 +45,9 @@ def main() -> None:
             ranks.follow(held)
             return
         shared = SpreadModel(held, ranks)
-        ultraedit = editor(bench.model, "original", 1.0)
-        updates = ultraedit.update(bench.model.capture(bench.turn).modules, Phase.EDIT)
         print(f"{arguments.facts} facts, {ranks.size} ranks")
         race(bench, "capture", lambda model: model.capture(bench.turn), shared)
         race(bench, f"evaluation of {SCORED} facts", partial(score, records=bench.turn.records[:SCORED]), shared)
-        race(bench, "applying an update", lambda model: model.apply(updates, 0), shared)
 
 
 if __name__ == "__main__":

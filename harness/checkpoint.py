@@ -6,7 +6,7 @@
     found = checkpoints.newest()
     found.place, found.state, found.tensors()["model"]
 
-`turn_50/tensors.safetensors` holds each tensor as <group>/<name>; `turn_50/state.json` the state, and the SHA-256 of
+`turn_50/tensors.safetensors` holds each tensor as <group>/<name>; `turn_50/state.json` the state, and checksums of
 both files. Whoever saves must be the only process that writes there (harness/lock.py).
 """
 
@@ -17,21 +17,25 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from data.disk import sha256_of, sync
+from data.disk import sync
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 1  # of state.json; `sha256` is the checksum of all else in it, in this format and in every later one
+FORMAT: Final = 2  # of state.json; `sha256` is the checksum of all else in it, in this format and in every later one
+# Of the tensors' file, by format. SHA-256 of a gigabyte takes longer than a good disk does to write it; against damage,
+# if not against forgers, XXH3 serves as well.
+CHECKSUMS: Final[dict[int, Callable[[], Any]]] = {1: hashlib.sha256, 2: xxhash.xxh3_128}
 STATE, TENSORS = "state.json", "tensors.safetensors"
 PIECE = 1 << 24  # bytes hashed at a time
 DTYPES: Final = {
@@ -60,7 +64,7 @@ class Checkpoint:
     path: Path
     place: int
     state: dict[str, Any]
-    digest: str  # SHA-256 of its tensors' file
+    digest: str  # checksum of its tensors' file
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The groups as they were saved, in memory of their own: products follow the alignment of what they are of."""
@@ -192,19 +196,19 @@ def read(path: Path) -> Checkpoint:
             f"reads up to format {FORMAT}: go on with that version"
         )
     file = path / TENSORS
-    if not file.is_file() or sha256_of(file) != about["tensors"]:
+    if not file.is_file() or _checksum_of(file, about["format"]) != about["tensors"]:
         raise DamagedError(f"{file}: damaged, not the bytes that were written")
     return Checkpoint(path, about["place"], about["state"], about["tensors"])
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write the tensors, sync, and return the file's SHA-256, which another core works out meanwhile.
+    """Write the tensors, sync, and return the file's checksum, which another core works out meanwhile.
 
     The safetensors format is a length, a JSON header and the bytes; its own writer would have them hashed afterwards,
     at the cost of writing them once more.
     """
     ordered = {name: tensors[name].detach() for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))}
-    digest = hashlib.sha256()
+    digest = CHECKSUMS[FORMAT]()
     with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         hashed = [hasher.submit(digest.update, header := _header(ordered, metadata))]
         file.write(header)
@@ -246,6 +250,11 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):  # gone, cut, or no JSON any more
         pass
     raise DamagedError(f"{path}: damaged, not what was written")
+
+
+def _checksum_of(path: Path, written_by: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, CHECKSUMS[written_by]).hexdigest()
 
 
 def _digest(about: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "harness/plan.py": "torch config.schema data.* harness.* model",
     "harness/scoring.py": "harness.*",
     "harness/console.py": "rich.*",
-    "harness/checkpoint.py": "torch safetensors.* data.disk",
+    "harness/checkpoint.py": "torch safetensors.* xxhash data.disk",
     "harness/delta.py": "torch safetensors.* data.disk harness.checkpoint model",
     "harness/export.py": "torch transformers.* config.schema harness.* model",
     "harness/tracking.py": "wandb.* data.records harness.lock",
