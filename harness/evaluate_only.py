@@ -35,7 +35,7 @@ def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Pat
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
             del model, score  # to make room for the other
-            edited = load_model(cfg, plan, cfg.evaluate)
+            edited = load_model(cfg, plan, source)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)

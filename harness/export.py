@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +27,7 @@ from config.schema import EditPrecision, Half
 from harness.checkpoint import Checkpoint, Checkpoints
 from harness.delta import Delta, Difference, Origin, added, difference, read_delta, removed, write_delta
 from harness.places import CACHE
-from harness.plan import DTYPES
+from harness.plan import DTYPES, require_writable
 from harness.tracking import TRAINING, read_run
 from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
 
@@ -116,12 +115,7 @@ def check_target(target: Path, is_file: bool) -> None:
         raise ValueError(f"--to {target}: a delta is one file; give it a name that ends in {SUFFIX}")
     if target.exists() and (is_file or not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--to {target}: is there already and is not written over; name another")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--to {target}: cannot be written ({error.strerror}); choose another place") from error
+    require_writable(target, f"--to {target}", "choose another place")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

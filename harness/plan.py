@@ -298,14 +298,17 @@ def check_export(cfg: RunConfig) -> None:
     target = Path(cfg.model_cache_dir).expanduser()
     if target.exists():
         raise ValueError(f"model_cache_dir={cfg.model_cache_dir}: is there already; name a folder that is not")
+    require_writable(target, f"model_cache_dir={cfg.model_cache_dir}", "choose another folder")
+
+
+def require_writable(target: Path, option: str, remedy: str) -> None:
+    """ValueError, naming the option, where nothing can be written beside `target`; the folder it is in is made."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise ValueError(
-            f"model_cache_dir={cfg.model_cache_dir}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise ValueError(f"{option}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 @contextlib.contextmanager

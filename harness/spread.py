@@ -33,6 +33,7 @@ class Held:
     """What a process holds between the tasks it is given."""
 
     model: LanguageModel | None = None
+    source: ModelSource | None = None  # where the leader has found the files; followers look on their own machines
     tokenizer: Any = None  # the leader's; followers never see text
 
     @property
@@ -62,14 +63,14 @@ class _Wanted:
     ranks: int
 
 
-def load_model(cfg: RunConfig, plan: Plan, evaluated: str | None = None) -> LanguageModel:
-    """Read the weights on every rank: those of `model`, with edit modules, or of the model `evaluated` names, without.
+def load_model(cfg: RunConfig, plan: Plan, evaluated: ModelSource | None = None) -> LanguageModel:
+    """Read the weights on every rank: those of `model`, with edit modules, or those that `evaluate` names, without.
 
     ValueError, naming rank and machine, where a rank reads other weights, or computes with other versions.
     """
     ranks = plan.ranks
     wanted = _Wanted(
-        name_or_path=cfg.model.name_or_path if evaluated is None else evaluated,
+        name_or_path=cfg.model.name_or_path if evaluated is None else str(cfg.evaluate),
         class_name=cfg.model.class_name,
         revision=cfg.model.revision if evaluated is None else None,
         trust_remote_code=cfg.model.trust_remote_code,
@@ -81,7 +82,7 @@ def load_model(cfg: RunConfig, plan: Plan, evaluated: str | None = None) -> Lang
         compute_tokens=cfg.model.compute_tokens,
         ranks=ranks.size,
     )
-    held = Held(tokenizer=plan.tokenizer)
+    held = Held(source=evaluated or plan.source, tokenizer=plan.tokenizer)
     loaded = ranks.all(held, _load, wanted)
     if ranks.size == 1:
         return held.loaded
@@ -106,7 +107,7 @@ def _load(held: Held, wanted: _Wanted) -> tuple[str, dict[str, str | None]] | No
     if wanted.device.type == "cuda":
         require_gpu_each()
         ask_for_the_same_bits()
-    source = ModelSource(
+    source = held.source or ModelSource(
         locate(wanted.name_or_path, places.CACHE, wanted.revision),
         wanted.class_name,
         wanted.revision,

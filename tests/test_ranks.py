@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -202,16 +202,21 @@ def test_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
 
 
 def terminate_in_the_fourth_capture() -> None:
-    original, calls = SpreadModel.capture, 0
+    in_call(4, SpreadModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
-    def capture(self: SpreadModel, *arguments: Any) -> Any:
+
+def in_call(number: int, kind: type, method: str, act: Callable[[Any], None]) -> None:
+    """Before the call of that number, act on the object that it is a method of."""
+    original, calls = getattr(kind, method), 0
+
+    def calling(self: Any, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if calls == number:
+            act(self)
         return original(self, *arguments)
 
-    SpreadModel.capture = capture  # type: ignore[method-assign]
+    setattr(kind, method, calling)
 
 
 def test_a_sweep(place: Commands, forks: Forks) -> None:
@@ -257,42 +262,21 @@ def test_as_users_start_it(place: Commands) -> None:
 
 
 def raise_in_the_second_capture() -> None:
-    original, calls = LanguageModel.capture, 0
+    def fail(_: LanguageModel) -> None:
+        raise MemoryError("no room for a thing of this size")
 
-    def capture(self: LanguageModel, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise MemoryError("no room for a thing of this size")
-        return original(self, *arguments)
-
-    LanguageModel.capture = capture  # type: ignore[method-assign]
+    in_call(2, LanguageModel, "capture", fail)
 
 
 def lose_a_number_in_the_second_capture() -> None:
-    original, calls = LanguageModel.capture, 0
+    def lose(model: LanguageModel) -> None:
+        next(iter(model.edited.values())).weight.data.fill_(float("nan"))
 
-    def capture(self: LanguageModel, turn: Any, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            next(iter(self.edited.values())).weight.data.fill_(float("nan"))
-        return original(self, turn, *arguments)
-
-    LanguageModel.capture = capture  # type: ignore[method-assign]
+    in_call(2, LanguageModel, "capture", lose)
 
 
 def die_in_the_second_capture() -> None:
-    original, calls = LanguageModel.capture, 0
-
-    def capture(self: LanguageModel, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments)
-
-    LanguageModel.capture = capture  # type: ignore[method-assign]
+    in_call(2, LanguageModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.parametrize(
