@@ -37,7 +37,6 @@ FORMAT: Final = 2  # of state.json; `sha256` is the checksum of all else in it, 
 # if not against forgers, XXH3 serves as well.
 CHECKSUMS: Final[dict[int, Callable[[], Any]]] = {1: hashlib.sha256, 2: xxhash.xxh3_128}
 STATE, TENSORS = "state.json", "tensors.safetensors"
-PIECE = 1 << 24  # bytes hashed at a time
 DTYPES: Final = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -202,26 +201,20 @@ def read(path: Path) -> Checkpoint:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write the tensors, sync, and return the file's checksum, which another core works out meanwhile.
+    """Write the tensors, sync, and return the file's checksum.
 
-    The safetensors format is a length, a JSON header and the bytes; its own writer would have them hashed afterwards,
-    at the cost of writing them once more.
+    The safetensors format is a length, a JSON header and the bytes. Its own writer does not sync, and while the disk is
+    at that, which takes longer, another core reads the bytes back from memory for their checksum.
     """
     ordered = {name: tensors[name].detach() for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))}
-    digest = CHECKSUMS[FORMAT]()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        hashed = [hasher.submit(digest.update, header := _header(ordered, metadata))]
-        file.write(header)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as meanwhile:
+        file.write(_header(ordered, metadata))
         for tensor in ordered.values():
-            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            for first in range(0, len(content), PIECE):
-                hashed.append(hasher.submit(digest.update, content[first : first + PIECE]))
-            file.write(content)
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
+        checksum = meanwhile.submit(_checksum_of, path, FORMAT)
         os.fsync(file.fileno())
-        for future in hashed:
-            future.result()
-    return digest.hexdigest()
+        return checksum.result()
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
