@@ -29,7 +29,8 @@ from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.evaluate import score_records
 from harness.places import CACHE, ROOT
-from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
+from model import LanguageModel
+from model_source import ModelSource, load_tokenizer, locate, outline
 
 BUDGETS = {"cpu": (256, 384, 512, 768, 1024), "cuda": (4096, 8192, 16384)}
 SCORED = 60  # facts whose questions the evaluation is timed on

@@ -24,7 +24,8 @@ from glue_eval.rows import HUB
 from glue_eval.score import evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
 from harness.places import CACHE
-from model import LanguageModel, ModelSource, context_length, load_tokenizer, locate
+from model import LanguageModel
+from model_source import ModelSource, context_length, load_tokenizer, locate
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from harness.plan import Plan, base_cache, make_evaluation, wandb_settings
 from harness.scoring import Scoring
 from harness.spread import load_model
 from harness.tracking import RunFolder, Tracker
-from model import ModelSource, load_tokenizer, locate
+from model_source import ModelSource, load_tokenizer, locate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -29,7 +29,8 @@ from harness.delta import Delta, Difference, Origin, added, difference, read_del
 from harness.places import CACHE
 from harness.plan import DTYPES, require_writable
 from harness.tracking import TRAINING, read_run
-from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
+from model import LanguageModel
+from model_source import ModelSource, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 

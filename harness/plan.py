@@ -44,7 +44,8 @@ from harness.perplexity import Passage, read_passage
 from harness.ranks import Ranks, require_gpu_each
 from harness.spill import CaptureFolder
 from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
-from model import Allocate, LanguageModel, ModelSource, Outline, load_tokenizer, locate, outline
+from model import Allocate, LanguageModel
+from model_source import ModelSource, Outline, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 

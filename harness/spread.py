@@ -22,7 +22,8 @@ from harness import places
 from harness.plan import DTYPES, Plan, ask_for_the_same_bits
 from harness.ranks import Ranks, require_gpu_each
 from harness.tracking import versions
-from model import Allocate, LanguageModel, ModelSource, TurnCapture, WeightChange, locate, rows_of_turn
+from model import Allocate, LanguageModel, TurnCapture, WeightChange, rows_of_turn
+from model_source import ModelSource, locate
 
 P = TypeVar("P")
 R = TypeVar("R")

@@ -20,7 +20,8 @@ from editor.malmen import MALMEN
 from editor.mend import MEND
 from editor.meta_train import MetaSettings, MetaTrainer
 from editor.rledit import RLEdit, RLEditSettings
-from model import LanguageModel, find_edit_modules
+from model import LanguageModel
+from model_source import find_edit_modules
 from tests.conftest import tiny_gpt2, tiny_llama
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from data.records import Capture, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
-from model import LanguageModel, find_edit_modules
+from model import LanguageModel
+from model_source import find_edit_modules
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.reference import Reference
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import LowRankUpdate, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
-from model import EditModule, LanguageModel, ModelSource, find_edit_modules, load_tokenizer, locate, outline
+from model import EditModule, LanguageModel
+from model_source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
 
 SMALL = {

@@ -12,7 +12,8 @@ from data.records import Phase
 from data.stream import EditStream
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.places import CACHE, ROOT
-from model import LanguageModel, ModelSource, load_tokenizer, locate, outline
+from model import LanguageModel
+from model_source import ModelSource, load_tokenizer, locate, outline
 from tests.reference import Reference
 
 pytestmark = pytest.mark.slow

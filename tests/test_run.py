@@ -22,7 +22,8 @@ from data.files import open_records
 from data.stream import tokenize
 from harness import places
 from harness.evaluate import RecordScore, score_records, summarize
-from model import LanguageModel, ModelSource, load_tokenizer
+from model import LanguageModel
+from model_source import ModelSource, load_tokenizer
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT
 

@@ -20,7 +20,7 @@ from data.disk import sha256_of
 from data.files import RecordFile, open_records
 from data.made import made_file
 from data.stream import EditStream, most_tokens, questions_of
-from model import ModelSource, load_tokenizer, locate
+from model_source import ModelSource, load_tokenizer, locate
 from tests.conftest import ROOT
 
 SYNTHETIC = DATASETS["synthetic"]
