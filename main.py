@@ -47,6 +47,7 @@ from harness.launching import check_launcher, last_lines, launcher_errors, reque
 from harness.networks import MODEL
 from harness.plan import (
     Plan,
+    asked_too_late,
     base_cache,
     capture_memory,
     check_export,
@@ -157,6 +158,8 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
             move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
+            for line in asked_too_late(cfg, earlier.path):
+                log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
         else:
             check_export(cfg)

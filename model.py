@@ -482,11 +482,7 @@ class LanguageModel:
         A prompt is read once, whatever the number of its labels. Raises ValueError for a prompt or a label without
         tokens, and where a prompt and its label together are longer than the context.
         """
-        longest = [max(map(len, candidates), default=1) for candidates in labels]
-        if any(not label for candidates in labels for label in candidates):
-            raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
-        fed = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
-        self._check_lengths(fed)
+        longest = self._check_labels(prompts, labels)
         sums = [[0.0] * len(candidates) for candidates in labels]
         for read in self._read(prompts, max(longest, default=1)):
             first = _log_softmax(read.logits)
@@ -607,6 +603,16 @@ class LanguageModel:
         """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
         limit = self.context_length
         return max_new_tokens if limit is None else min(max_new_tokens, limit - length + 1)
+
+    def _check_labels(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+    ) -> list[int]:  # tokens of each prompt's longest label
+        if any(not label for candidates in labels for label in candidates):
+            raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
+        longest = [max(map(len, candidates), default=1) for candidates in labels]
+        read = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
+        self._check_lengths(read)
+        return longest
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:
         limit = self.context_length

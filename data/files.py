@@ -19,7 +19,7 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
-from data.disk import sha256_of
+from data.disk import beside, sha256_of, write_atomically
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
@@ -165,11 +165,11 @@ class ArrowCopy:
 
 def _about(copy: Path) -> AboutCopy | None:
     """What lies beside a copy; None where there is no copy, or it is not what was written."""
-    beside = _beside(copy)
-    if not (copy.is_file() and beside.is_file()):
+    about_path = _about_path(copy)
+    if not (copy.is_file() and about_path.is_file()):
         return None
     try:
-        about = AboutCopy(**json.loads(beside.read_text()))
+        about = AboutCopy(**json.loads(about_path.read_text()))
         if about.sha256 == sha256_of(copy):
             return about
     except (ValueError, TypeError):  # no JSON, or another one
@@ -178,7 +178,7 @@ def _about(copy: Path) -> AboutCopy | None:
     return None
 
 
-def _beside(copy: Path) -> Path:
+def _about_path(copy: Path) -> Path:
     return copy.with_suffix(".json")
 
 
@@ -188,7 +188,7 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> AboutCopy:
     A row is kept as the JSON text of its fields: rows of one file may differ in form, and what is absent, null or of
     the wrong type in the file must still be so in the copy.
     """
-    part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
+    part = beside(copy)
     most_tokens = 0
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> AboutCopy:
             writer.finalize()
         about = AboutCopy(sha256_of(part), most_tokens)
         part.replace(copy)
-        _write_beside(copy, about)
+        write_atomically(_about_path(copy), json.dumps(asdict(about)))
     except OSError as error:
         raise ValueError(
             f"cannot keep a converted copy of {path} in {copy.parent}: {error.strerror or error}; "
@@ -210,12 +210,6 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> AboutCopy:
         if part.exists():
             part.unlink()
     return about
-
-
-def _write_beside(copy: Path, about: AboutCopy) -> None:
-    part = copy.with_name(f"{copy.stem}.json.{os.getpid()}.part")
-    part.write_text(json.dumps(asdict(about)))
-    part.replace(_beside(copy))
 
 
 def _most_tokens(row: str) -> int:

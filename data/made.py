@@ -6,13 +6,12 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data.dataset import Dataset
-from data.disk import sha256_of
+from data.disk import beside, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +44,22 @@ def made_file(dataset: Dataset, split: str, count: int, folder: Path) -> Path:
 
 def is_whole(path: Path) -> bool:
     """Whether the file has the SHA-256 that lies beside it."""
-    beside = _beside(path)
-    return beside.is_file() and beside.read_text() == sha256_of(path)
+    written = _digest_path(path)
+    return written.is_file() and written.read_text() == sha256_of(path)
 
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _beside(path: Path) -> Path:
+def _digest_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     """Write beside and rename: a file that has its SHA-256 beside it was complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = beside(path)
     digest = hashlib.sha256()
     try:
         with part.open("wb") as file:
@@ -68,7 +67,8 @@ def _write(path: Path, lines: Iterable[str]) -> None:
             while block := "".join(itertools.islice(rest, 1024)).encode():
                 file.write(block)
                 digest.update(block)
-        _beside(path).write_text(digest.hexdigest())  # first: a process that starts meanwhile finds a whole pair
+        # first, so that a process that starts meanwhile finds a whole pair
+        write_atomically(_digest_path(path), digest.hexdigest())
         part.replace(path)
     finally:
         if part.exists():

@@ -38,7 +38,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from data.disk import sha256_of, sync
+from data.disk import sha256_of, sync, write_atomically
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -567,7 +567,7 @@ def prepare_file(file: DataFile, settings: Settings, loader: Downloader) -> Path
     if target.exists() and _is_ours(target, file, settings.force):
         return target
     part, receipt = _fetch_any(file, target, settings, loader)
-    _write_synced(_receipt_path(target), json.dumps(receipt, indent=1) + "\n")
+    write_atomically(_receipt_path(target), json.dumps(receipt, indent=1) + "\n")
     if target.exists():
         aside = _aside(target)
         target.rename(aside)
@@ -690,13 +690,6 @@ def _receipt_hash(target: Path) -> set[str]:
 def _aside(target: Path) -> Path:
     names = itertools.chain((".old",), (f".old{n}" for n in itertools.count(2)))
     return next(path for name in names if not (path := target.with_name(target.name + name)).exists())
-
-
-def _write_synced(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
 
 
 def prepare(files: Sequence[DataFile], settings: Settings, loader: Downloader) -> list[str]:

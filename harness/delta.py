@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.disk import sync
+from data.disk import beside, sync
 from harness.checkpoint import DamagedError, write_safetensors
 from model import INTEGERS
 
@@ -142,12 +142,12 @@ def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference
             tensors |= {f"{name}.{which}.at": entries.at, f"{name}.{which}.values": entries.values}
     about = {"delta_format": str(FORMAT), "origin": json.dumps(asdict(origin))}
     digest = _digest(about, ((name, tensors[name]) for name in sorted(tensors)))
-    beside = path.with_name(f".{path.name}.new")
+    part = beside(path)
     try:
-        write_safetensors(beside, tensors, {**about, "sha256": digest})
-        beside.rename(path)
+        write_safetensors(part, tensors, {**about, "sha256": digest})
+        part.rename(path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from config.schema import RunConfig
+from data.disk import write_atomically
 from glue_eval.score import SCORES_FORMAT, PreparedTask, evaluate_tasks, prepare_tasks
 from glue_eval.tasks import chosen_tasks
 from harness import places
 from harness.console import RunProgress
 from harness.plan import Plan
-from harness.tracking import Tracker, canonical_json, versions, write_atomically
+from harness.tracking import Tracker, canonical_json, versions
 from model import LanguageModel
 
 log = logging.getLogger(__name__)

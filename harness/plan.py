@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -300,6 +301,23 @@ def check_export(cfg: RunConfig) -> None:
     if target.exists():
         raise ValueError(f"model_cache_dir={cfg.model_cache_dir}: is there already; name a folder that is not")
     require_writable(target, f"model_cache_dir={cfg.model_cache_dir}", "choose another folder")
+
+
+def asked_too_late(cfg: RunConfig, run_folder: Path) -> list[str]:
+    """What the settings ask to be kept of a run that has ended without keeping it, and how to have it, a line each."""
+    lines = []
+    if cfg.model_cache and not export_folder(cfg, run_folder).exists():
+        lines.append(
+            "model_cache=true: the run had ended, and nothing is saved now; where it has kept a checkpoint, "
+            f"`python -m harness.export {shlex.quote(str(run_folder))} --to FOLDER` does"
+        )
+    keeps = isinstance(cfg.editor, HyperNetworkConfig) and trains(cfg) and cfg.editor.save_checkpoint
+    if keeps and not (run_folder / FOLDER).is_dir():
+        lines.append(
+            "editor.save_checkpoint=true: the run ended without keeping its network; without resume, it is trained "
+            "once more, and kept"
+        )
+    return lines
 
 
 def require_writable(target: Path, option: str, remedy: str) -> None:

@@ -179,6 +179,7 @@ class SpreadModel(LanguageModel):
     def label_log_probs(
         self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[tuple[float, int]]]:
+        self._check_labels(prompts, labels)
         costs = [len(prompt) + sum(map(len, own)) for prompt, own in zip(prompts, labels, strict=True)]
         return self._in_order(_label_log_probs, list(zip(prompts, labels, strict=True)), costs)
 

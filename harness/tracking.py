@@ -30,6 +30,7 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
+from data.disk import write_atomically
 from data.records import Phase
 from harness.lock import FolderLock
 
@@ -88,20 +89,6 @@ def _check(value: Any, key: str) -> None:
             _check(item, f"{key}[{place}]")
     elif not (value is None or isinstance(value, str | int | float)):
         raise TypeError(f"{key} is a {type(value).__name__}, which JSON does not hold")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, sync, rename: a reader finds the old file or the new one, never half of either."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def run_id(config: Mapping[str, Any], inputs: Mapping[str, str], revision: str | None) -> str:

@@ -201,6 +201,22 @@ def test_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
     assert stopped.scores() == whole.scores()
 
 
+def test_training_by_all_comes_to_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
+    line = [*TRAINED, "editor=malmen", "model.lr=1e-3"]
+    assert together(forks, 2, place.line(*line, run="trained")) == [0, 0], forks.stderr()
+    stop = {"before": "tests.test_ranks:terminate_in_the_second_turn_of_training"}
+    assert together(forks, 2, place.line(*line, run="training"), rank0=stop) == [143, 0], forks.stderr()
+    whole, stopped = Run(place.folder / "trained"), Run(place.folder / "training")
+    assert {path.name for path in (stopped.folder / "checkpoints").iterdir()} == {"training_1", "training_2"}
+    assert together(forks, 2, place.line(*line, f"resume={stopped.folder}", run="fresh")) == [0, 0], forks.stderr()
+    assert all(torch.equal(w, weights(stopped, 4)[name]) for name, w in weights(whole, 4).items())
+    assert stopped.scores() == whole.scores()
+
+
+def terminate_in_the_second_turn_of_training() -> None:
+    in_call(2, SpreadModel, "weight_gradients", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def terminate_in_the_fourth_capture() -> None:
     in_call(4, SpreadModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGTERM))
 

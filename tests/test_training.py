@@ -139,6 +139,17 @@ def test_training_that_was_stopped_comes_to_the_same_bits(
         assert (resumed.folder / file).read_bytes() == (runs[name].folder / file).read_bytes()
 
 
+def test_what_a_finished_run_is_asked_for_too_late(commands: Commands) -> None:
+    commands(*settings_of("malmen"), run="over")
+    late = commands(
+        *settings_of("malmen"), "resume=auto", "model_cache=true", "editor.save_checkpoint=true", run="over"
+    )
+    said = (late.folder / "main.log").read_text()
+    assert f"`python -m harness.export {late.folder} --to FOLDER` does" in said
+    assert "editor.save_checkpoint=true: the run ended without keeping its network; without resume," in said
+    assert not (late.folder / "model").exists()
+
+
 def test_a_network_asked_for_after_training_has_ended(
     commands: Commands, runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
