@@ -59,9 +59,10 @@ from harness.plan import (
 )
 from harness.ranks import joined
 from harness.resume import LoopState, earlier_run, move_into
+from harness.run_folder import RunFolder
 from harness.scoring import Scoring
 from harness.spread import Held, load_model
-from harness.tracking import RunFolder, Tracker
+from harness.tracking import Tracker
 from harness.training import MetaTraining
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from glue_eval.tasks import chosen_tasks
 from harness import places
 from harness.console import RunProgress
 from harness.plan import Plan
-from harness.tracking import Tracker, canonical_json, versions
+from harness.run_folder import canonical_json, versions
+from harness.tracking import Tracker
 from model import LanguageModel
 
 log = logging.getLogger(__name__)

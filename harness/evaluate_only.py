@@ -9,9 +9,10 @@ from config.schema import RunConfig
 from harness import places
 from harness.console import RunProgress, show_results
 from harness.plan import Plan, base_cache, make_evaluation, wandb_settings
+from harness.run_folder import RunFolder
 from harness.scoring import Scoring
 from harness.spread import load_model
-from harness.tracking import RunFolder, Tracker
+from harness.tracking import Tracker
 from model_source import ModelSource, load_tokenizer, locate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

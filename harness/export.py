@@ -28,7 +28,7 @@ from harness.checkpoint import Checkpoint, Checkpoints
 from harness.delta import Delta, Difference, Origin, added, difference, read_delta, removed, write_delta
 from harness.places import CACHE
 from harness.plan import DTYPES, require_writable
-from harness.tracking import TRAINING, read_run
+from harness.run_folder import TRAINING, read_run
 from model import LanguageModel
 from model_source import ModelSource, load_tokenizer, locate, outline
 

@@ -43,8 +43,9 @@ from harness.generation import Generation, PromptForm
 from harness.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network
 from harness.perplexity import Passage, read_passage
 from harness.ranks import Ranks, require_gpu_each
+from harness.run_folder import canonical_json, versions
 from harness.spill import CaptureFolder
-from harness.tracking import WandbMode, WandbSettings, canonical_json, check_wandb, versions
+from harness.tracking import WandbMode, WandbSettings, check_wandb
 from model import Allocate, LanguageModel
 from model_source import ModelSource, Outline, load_tokenizer, locate, outline
 

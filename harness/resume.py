@@ -18,7 +18,7 @@ from torch import Tensor
 from editor.base import Editor
 from harness.checkpoint import Checkpoint, Checkpoints, Groups
 from harness.diagnostics import TurnDiagnostics
-from harness.tracking import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
+from harness.run_folder import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
 from model import LanguageModel
 
 log = logging.getLogger(__name__)

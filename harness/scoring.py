@@ -13,7 +13,8 @@ from typing import Any
 
 from harness.console import Bar, RunProgress
 from harness.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
-from harness.tracking import Stage, Tracker
+from harness.run_folder import Stage
+from harness.tracking import Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together
 SECONDS: dict[Stage, str] = {"base": "scoring_base", "eval": "scoring_on_the_way", "final": "scoring_final"}

@@ -21,7 +21,7 @@ from data.records import LossTerm, LowRankUpdate, TokenSequence, Turn
 from harness import places
 from harness.plan import DTYPES, Plan, ask_for_the_same_bits
 from harness.ranks import Ranks, require_gpu_each
-from harness.tracking import versions
+from harness.run_folder import versions
 from model import Allocate, LanguageModel, TurnCapture, WeightChange, rows_of_turn
 from model_source import ModelSource, locate
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 import main
 from data.records import LowRankUpdate
 from harness import places
-from harness.tracking import RunFolder
+from harness.run_folder import RunFolder
 from model import LanguageModel, WeightChange
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT

@@ -20,7 +20,8 @@ from harness.console import RunProgress
 from harness.downstream import Downstream
 from harness.plan import Plan, make_plan
 from harness.ranks import Ranks
-from harness.tracking import RunFolder, Tracker, WandbSettings
+from harness.run_folder import RunFolder
+from harness.tracking import Tracker, WandbSettings
 from model import LanguageModel
 from tests.commands import Commands, save_tiny_model, zsre_row
 from tests.test_glue_tasks import reviews, write_rows

@@ -15,8 +15,9 @@ from data.stream import EditStream
 from harness.console import RunProgress
 from harness.evaluate import PROTOCOLS, Evaluation
 from harness.retention import RetentionPlan
+from harness.run_folder import RunFolder
 from harness.scoring import Scoring
-from harness.tracking import RunFolder, Tracker, WandbSettings
+from harness.tracking import Tracker, WandbSettings
 from tests.hand_made import StandIn
 
 TURNS, FACTS, SAMPLE = 9, 5, 3

@@ -27,7 +27,7 @@ from harness import checkpoint
 from harness.checkpoint import FORMAT, STATE, TENSORS
 from harness.interrupt import Interrupted, Interruption
 from harness.lock import FolderLock
-from harness.tracking import RunFolder
+from harness.run_folder import RunFolder
 from model import LanguageModel
 from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT

@@ -21,7 +21,7 @@ from config.compose import LAUNCHERS, check_command_line
 from config.schema import ConfigError
 from harness.launching import ERRORS, MOST_LINES, requeued_after_checkpoint
 from harness.report.runs import open_runs
-from harness.tracking import RunFolder
+from harness.run_folder import RunFolder
 from tests.commands import Commands, Run, command_line
 from tests.conftest import ROOT
 
@@ -166,7 +166,7 @@ def test_a_sweep_goes_on_after_a_kill_and_past_a_failure(run: Commands, capfd: p
     """Of a first job that was killed, one that fails, and one that has not been begun."""
     kill = """
 import os, signal, sys
-from harness.tracking import RunFolder
+from harness.run_folder import RunFolder
 append = RunFolder.append_turn
 def die(self, line):
     append(self, line)

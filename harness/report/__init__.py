@@ -14,12 +14,12 @@ from pathlib import Path
 
 import matplotlib
 
+from data.disk import write_atomically
 from harness.report import hidden_figure, method_figures, page, score_figures
 from harness.report.drawing import STYLE, Named, Picture, named_runs
 from harness.report.page import Tables
 from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
 from harness.report.runs import Run, open_runs
-from harness.tracking import write_atomically
 
 DRAWINGS = (  # in the order of the page
     score_figures.comparison,
