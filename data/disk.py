@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+LFS_HEAD = b"version https://git-lfs"  # what a Git LFS pointer begins with, which stands where a file should be
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""

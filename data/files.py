@@ -19,7 +19,7 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
-from data.disk import beside, sha256_of, write_atomically
+from data.disk import LFS_HEAD, beside, sha256_of, write_atomically
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
@@ -31,7 +31,6 @@ FORMAT = (
 BATCH_ROWS = 1024
 ROWS_A_PAGE = 64  # a page that is touched brings its neighbours along, 64 KiB in all: about so many rows
 PATH_KEYS = {"train": "dataset.train_path", "eval": "dataset.valid_path"}
-LFS_HEAD = b"version https://git-lfs"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

@@ -15,14 +15,12 @@ import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import ijson
 import pyarrow
 import pyarrow.parquet as parquet
@@ -31,192 +29,30 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
 
+from data.catalogue import FILES, HOSTS, DataFile, HubSource, UrlSource
 from data.disk import sha256_of, sync, write_atomically
+from data.download import (
+    Downloader,
+    FetchError,
+    Remote,
+    check_head,
+    check_space,
+    discard,
+    megabytes,
+    open_client,
+    size_of,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-HOSTS = {
-    "huggingface": "https://huggingface.co",
-    "github": "https://media.githubusercontent.com",
-    "rome": "https://rome.baulab.info",
-}
-LFS_HEAD = b"version https://git-lfs"
-SPARE_BYTES = 64 << 20  # left free on the disk: a file system filled to the last byte breaks other programs
-LONGEST_WAIT_S = 60.0
-
-
-class FetchError(RuntimeError):
-    """A source that cannot give the file; the message is one line that names the URL or the file."""
-
-
-class TransientError(FetchError):
-    """A failure that another try may mend, after `retry_after` seconds where the host named a time."""
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """One thing to download; what its publisher does not state is None."""
-
-    url: str
-    size: int | None = None  # bytes
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class UrlSource:
-    """A file at a fixed path of a host, published as it is wanted here."""
-
-    host: str
-    path: str
-    size: int | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HubSource:
-    """Files of a Hugging Face data set repository whose rows, one file after the other, make the wanted file.
-
-    Their sizes and hashes are asked of the repository's listing. Without `paths` the listing must leave no doubt which
-    file is meant: the wanted name, or the only JSON file, or the Parquet shards of the one split `train`.
-    """
-
-    repo: str
-    paths: tuple[str, ...] = ()
-    rows: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A full file, its place below data/raw, the fields of its rows (DESIGN section 4), and who has it, best first."""
-
-    dataset: str
-    path: str
-    fields: tuple[str, ...]
-    sources: tuple[UrlSource | HubSource, ...]
-    nullable: tuple[str, ...] = ()
-
-    @property
-    def pinned(self) -> dict[str, int | None]:
-        """SHA-256 -> size of every copy whose hash is public."""
-        return {s.sha256: s.size for s in self.sources if isinstance(s, UrlSource) and s.sha256}
-
-
-def _lfs(path: str, size: int, sha256: str) -> UrlSource:
-    """Size and hash are those of the Git LFS pointers in MINE-USTC/StableEdit, commit 0b11e4c."""
-    return UrlSource("github", f"media/MINE-USTC/StableEdit/main/data/raw/{path}", size, sha256)
-
-
-# Release order of the eight snapshots: the stream of edits is chronological. 502,382 rows together.
-WIKIBIGEDIT_SNAPSHOTS = tuple(
-    f"wiki_big_edit_{first}_{last}.json"
-    for first, last in itertools.pairwise(
-        ("20240201", "20240220", "20240301", "20240320", "20240401", "20240501", "20240601", "20240620", "20240701")
-    )
-)
-_ZSRE = ("src", "rephrase", "ans", "loc", "loc_ans")
-_FEVER = ("prompt", "equiv_prompt", "alt", "unrel_prompt", "unrel_ans")
-_WIKI = ("update", "rephrase", "ans", "personas", "loc", "loc_ans")
-_ULTRA = ("prompt", "rephrase_prompt", "ans", "loc", "loc_ans")
-
-
-def _file(path: str, fields: tuple[str, ...], size: int, sha256: str, *first: HubSource) -> DataFile:
-    dataset = path.split("/")[0]
-    nullable = ("mhop", "mhop_ans") if fields is _WIKI else ()
-    return DataFile(dataset, path, fields, (*first, _lfs(path, size, sha256)), nullable)
-
-
-FILES = (
-    _file("zsre/zsre_train.json", _ZSRE, 59688351, "db0a0dd7d5b2b74cc92c1572e2d04545fc65aeff0146b4466596b050df48a562"),
-    _file(
-        "zsre/zsre_eval_20k.json", _ZSRE, 7360316, "81cd16d2f1d5f59a267f17237c1d3c2f0608fec71c5856cf8b1f6af3b63cb940"
-    ),
-    _file(
-        "zsre/zsre_eval_100k.json", _ZSRE, 36786886, "5cda0c27b0e845144110940582789269695a409b61cfb2ddb0b93fb4b6a4f5f9"
-    ),
-    _file(
-        "fever/fever_train.json", _FEVER, 87653077, "3b5049113e8a67882ebc3977f715c5e5e3415728e46df89eb268a5070526233b"
-    ),
-    _file(
-        "fever/fever_eval_20k.json",
-        _FEVER,
-        18922817,
-        "cf068646881ac4af2abae5ec4a87c77c31be3399aefaff3761f058d378fa077c",
-    ),
-    _file(
-        "fever/fever_eval_100k.json",
-        _FEVER,
-        92873449,
-        "0b50fdbb91afbf905342f0621201cb5369e95224cfe261106be7f52239f37cbc",
-    ),
-    _file(
-        "wikibigedit/wikibigedit_train_17k.json",
-        _WIKI,
-        8395410,
-        "a3069b6b1b4c21618025f932ba5c87f6cedbc9f618f7530bed1c2360a21c5dc1",
-    ),
-    _file(
-        "wikibigedit/wikibigedit_eval_17k.json",
-        _WIKI,
-        11017427,
-        "9268a9658b5e633c0c233d2102ea1f1f0d6db126a6d953c86f8e4619639367da",
-    ),
-    _file(
-        "wikibigedit/wikibigedit.json",
-        _WIKI,
-        250648693,
-        "546ba3aa8204b41200ad015bbfe2ffda9e46095b0796e5bc347e9c3546d03fc7",
-        HubSource("lukasthede/WikiBigEdit", WIKIBIGEDIT_SNAPSHOTS, 502382),
-    ),
-    _file(
-        "ultraeditbench/UltraEditBench_train_20k.json",
-        _ULTRA,
-        8535320,
-        "04ce2ae7fdda92dda42b054321e887e5f70352bf380ba364450e9d1e1fe31427",
-    ),
-    _file(
-        "ultraeditbench/UltraEditBench_2M.json",
-        _ULTRA,
-        800506139,
-        "b5ebb3fda5bd59a23cc7e5aa29a2eb7371e4488cc3def5038dc8b6c211eca0f1",
-        HubSource("XiaojieGu/UltraEditBench"),
-    ),
-    DataFile(
-        "knowns",
-        "known_1000.json",
-        ("prompt", "prediction"),
-        (
-            UrlSource("github", "media/MINE-USTC/StableEdit/main/data/raw/known_1000.json"),
-            UrlSource("rome", "data/dsets/known_1000.json"),
-        ),
-    ),
-)
-
-
 # --------------------------------------------------------------------------------------------------- what a file holds
-
-
-def check_head(path: Path) -> None:
-    """FetchError where the first bytes are a Git LFS pointer, a web page, or no JSON array, object or Parquet file."""
-    with path.open("rb") as file:
-        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(LFS_HEAD):
-        raise FetchError(f"{path}: a Git LFS pointer, not the data (its host's LFS quota may be used up)")
-    if head[:14].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise FetchError(f"{path}: a web page, not the data")
-    if not head.startswith((b"[", b"{", b"PAR1")):
-        raise FetchError(f"{path}: neither a JSON array nor JSON Lines; it begins with {head[:20]!r}")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -291,221 +127,6 @@ def convert(parts: Sequence[Path], target: Path, file: DataFile) -> int:
     if count == 0:
         raise FetchError(f"{', '.join(map(str, parts))}: no rows")
     return count
-
-
-# ------------------------------------------------------------------------------------------------------------ download
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """OSError where the disk of `folder` cannot take `needed` more bytes and keep SPARE_BYTES free."""
-    free = shutil.disk_usage(folder).free
-    if needed + SPARE_BYTES > free:
-        raise OSError(
-            f"{folder}: {_megabytes(needed)} to write, {_megabytes(free)} free; make room or choose another --to folder"
-        )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _sidecar(part: Path) -> Path:
-    return part.with_name(part.name + ".etag")
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _sidecar(part).unlink(missing_ok=True)
-
-
-class Downloader:
-    """Brings a Remote to a file and checks its size and hash; goes on where an earlier try stopped."""
-
-    def __init__(self, client: httpx.Client, progress: Progress, backoff_s: float = 1.0, tries: int = 5) -> None:
-        self._client = client
-        self._progress = progress
-        self._backoff_s = backoff_s
-        self._tries = tries
-
-    def fetch(self, remote: Remote, part: Path) -> None:
-        """Bring `remote` to `part`, verified and on disk.
-
-        Transient failures (cut connection, 429, 5xx) are tried again after backoff_s * 2**k seconds, or what the server
-        asks for; the count starts again whenever the file has grown. FetchError where the host has no such file,
-        where it gives something else, or after `tries` fruitless tries; then the part stays for a later run.
-        """
-        part.parent.mkdir(parents=True, exist_ok=True)
-        for last in (False, True):
-            joined = self._transfer(remote, part)
-            try:
-                self._verify(remote, part)
-                break
-            except FetchError as error:
-                _discard(part)
-                if last or not joined:
-                    raise
-                # Bytes kept from an earlier try may be to blame: once more, from the first byte.
-                log.warning("%s; fetching it again from the start", error)
-        _sidecar(part).unlink(missing_ok=True)
-
-    def get_json(self, url: str) -> Any:
-        """The JSON document at `url`, with the same retries."""
-        return self._retrying(url, lambda: self._get_json_once(url), lambda: 0)
-
-    def _get_json_once(self, url: str) -> Any:
-        response = self._client.get(url)
-        _check_status(response, url)
-        try:
-            return response.json()
-        except ValueError as error:
-            raise FetchError(f"{url}: not JSON") from error
-
-    def _transfer(self, remote: Remote, part: Path) -> bool:
-        """Whether the file was put together from more than one answer."""
-        task = self._progress.add_task(part.name.removesuffix(".part"), total=remote.size)
-        try:
-            return self._retrying(remote.url, lambda: self._attempt(remote, part, task), lambda: _size(part))
-        finally:
-            self._progress.remove_task(task)
-
-    def _retrying(self, url: str, attempt: Callable[[], T], grown_to: Callable[[], int]) -> T:
-        failures, best = 0, grown_to()
-        while True:
-            try:
-                return attempt()
-            except (TransientError, httpx.TransportError) as error:
-                size = grown_to()
-                failures, best = (1, size) if size > best else (failures + 1, best)
-                self._wait(url, error, failures)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise FetchError(f"{url}: {error}") from error
-
-    def _wait(self, url: str, error: Exception, failures: int) -> None:
-        reason = str(error) or type(error).__name__
-        if failures >= self._tries:
-            raise TransientError(f"{url}: gave up after {failures} tries in a row ({reason})") from error
-        wait = self._backoff_s * 2 ** (failures - 1)
-        if isinstance(error, TransientError) and error.retry_after is not None:
-            wait = error.retry_after
-        log.info("%s: %s; trying again in %.1f s", url, reason, min(wait, LONGEST_WAIT_S))
-        time.sleep(min(wait, LONGEST_WAIT_S))
-
-    @staticmethod
-    def _resume_point(remote: Remote, part: Path) -> tuple[int, str | None]:
-        """Bytes of `part` worth keeping, and the strong validator they came with.
-
-        Without a validator bytes are kept only where a known hash will judge the whole file.
-        """
-        saved = _read_sidecar(part)
-        etag = saved.get("etag") or None if saved.get("url") == remote.url else None
-        # another host's copy of the same bytes may be continued here: the hash decides in the end
-        same_bytes = remote.sha256 is not None and saved.get("sha256") == remote.sha256
-        return (_size(part) if etag or same_bytes else 0), etag
-
-    def _attempt(self, remote: Remote, part: Path, task: TaskID) -> bool:
-        offset, etag = self._resume_point(remote, part)
-        if offset and offset == remote.size:
-            return True
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        if offset and etag:
-            headers["If-Range"] = etag
-        with self._client.stream("GET", remote.url, headers=headers) as response:
-            if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{offset}":
-                return True  # nothing lies beyond what is here
-            start, total = _check_answer(response, remote, offset, part)
-            check_space(part.parent, (total or 0) - start)
-            _save_validator(response, remote, part)
-            self._progress.update(task, total=total, completed=start)
-            self._write(response, part, start, task)
-        if total is not None and _size(part) != total:
-            raise TransientError(f"{_size(part)} of {total} bytes arrived")
-        return start > 0
-
-    def _write(self, response: httpx.Response, part: Path, start: int, task: TaskID) -> None:
-        with part.open("ab" if start else "wb") as file:  # start is 0 or the size of the part
-            for chunk in response.iter_raw():
-                file.write(chunk)
-                self._progress.advance(task, len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-
-    @staticmethod
-    def _verify(remote: Remote, part: Path) -> None:
-        try:
-            check_head(part)
-        except FetchError as error:
-            raise FetchError(f"{remote.url}: {str(error).removeprefix(f'{part}: ')}") from error
-        if remote.size is not None and _size(part) != remote.size:
-            raise FetchError(f"{remote.url}: {_size(part)} bytes arrived, {remote.size} expected")
-        if remote.sha256 is not None and (actual := sha256_of(part)) != remote.sha256:
-            raise FetchError(f"{remote.url}: SHA-256 is {actual}, not the published {remote.sha256}")
-
-
-def _check_status(response: httpx.Response, url: str) -> None:
-    status = response.status_code
-    if status == 429 or status >= 500 or status in (408, 416):
-        after = response.headers.get("Retry-After", "")  # its other form, a date, is not worth a clock's trust
-        raise TransientError(f"HTTP {status} {response.reason_phrase}", float(after) if after.isdigit() else None)
-    if status == 404:
-        raise FetchError(f"{url}: 404, there is no such file (any more)")
-    if status not in (200, 206):
-        raise FetchError(f"{url}: HTTP {status} {response.reason_phrase}")
-
-
-def _check_answer(response: httpx.Response, remote: Remote, offset: int, part: Path) -> tuple[int, int | None]:
-    """Where the body's first byte belongs in the file, and the size the file is to have (None: not announced).
-
-    A pointer or a page is recognised before its length is complained about: that says more.
-    """
-    if response.status_code == 416:
-        _discard(part)  # the file on the host is another, shorter one
-    _check_status(response, remote.url)
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise FetchError(f"{remote.url}: sent compressed though asked not to; resuming and sizes would be wrong")
-    if response.headers.get("Content-Type", "").startswith("text/html"):
-        # told from the header, so that a log-in page does not wipe out the bytes an earlier run brought
-        raise FetchError(f"{remote.url}: a web page, not the data")
-    try:
-        start, total = _announced(response, offset)
-    except TransientError:
-        _discard(part)
-        raise
-    if remote.size is not None and total is not None and total != remote.size:
-        if total <= 1024 and response.read().startswith(LFS_HEAD):
-            raise FetchError(f"{remote.url}: a Git LFS pointer, not the data (its host's LFS quota may be used up)")
-        raise FetchError(f"{remote.url}: the host announces {total} bytes, {remote.size} expected")
-    return start, total
-
-
-def _announced(response: httpx.Response, offset: int) -> tuple[int, int | None]:
-    if response.status_code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != offset:
-            raise TransientError(f"answered a request for the bytes from {offset} with other bytes")
-        return offset, None if match[2] == "*" else int(match[2])
-    length = response.headers.get("Content-Length")
-    return 0, int(length) if length else None
-
-
-def _save_validator(response: httpx.Response, remote: Remote, part: Path) -> None:
-    etag = response.headers.get("ETag", "")
-    strong = etag if etag.startswith('"') else ""  # a weak one does not promise the same bytes (RFC 9110, 13.1.5)
-    saved = {"url": remote.url, "etag": strong, "sha256": remote.sha256}
-    _sidecar(part).write_text(json.dumps(saved), encoding="utf-8")
-
-
-def _read_sidecar(part: Path) -> dict[str, Any]:
-    if not _sidecar(part).exists():
-        return {}
-    try:
-        return dict(json.loads(_sidecar(part).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        log.info("%s is broken, as after a crash; %s starts again", _sidecar(part), part)
-        return {}
 
 
 # -------------------------------------------------------------------------------------------------- one file, all files
@@ -628,10 +249,10 @@ def _fetch_from(
     if isinstance(source, HubSource) and source.rows is not None and rows != source.rows:
         part.unlink()
         raise FetchError(f"{source.repo}: {rows} rows, {source.rows} expected")
-    log.info("%s: %d rows, %s (%s)", file.path, rows, _megabytes(_size(part)), _what_is_known(hashed))
+    log.info("%s: %d rows, %s (%s)", file.path, rows, megabytes(size_of(part)), _what_is_known(hashed))
     return part, {
         "sha256": sha256_of(part),
-        "bytes": _size(part),
+        "bytes": size_of(part),
         "rows": rows,
         "sources": [{"url": remote.url, "sha256": remote.sha256} for remote in remotes],
         "fetched_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -661,8 +282,8 @@ def _fetch_and_convert(remotes: Sequence[Remote], part: Path, file: DataFile, lo
             loader.fetch(remote, unfinished)
             unfinished.rename(piece)
         pieces.append(piece)
-    check_space(part.parent, sum(map(_size, pieces)))
-    _discard(part)  # what another source left
+    check_space(part.parent, sum(map(size_of, pieces)))
+    discard(part)  # what another source left
     try:
         rows = convert(pieces, part, file)
     except FetchError:
@@ -745,8 +366,8 @@ def list_files(files: Sequence[DataFile], raw_dir: Path) -> Table:
     for file in files:
         target = raw_dir / file.path
         part = target.with_name(target.name + ".part")
-        state = "there" if target.exists() else f"{_megabytes(_size(part))} fetched" if part.exists() else "missing"
-        sizes = [_megabytes(size) for size in file.pinned.values() if size]
+        state = "there" if target.exists() else f"{megabytes(size_of(part))} fetched" if part.exists() else "missing"
+        sizes = [megabytes(size) for size in file.pinned.values() if size]
         table.add_row(
             file.dataset,
             str(target),
@@ -783,12 +404,6 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
-
-
-def open_client() -> httpx.Client:
-    # identity: sizes, hashes and ranges are those of the file, not of a compressed transfer
-    headers = {"Accept-Encoding": "identity", "User-Agent": "stableedit-prepare"}
-    return httpx.Client(headers=headers, follow_redirects=True, timeout=httpx.Timeout(60, connect=15))
 
 
 def _progress(console: Console) -> Progress:

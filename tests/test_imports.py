@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "data/stream.py": "numpy data.*",
     "data/training.py": "numpy data.*",
     "data/files.py": "datasets.* ijson pyarrow.* data.*",
-    "data/prepare.py": "httpx ijson pyarrow.* rich.* data.*",
+    "data/catalogue.py": "",
+    "data/download.py": "httpx rich.* data.disk",
+    "data/prepare.py": "ijson pyarrow.* rich.* data.*",
     "data/sample/*.py": "data.sample.*",
     "data/__init__.py": "data.*",
     "data/*.py": "data.records data.dataset",  # data/<dataset>.py

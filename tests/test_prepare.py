@@ -22,24 +22,10 @@ import pyarrow.parquet
 import pytest
 from rich.progress import Progress
 
-from data import prepare
-from data.prepare import (
-    FILES,
-    DataFile,
-    Downloader,
-    FetchError,
-    HubSource,
-    Remote,
-    Settings,
-    UrlSource,
-    convert,
-    count_rows,
-    main,
-    parse_hosts,
-    prepare_file,
-    read_rows,
-    select_files,
-)
+from data import catalogue, download, prepare
+from data.catalogue import FILES, DataFile, HubSource, UrlSource
+from data.download import Downloader, FetchError, Remote
+from data.prepare import Settings, convert, count_rows, main, parse_hosts, prepare_file, read_rows, select_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 
@@ -148,7 +134,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with prepare.open_client() as client:
+    with download.open_client() as client:
         yield client
 
 
@@ -302,7 +288,7 @@ def test_the_bytes_are_on_disk_before_the_file_gets_its_name(server, loader, set
     server.routes["/f.json"] = Route()
     target = settings.raw_dir / "made/made.json"
     synced: list[tuple[int, bool]] = []
-    monkeypatch.setattr(prepare.os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, target.exists())))
+    monkeypatch.setattr(download.os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, target.exists())))
     prepare_file(_file(UNPINNED), settings, loader)
     assert (target.stat().st_ino, False) in synced
     assert synced[-1] == (target.parent.stat().st_ino, True)  # then the folder, which holds the name
@@ -327,7 +313,7 @@ def test_a_busy_server_is_asked_again(server, loader, settings, status) -> None:
 
 def test_waits_double_and_the_server_may_name_its_own(server, client, settings, monkeypatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    monkeypatch.setattr(download.time, "sleep", waits.append)
     patient = Downloader(client, Progress(disable=True), backoff_s=1.0, tries=4)
     server.routes["/f.json"] = Route(statuses=[503] * 3)
     prepare_file(_file(UNPINNED), settings, patient)
@@ -373,7 +359,7 @@ def test_what_is_not_the_data_is_refused_in_one_line_and_leaves_nothing(
 def test_a_full_disk_is_noticed_before_a_byte_is_written(server, loader, settings, monkeypatch, caplog) -> None:
     server.routes["/f.json"] = Route()
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: usage._replace(free=prepare.SPARE_BYTES + 1000))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage._replace(free=download.SPARE_BYTES + 1000))
     (problem,) = prepare.prepare([_file(UNPINNED)], settings, loader)
     assert "0.4 MB to write" in problem
     assert "make room" in problem
@@ -552,9 +538,9 @@ def test_the_table_of_files_is_sound() -> None:
     assert len({file.path for file in FILES}) == len(FILES) == 12
     assert len({sha256 for _, sha256, _ in pinned}) == 11
     assert all(re.fullmatch("[0-9a-f]{64}", sha256) and size for _, sha256, size in pinned)
-    assert len(prepare.WIKIBIGEDIT_SNAPSHOTS) == 8
-    assert prepare.WIKIBIGEDIT_SNAPSHOTS[0] == "wiki_big_edit_20240201_20240220.json"
-    assert prepare.WIKIBIGEDIT_SNAPSHOTS[-1] == "wiki_big_edit_20240620_20240701.json"
+    assert len(catalogue.WIKIBIGEDIT_SNAPSHOTS) == 8
+    assert catalogue.WIKIBIGEDIT_SNAPSHOTS[0] == "wiki_big_edit_20240201_20240220.json"
+    assert catalogue.WIKIBIGEDIT_SNAPSHOTS[-1] == "wiki_big_edit_20240620_20240701.json"
 
 
 def test_files_are_chosen_by_data_set_or_path() -> None:
@@ -611,7 +597,7 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path, caplog) -> N
 def test_an_interrupted_download_is_kept(server, tmp_path, monkeypatch, caplog) -> None:
     server.routes["/f.json"] = Route(cuts=[5000])
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(download.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["made", "--to", str(tmp_path), "--endpoint", server.url]) == 130
     assert (tmp_path / "made/made.json.part").stat().st_size == 5000
     assert main(["made", "--to", str(tmp_path), "--endpoint", server.url]) == 0
