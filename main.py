@@ -180,7 +180,8 @@ def edit(
     if plan.network is not None:
         plan.network.require({MODEL: fingerprint})
         editor.load_state_dict(plan.network.tensors())
-    diagnostics = TurnDiagnostics(plan.device, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
+    devices = (*model.devices, plan.editor_device)
+    diagnostics = TurnDiagnostics(*devices, previous=cfg.diagnostics.previous, seed=cfg.seed)
     run_folder = earlier or RunFolder.create(folder, **about)
     hidden = HiddenStates(
         model.hidden_states, plan.stream.edited(), plan.tokenize, path, cfg.diagnostics.hidden_states, cfg.seed
@@ -221,7 +222,7 @@ def edit(
                     if is_due(cfg.downstream_eval_steps, done, plan.stream):
                         downstream(model, tracker, progress, done)
                     with interruption.held():
-                        watch = Stopwatch(plan.device, plan.editor_device)
+                        watch = Stopwatch(*devices)
                         with watch.measure("capture"):
                             capture = model.capture(turn, cfg.editor.token is Token.all, allocate)
                         with watch.measure("update"), of_turn(turn):

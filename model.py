@@ -132,13 +132,14 @@ def _sha256(tensor: Tensor) -> str:
 
 def _checksum(tensor: Tensor) -> int:
     """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
-    bits, total = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1), 0
+    bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for first in range(0, len(bits), CHECKED):
         piece = bits[first : first + CHECKED].to(torch.int64)
         places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
         places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
-        total += int((piece * ((places ^ (places >> 29)) | 1)).sum())
-    return total % 2**64
+        total += (piece * ((places ^ (places >> 29)) | 1)).sum()
+    return int(total) % 2**64
 
 
 class _Tracer:
@@ -221,6 +222,7 @@ class LanguageModel:
         self.device = next(model.parameters()).device
         self.precise = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of losses and gradients
         self.edited = {name: EditModule(module, master) for name, module in edit_modules.items()}
+        self._aside: dict[str, Tensor] | None = None  # edited weights, while the original ones are in place
         self.compute_tokens = compute_tokens or COMPUTE_TOKENS.get(self.device.type, COMPUTE_TOKENS["cpu"])
 
     @classmethod
@@ -245,6 +247,11 @@ class LanguageModel:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_k, d_v) of each edit module."""
         return {name: edited.shape for name, edited in self.edited.items()}
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Those that hold a part of it, in the order of its layers."""
+        return list(dict.fromkeys(weight.device for weight in self.model.parameters()))
 
     # -- work that several processes may share (harness/spread.py)
 
@@ -273,9 +280,10 @@ class LanguageModel:
         captures = self.empty_captures(int(first_row[-1]), allocate)
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in compute_batches(turn.sequences, self.compute_tokens):
-            at = _every_position(batch) if every_token else (batch.rows, batch.positions)
-            loss += self._capture_batch(batch, at, weights[batch.members], first_row[batch.members], captures)
+        with _same_bits():
+            for batch in compute_batches(turn.sequences, self.compute_tokens):
+                at = _every_position(batch) if every_token else (batch.rows, batch.positions)
+                loss += self._capture_batch(batch, at, weights[batch.members], first_row[batch.members], captures)
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
         if not math.isfinite(mean):
@@ -410,14 +418,15 @@ class LanguageModel:
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            for term in terms:
-                mean = torch.zeros((), dtype=torch.float64, device=self.device)
-                for loss in self._batch_losses(term):
-                    gradients = torch.autograd.grad(term.weight * loss, weights)
-                    for name, gradient in zip(total, gradients, strict=True):
-                        total[name] += gradient
-                    mean += loss.detach()
-                losses.append(float(mean))
+            with _same_bits():
+                for term in terms:
+                    mean = torch.zeros((), dtype=torch.float64, device=self.device)
+                    for loss in self._batch_losses(term):
+                        gradients = torch.autograd.grad(term.weight * loss, weights)
+                        for name, gradient in zip(total, gradients, strict=True):
+                            total[name] += gradient
+                        mean += loss.detach()
+                    losses.append(float(mean))
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
@@ -652,12 +661,23 @@ class LanguageModel:
     @contextlib.contextmanager
     def unedited(self) -> Iterator[None]:
         """The weights as they were loaded, for as long as the context lasts; then the edited ones, bit for bit."""
-        edited = self.snapshot()
-        self.restore_original()
+        self.set_aside()
         try:
             yield
         finally:
-            self.restore(edited)
+            self.bring_back()
+
+    def set_aside(self) -> None:
+        """Keep the edited weights for `bring_back`, and put those back that were loaded."""
+        assert self._aside is None, "set aside already"
+        self._aside = self.snapshot()
+        self.restore_original()
+
+    def bring_back(self) -> None:
+        """Put the weights back that were set aside, bit for bit."""
+        assert self._aside is not None, "nothing is set aside"
+        self.restore(self._aside)
+        self._aside = None
 
     def is_original(self) -> bool:
         """Whether every edited weight is as it was loaded."""
@@ -702,9 +722,34 @@ class LanguageModel:
         sync(folder.parent)
 
 
+@contextlib.contextmanager
+def _same_bits() -> Iterator[None]:
+    """Where torch is to give the same bits each time (`Plan` asks for it on GPUs), so does the backward of attention:
+    its kernels have a deterministic form, but take it only where torch is to fail without one.
+
+    ValueError where an operation of the model has no such form.
+    """
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0].partition(", but you set")[0]
+        raise ValueError(f"model.deterministic=true: {first}; set model.deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def _select(cache: Any, rows: list[int]) -> Any:
-    """A copy of some rows of a cache, whose layers may lie on several devices."""
-    chosen = copy.deepcopy(cache)
+    """Some rows of a cache, whose layers may lie on several devices. Its own tensors are left as they are, not copied
+    first: all rows together may fill a GPU.
+    """
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(torch.tensor(rows))
     return chosen
 

@@ -244,17 +244,17 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
 def read_weights(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, device_map: str | None = None
 ) -> Any:
-    """The model with its weights.
+    """The model with its weights, which go to `device` one by one: none of it is whole on the CPU meanwhile.
 
     `device_map` lays one that is larger than one device over all of them, as accelerate sees fit; `device` then counts
     for nothing. ValueError where they are too small for it together.
     """
+    if device == torch.device("cuda"):  # files would be read into the first GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     kind = _model_class(source)
     options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "revision": source.revision}
     with _explained(source):
-        model = kind.from_pretrained(source.path, device_map=device_map, **options)
-    if device_map is None:
-        return model.to(device)
+        model = kind.from_pretrained(source.path, device_map=device_map or {"": device}, **options)
     for name in (name for name, weight in model.named_parameters() if weight.is_meta):
         raise ValueError(
             f"model.device_map={device_map}: no device has room for {name}; use more or larger devices, or "

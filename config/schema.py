@@ -344,6 +344,8 @@ class ModelConfig(Section):
     """The step size gamma that suits this model; editor.lr takes it over."""
     compute_tokens: int | None = None
     """Padded tokens in a compute batch; changes memory and speed, no result; null = by device."""
+    deterministic: bool = True
+    """On GPUs, take kernels that give the same bits each time; a model with an operation that has none is refused."""
     device_map: DeviceMap | None = None
     """Lay a model that is larger than one GPU over all that this process sees; null = on model_device."""
     trust_remote_code: bool = False

@@ -58,7 +58,7 @@ class TurnDiagnostics:
     """
 
     def __init__(self, *devices: torch.device, previous: int = 4, seed: int = 0) -> None:
-        """`devices`: the model's and the editor's. `previous` = 0 remembers, and compares, nothing."""
+        """`devices`: those of the model, and the editor's. `previous` = 0 remembers, and compares, nothing."""
         self.devices = devices
         self.previous, self.seed = previous, seed
         self.edits_total = 0

@@ -141,7 +141,11 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
     if cfg.editor.cache_dir is not None and ranks.size > 1:
-        log.warning("editor.cache_dir: with %d processes, captures pass through memory as well", ranks.size)
+        log.warning(
+            "editor.cache_dir: each of the %d processes holds its share of a turn's captures in memory, and the first "
+            "one a second share, until they are in the folder",
+            ranks.size,
+        )
     with capture_memory(cfg, stream, model_outline.shapes):
         pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
@@ -267,8 +271,9 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
         one_each = f"with {ranks.size} processes, each of which holds the whole model on a GPU of its own"
         if cfg.model.device_map is not None:
             raise ValueError(f"model.device_map={cfg.model.device_map.name} {one_each}: start one, without torchrun")
-        if ":" in cfg.model_device:
-            raise ValueError(f"model_device={cfg.model_device} {one_each}: set model_device=auto")
+        for key, value in {"model_device": cfg.model_device, "editor_device": cfg.editor_device}.items():
+            if ":" in value:
+                raise ValueError(f"{key}={value} {one_each}: set {key}=auto")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     model = torch.device(found if cfg.model_device == "auto" else cfg.model_device)
     editor = model if cfg.editor_device == "auto" else torch.device(cfg.editor_device)
@@ -280,13 +285,13 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
     if ranks.size > 1 and model.type == "cuda":
         require_gpu_each()
     if "cuda" in (model.type, editor.type):
-        ask_for_the_same_bits()
+        ask_for_the_same_bits(cfg.model.deterministic)
     return model, editor
 
 
-def ask_for_the_same_bits() -> None:
+def ask_for_the_same_bits(wanted: bool = True) -> None:
     """CUDA's kernels then give the same result each time, where they have a form that does."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
 
 
@@ -401,7 +406,7 @@ def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
         "records": [cfg.dataset.shuffle, len(plan.stream.edited()), sample, on_the_way],
         "generation": plan.generation and plan.generation.identity(),
         "passage": plan.passage and [plan.passage.sha256, plan.passage.window],
-        "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens],
+        "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens, cfg.model.deterministic],
         "versions": [SCORES_FORMAT, versions()],
     }
     key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]

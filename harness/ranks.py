@@ -35,9 +35,13 @@ from harness.interrupt import postponed
 Work = Callable[[Any, Any], Any]
 """work(held, part): a function by itself in a module, so that every process finds it by its name."""
 
+Take = Callable[[int, Any], object]
+"""take(rank, result)"""
+
 VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 ARRIVAL: Final = timedelta(minutes=10)  # by when all processes must have come together
 PATIENCE: Final = timedelta(days=30)  # followers wait while the leader works alone; from then on who ends is noticed
+ANSWER: Final = timedelta(hours=6)  # more than any task takes: a machine that lost its power says nothing at all
 END, ONE_EACH, ALL_ALIKE = range(3)  # what the leader announces
 MISTAKES: Final[dict[str, type[Exception]]] = {kind.__name__: kind for kind in (ValueError, FloatingPointError)}
 
@@ -70,12 +74,21 @@ class Ranks:
 
         `held` is the leader's own; followers have theirs. Raises the first error of any of them, once all are done.
         """
+        results: list[Any] = []
+        self.gather(held, work, parts, lambda _rank, result: results.append(result))
+        return results
+
+    def gather(self, held: Any, work: Work, parts: Sequence[Any], take: Take) -> None:
+        """As `each`, but every result goes to `take(rank, result)`, in the order of the ranks, before the next one is
+        received: large ones need not lie side by side."""
         assert len(parts) == self.size
-        return self._hand_out(held, work, parts, ONE_EACH)
+        self._hand_out(held, work, parts, ONE_EACH, take)
 
     def all(self, held: Any, work: Work, part: Any) -> list[Any]:
         """work(held, part) on every rank."""
-        return self._hand_out(held, work, [part] * self.size, ALL_ALIKE)
+        results: list[Any] = []
+        self._hand_out(held, work, [part] * self.size, ALL_ALIKE, lambda _rank, result: results.append(result))
+        return results
 
     def __enter__(self) -> Self:
         return self
@@ -86,24 +99,33 @@ class Ranks:
             self._in_step = False
             with contextlib.suppress(LostRankError):  # what has been done without it stands
                 _unless_lost(lambda: self._wire.announce(END))
+                self._wire.close()
 
-    def _hand_out(self, held: Any, work: Work, parts: Sequence[Any], kind: int) -> list[Any]:
+    def _hand_out(self, held: Any, work: Work, parts: Sequence[Any], kind: int, take: Take) -> None:
         if self.size == 1:
-            return [work(held, parts[0])]
+            take(0, work(held, parts[0]))
+            return
         if not self._in_step:
             raise LostRankError("the processes of the run are no longer in step; see what was said before")
+        failure: Exception | None = None
         with postponed():  # a signal between a task and its answer would leave the others behind
             self._in_step = False
             _unless_lost(lambda: self._send_parts(work, parts, kind))
-            replies = [_attempt(held, work, parts[0])]
-            replies += [_unless_lost(functools.partial(self._wire.receive, rank)) for rank in range(1, self.size)]
+            for rank in range(self.size):
+                if rank == 0:
+                    reply = _attempt(work, held, parts[0])
+                else:
+                    reply = _unless_lost(functools.partial(self._wire.receive, rank))
+                if isinstance(reply, _Failure):
+                    reply = MISTAKES.get(reply.kind, RuntimeError)(f"rank {rank} on {reply.host}: {reply.text}")
+                if failure is None and not isinstance(reply, Exception):
+                    reply = _attempt(take, rank, reply)
+                if failure is None and isinstance(reply, Exception):
+                    failure = reply
+                del reply  # before the next one takes its room
             self._in_step = True
-        for rank, reply in enumerate(replies):
-            if isinstance(reply, BaseException):
-                raise reply
-            if isinstance(reply, _Failure):
-                raise MISTAKES.get(reply.kind, RuntimeError)(f"rank {rank} on {reply.host}: {reply.text}")
-        return replies
+        if failure is not None:
+            raise failure
 
     def _send_parts(self, work: Work, parts: Sequence[Any], kind: int) -> None:
         self._wire.announce(kind)
@@ -126,11 +148,12 @@ class Ranks:
         while (kind := _unless_lost(wire.hear)) != END:
             come = wire.receive_broadcast if kind == ALL_ALIKE else functools.partial(wire.receive, 0)
             work, part = _unless_lost(come)
-            reply = _attempt(held, work, part)
+            reply = _attempt(work, held, part)
             if isinstance(reply, Exception):
                 reply = self._failure(reply)
             _unless_lost(functools.partial(wire.send, reply, 0))
             del work, part, reply  # and with them what may fill a GPU
+        wire.close()
 
     def _failure(self, error: Exception) -> _Failure:
         """A mistake of the user's is said by the leader alone; of anything else this process shows where it was."""
@@ -151,7 +174,8 @@ def joined() -> Ranks:
         return Ranks()
     has_gpu = _gpu_each()
     if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        alone = torch.cuda.device_count() == 1  # so too where each process of a machine is shown a GPU of its own
+        torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     try:
         distributed.init_process_group(backend, timeout=ARRIVAL)
@@ -179,10 +203,10 @@ def require_gpu_each() -> None:
         )
 
 
-def _attempt(held: Any, work: Work, part: Any) -> Any:
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result, or the error: whoever waits for this process must hear of it either way."""
     try:
-        return work(held, part)
+        return work(*arguments)
     except Exception as error:
         return error
 
@@ -212,8 +236,17 @@ class _Spec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Spec:
-        transposed = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
+        transposed = _is_transposed(tensor)
         return cls(tensor.dtype, tuple(tensor.T.shape if transposed else tensor.shape), transposed, tensor.device.type)
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """In one of the layouts that travel: contiguous, or the transpose of that."""
+    return tensor if _is_transposed(tensor) else tensor.contiguous()
+
+
+def _is_transposed(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
 
 
 class _Packer(pickle.Pickler):
@@ -297,7 +330,17 @@ class _Wire:
         _put(message, lambda tensor: distributed.send(tensor, to, group=self._group))
 
     def receive(self, source: int) -> Any:
-        return _take(lambda tensor: distributed.recv(tensor, source, group=self._group))
+        def fill(tensor: Tensor) -> None:
+            receiving = distributed.irecv(tensor, source, group=self._group)
+            assert receiving is not None, "of a group that this process is in"
+            # between GPUs, waiting with a limit would block; what is sent there comes right after what is sent here
+            receiving.wait(ANSWER) if tensor.device.type == "cpu" else receiving.wait()
+
+        return _take(fill)
+
+    def close(self) -> None:
+        """Leave in good order: gloo's threads, at work while Python takes itself apart, would abort the process."""
+        distributed.destroy_process_group()
 
     def _broadcast(self, tensor: Tensor) -> None:
         distributed.broadcast(tensor, 0, group=self._group)

@@ -20,7 +20,7 @@ from config.schema import EditPrecision, RunConfig
 from data.records import LossTerm, LowRankUpdate, TokenSequence, Turn
 from harness import places
 from harness.plan import DTYPES, Plan, ask_for_the_same_bits
-from harness.ranks import Ranks, require_gpu_each
+from harness.ranks import Ranks, laid_out, require_gpu_each
 from harness.run_folder import versions
 from model import Allocate, LanguageModel, TurnCapture, WeightChange, rows_of_turn
 from model_source import ModelSource, locate
@@ -61,6 +61,7 @@ class _Wanted:
     device_map: str | None
     master: bool
     compute_tokens: int | None
+    deterministic: bool
     ranks: int
 
 
@@ -81,6 +82,7 @@ def load_model(cfg: RunConfig, plan: Plan, evaluated: ModelSource | None = None)
         device_map=cfg.model.device_map and cfg.model.device_map.name,
         master=cfg.model.edit_precision is EditPrecision.master,
         compute_tokens=cfg.model.compute_tokens,
+        deterministic=cfg.model.deterministic,
         ranks=ranks.size,
     )
     held = Held(source=evaluated or plan.source, tokenizer=plan.tokenizer)
@@ -107,7 +109,7 @@ def _load(held: Held, wanted: _Wanted) -> tuple[str, dict[str, str | None]] | No
     held.model = None  # that of the job before, in a sweep
     if wanted.device.type == "cuda":
         require_gpu_each()
-        ask_for_the_same_bits()
+        ask_for_the_same_bits(wanted.deterministic)
     source = held.source or ModelSource(
         locate(wanted.name_or_path, places.CACHE, wanted.revision),
         wanted.class_name,
@@ -142,6 +144,11 @@ class SpreadModel(LanguageModel):
     def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
         return self._ranks.each(self._held, _on_model, [(work, part) for part in parts])
 
+    def _gather(
+        self, work: Callable[[LanguageModel, P], R], parts: Sequence[P], take: Callable[[int, R], None]
+    ) -> None:
+        self._ranks.gather(self._held, _on_model, [(work, part) for part in parts], take)
+
     def _every(self, work: Callable[[LanguageModel, P], R], part: P) -> list[R]:
         return self._ranks.all(self._held, _on_model, (work, part))
 
@@ -149,21 +156,23 @@ class SpreadModel(LanguageModel):
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         shares = self.shares([len(sequence.ids) for sequence in turn.sequences])
-        parts = self.each(_capture, [(_share_of_turn(turn, share), every_token) for share in shares])
         first_row = rows_of_turn(turn, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
-        loss = mini_batches = 0.0
-        for share, (part, weight) in zip(shares, parts, strict=True):
+        losses: list[tuple[float, float]] = []  # and what each counts for
+
+        def take(rank: int, found: tuple[TurnCapture | None, float]) -> None:
+            part, weight = found
             if part is None:
-                continue
-            rows = torch.cat([torch.arange(first_row[place], first_row[place + 1]) for place in share])
+                return
+            rows = torch.cat([torch.arange(first_row[place], first_row[place + 1]) for place in shares[rank]])
             for name, own in part.modules.items():
                 into, there = captures[name], rows.to(captures[name].keys.device)
                 into.keys[there] = own.keys.to(into.keys.device)
                 into.value_grads[there] = own.value_grads.to(into.value_grads.device)
-            loss += part.loss * weight
-            mini_batches += weight
-        return TurnCapture(captures, loss / mini_batches)
+            losses.append((part.loss, weight))
+
+        self._gather(_capture, [(_share_of_turn(turn, share), every_token) for share in shares], take)
+        return TurnCapture(captures, sum(loss * w for loss, w in losses) / sum(w for _, w in losses))
 
     # -- scoring and text
 
@@ -199,12 +208,17 @@ class SpreadModel(LanguageModel):
 
     def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
         parts = self._shares_of_terms(terms)
-        found = self.each(_weight_gradients, parts)
         total: dict[str, Tensor] = {}
-        for gradients, _ in found:
+        found: list[Sequence[float]] = []
+
+        def take(_rank: int, part: tuple[dict[str, Tensor], list[float]]) -> None:
+            gradients, losses = part
             for name, gradient in gradients.items():
-                total[name] = total[name] + gradient if name in total else gradient
-        return total, _summed(terms, parts, [losses for _, losses in found])
+                total[name] = total[name].add_(gradient) if name in total else gradient
+            found.append(losses)
+
+        self._gather(_weight_gradients, parts, take)
+        return total, _summed(terms, parts, found)
 
     def losses(self, terms: Sequence[LossTerm]) -> list[float]:
         parts = self._shares_of_terms(terms)
@@ -223,7 +237,7 @@ class SpreadModel(LanguageModel):
     # -- weights
 
     def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        done = self._every(_apply, (dict(updates), turn))
+        done = self._every(_apply, ({name: _as_sent(update) for name, update in updates.items()}, turn))
         self._require_alike([checksums for _, checksums in done])
         return done[0][0]
 
@@ -232,6 +246,12 @@ class SpreadModel(LanguageModel):
 
     def restore_original(self) -> None:
         self._require_alike(self._every(_restore_original, None))
+
+    def set_aside(self) -> None:
+        self._every(_set_aside, None)
+
+    def bring_back(self) -> None:
+        self._require_alike(self._every(_bring_back, None))
 
     def _require_alike(self, found: Sequence[Mapping[str, int]]) -> None:
         for rank, checksums in enumerate(found):
@@ -325,6 +345,11 @@ def _losses(model: LanguageModel, part: Sequence[tuple[int, LossTerm]]) -> list[
     return model.losses([term for _, term in part])
 
 
+def _as_sent(update: LowRankUpdate) -> LowRankUpdate:
+    """With factors laid out as they arrive elsewhere: products of another layout may round another way."""
+    return LowRankUpdate(None if update.left is None else laid_out(update.left), laid_out(update.right))
+
+
 def _apply(
     model: LanguageModel, part: tuple[Mapping[str, LowRankUpdate], int]
 ) -> tuple[dict[str, WeightChange], dict[str, int]]:
@@ -338,4 +363,13 @@ def _restore(model: LanguageModel, snapshot: Mapping[str, Tensor]) -> dict[str, 
 
 def _restore_original(model: LanguageModel, _nothing: None) -> dict[str, int]:
     model.restore_original()
+    return model.checksums()
+
+
+def _set_aside(model: LanguageModel, _nothing: None) -> None:
+    model.set_aside()
+
+
+def _bring_back(model: LanguageModel, _nothing: None) -> dict[str, int]:
+    model.bring_back()
     return model.checksums()
