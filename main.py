@@ -40,11 +40,12 @@ from harness.checkpoint import Checkpoints
 from harness.console import RunProgress, show_results
 from harness.diagnostics import Stopwatch, TurnDiagnostics
 from harness.downstream import Downstream
-from harness.evaluate_only import evaluate_only
+from harness.evaluate_only import evaluate_only, evaluated_source
 from harness.hidden import HiddenStates
-from harness.interrupt import Interrupted, Interruption
+from harness.interrupt import Interrupted, Interruption, end_on
 from harness.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.networks import MODEL
+from harness.places import CACHE
 from harness.plan import (
     Plan,
     asked_too_late,
@@ -57,13 +58,14 @@ from harness.plan import (
     network_keeper,
     wandb_settings,
 )
-from harness.ranks import joined
-from harness.resume import LoopState, earlier_run, move_into
+from harness.ranks import joined, program_of
+from harness.resume import LoopState, earlier_run, move_into, require_weights
 from harness.run_folder import RunFolder
 from harness.scoring import Scoring
 from harness.spread import Held, load_model
 from harness.tracking import Tracker
 from harness.training import MetaTraining
+from model_source import stamp
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ def prepare_process() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + SIGTERM; run.json and wandb are told on the way out
+    end_on(signal.SIGTERM)
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -131,6 +133,7 @@ def job(composed: DictConfig) -> None:
 def error_line(error: Exception) -> str:
     """What the user did, or the file system refuses, in one line; any other OSError is a fault of ours and goes on."""
     cause = error.__cause__
+    remedy = "free some space, or choose another folder, as with hydra.run.dir=FOLDER"
     if isinstance(cause, OSError) and str(error).startswith("Unable to configure handler"):
         error = cause  # logging, about the run's main.log
     if not isinstance(error, OSError):
@@ -138,33 +141,41 @@ def error_line(error: Exception) -> str:
     if error.errno not in REFUSALS:
         raise error
     where = f"{error.filename}: " if error.filename else ""
-    return f"error: {where}{error.strerror}; free some space, or choose another folder, as with hydra.run.dir=FOLDER"
+    if error.filename and Path(os.fsdecode(error.filename)).is_relative_to(CACHE):
+        remedy = "free some space, or choose another folder for the cache, by the environment: XDG_CACHE_HOME=FOLDER"
+    return f"error: {where}{error.strerror}; {remedy}"
 
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
     plan = make_plan(cfg, joined())
-    about = {
+    downstream = Downstream.of_run(cfg, plan)
+    evaluated = evaluated_source(cfg, plan)
+    about: dict[str, Any] = {
         "config": plain_config(composed),
         "overrides": list(HydraConfig.get().overrides.task),
-        "inputs": plan.inputs,
-        "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision},
+        "inputs": plan.inputs | downstream.inputs,
+        "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision, "files": stamp(plan.source)},
         "device": plan.hardware,
+        "hydra": hydra_files(composed),
     }
-    if cfg.evaluate is not None:
-        evaluate_only(cfg, plan, about, folder)
-        return
-    with earlier_run(cfg.resume, roots_of_runs(), about) as earlier:
+    if evaluated is not None:
+        about["model"]["evaluated"] = {"name": cfg.evaluate, "files": stamp(evaluated)}
+    with earlier_run(cfg.resume, roots_of_runs(), about, folder) as earlier:
         if earlier is not None:
             move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
+            require_weights(cfg, plan, earlier.run, about, evaluated)
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
             for line in asked_too_late(cfg, earlier.path):
                 log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
+            draw(cfg, earlier.path)
+        elif evaluated is not None:
+            evaluate_only(cfg, plan, evaluated, about, folder, earlier)
         else:
-            check_export(cfg)
-            edit(cfg, plan, Downstream.of_run(cfg, plan), about, folder, earlier)
+            check_export(cfg, None if earlier is None else earlier.run["config"])
+            edit(cfg, plan, downstream, about, folder, earlier)
 
 
 def edit(
@@ -254,10 +265,16 @@ def edit(
         except Interrupted as stop:
             if cfg.checkpoint_every and done:
                 state.save(done)
-            log.warning("%s after turn %d of %d; %s", stop.signal, done, total, state.how_to_go_on(about["overrides"]))
+            command = state.how_to_go_on(program_of(plan.ranks), about["overrides"])
+            log.warning("%s after turn %d of %d; %s", stop.signal, done, total, command)
             raise
     show_results(results, path)
-    if cfg.diagnostics.report:
+    draw(cfg, path)
+
+
+def draw(cfg: RunConfig, path: Path) -> None:
+    """The report of a finished run, unless it is there already."""
+    if cfg.diagnostics.report and cfg.evaluate is None and not (path / "report.html").exists():
         from harness.report import write_report  # matplotlib takes a second
 
         log.info("the report is %s", write_report([path]))
@@ -317,6 +334,14 @@ def settings_of(kind: Any, cfg: RunConfig) -> Any:
     typed = {"seed": cfg.seed, **vars(cfg.editor)}
     values = {key: value.name if isinstance(value, Enum) else value for key, value in typed.items()}
     return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
+
+
+def hydra_files(composed: DictConfig) -> dict[str, str]:
+    """What Hydra itself would write into .hydra/, before anybody knows whether there will be a run."""
+    hydra_config = HydraConfig.instance().cfg
+    assert hydra_config is not None
+    contents = {"config": composed, "hydra": hydra_config, "overrides": HydraConfig.get().overrides.task}
+    return {f"{name}.yaml": OmegaConf.to_yaml(content) for name, content in contents.items()}
 
 
 def plain_config(composed: DictConfig) -> dict[str, Any]:

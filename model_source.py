@@ -208,6 +208,20 @@ SCHEMES: Mapping[str, Callable[[str, Path], Path]] = {"pypi": _convert_packaged,
 # What is in them
 
 
+def stamp(source: ModelSource) -> str | None:
+    """Tells, nothing being read, whether a model's files may be others than before; None where nobody can say.
+
+    Of a folder's files their sizes and times; of a name on the hub the commit that this machine has.
+    """
+    folder = Path(source.path)
+    if not folder.is_dir():
+        config = huggingface_hub.try_to_load_from_cache(source.path, "config.json", revision=source.revision)
+        return Path(config).parent.name if isinstance(config, str) else None
+    about = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in about]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of the model; character offsets, which joint tokenising needs, exist only there."""
     with _explained(source):

@@ -10,6 +10,7 @@ import argparse
 import copy
 import difflib
 import itertools
+import shlex
 import shutil
 import types
 from collections.abc import Iterator, Sequence
@@ -192,7 +193,9 @@ def _unreadable(line: str) -> str:
     if "=" not in line:
         return f"{line}: settings are written key=value"
     key, value = line.split("=", 1)
-    return f"{line}: the value cannot be read; if it is text, quote it twice: '{key}=\"{value}\"'"
+    text = value.strip("'\"").replace('"', r"\"")
+    twice = shlex.quote(f'{key}="{text}"')  # for the shell and for Hydra
+    return f"{line}: the value cannot be read; if it is text, quote it twice: {twice}"
 
 
 def _is_multirun(flags: argparse.Namespace, overrides: Sequence[Override]) -> bool:

@@ -35,7 +35,7 @@ class Downstream:
     def of_run(cls, cfg: RunConfig, plan: Plan) -> Downstream:
         """Read the rows and make the prompts; needs no weights. ValueError, one line, for what is wrong with them."""
         tasks: list[PreparedTask] = []
-        if cfg.downstream_eval_steps:
+        if cfg.downstream_eval_steps and cfg.evaluate is None:
             try:
                 tasks = prepare_tasks(
                     chosen_tasks(cfg.glue.tasks),
@@ -56,6 +56,12 @@ class Downstream:
             "versions": [SCORES_FORMAT, versions()],
         }
         return cls(tasks, identity, cfg.seed, cfg.evaluation.resamples)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of the rows that the scores come from; nothing where there are none."""
+        rows = [[task.rows.task.name, task.rows.sha256] for task in self.tasks]
+        return {"glue": hashlib.sha256(canonical_json(rows, "rows").encode()).hexdigest()} if rows else {}
 
     def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""

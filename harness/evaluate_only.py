@@ -9,6 +9,7 @@ from config.schema import RunConfig
 from harness import places
 from harness.console import RunProgress, show_results
 from harness.plan import Plan, base_cache, make_evaluation, wandb_settings
+from harness.resume import require_model
 from harness.run_folder import RunFolder
 from harness.scoring import Scoring
 from harness.spread import load_model
@@ -18,18 +19,26 @@ from model_source import ModelSource, load_tokenizer, locate
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Path) -> None:
+def evaluate_only(
+    cfg: RunConfig,
+    plan: Plan,
+    source: ModelSource,  # of `evaluated_source`
+    about: dict[str, Any],
+    folder: Path,
+    earlier: RunFolder | None,
+) -> None:
     """Score the base model and the one that `evaluate` names, on the facts a run of this configuration would edit.
 
-    Leaves run.json, scores.jsonl, records.jsonl and results.json in `folder`. Where `evaluate` names the base model
-    itself, there is no second one to score.
+    Leaves run.json, scores.jsonl, records.jsonl and results.json in `folder`, or in that of `earlier`, which was
+    stopped and begins anew. Where `evaluate` names the base model itself, there is no second one to score.
     """
-    source = evaluated_source(cfg, plan)
     model = load_model(cfg, plan)
-    fingerprint = model.fingerprint()
-    about["model"] |= {"fingerprint": fingerprint, "evaluated": {"name": cfg.evaluate}}
+    about["model"]["fingerprint"] = fingerprint = model.fingerprint()
     cache = base_cache(cfg, plan, fingerprint)
-    run_folder = RunFolder.create(folder, **about)
+    if earlier is not None:
+        require_model(earlier.run["model"], about["model"])
+        earlier.go_on({}, 0, about["overrides"])
+    run_folder = earlier or RunFolder.create(folder, **about)
     with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
         score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
         seconds = score.seconds
@@ -48,10 +57,14 @@ def evaluate_only(cfg: RunConfig, plan: Plan, about: dict[str, Any], folder: Pat
     show_results(results, run_folder.path)
 
 
-def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource:
-    """The model that `evaluate` names; ValueError where it is none, or has another tokenizer than the base model."""
+def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource | None:
+    """The model that `evaluate` names; None where it names none.
+
+    ValueError where that is no model, or has another tokenizer than the base model.
+    """
     named = cfg.evaluate
-    assert named is not None
+    if named is None:
+        return None
     folder = Path(named).expanduser()
     if folder.is_dir():
         _check_folder(named, folder)

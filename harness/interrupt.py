@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,23 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.5  # seconds: a terminal and whatever launched the run may both pass the same Ctrl-C on
+
+
+_asked: list[int] = []  # signals that were to end this process; it has outlived them where it reads this
+
+
+def end_on(number: int) -> None:
+    """From now on that signal ends the process at once, as long as there is no turn to finish.
+
+    Python drops what is raised while it takes an object apart, so `Interruption` asks once more.
+    """
+    signal.signal(number, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    _asked.append(number)
+    sys.stderr.write(f"{signal.Signals(number).name}: ending; the same command with resume=auto goes on\n")
+    raise SystemExit(128 + number)  # run.json and wandb are told on the way out
 
 
 @contextmanager
@@ -54,6 +72,8 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if _asked:
+            raise SystemExit(128 + _asked.pop())
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 

@@ -88,7 +88,8 @@ class Plan:
     def inputs(self) -> dict[str, str]:
         """SHA-256 of every file that the run's numbers come from."""
         network = {"network": self.network.digest} if self.network else {}
-        return {split: file.sha256 for split, file in self.files.items()} | network
+        passage = {"perplexity": self.passage.sha256} if self.passage else {}
+        return {split: file.sha256 for split, file in self.files.items()} | network | passage
 
 
 def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
@@ -299,9 +300,15 @@ def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
     return Path(cfg.model_cache_dir).expanduser() if cfg.model_cache_dir else run_folder / "model"
 
 
-def check_export(cfg: RunConfig) -> None:
-    """ValueError where the edited model is to be saved over something, or where nothing can be saved."""
+def check_export(cfg: RunConfig, earlier: Mapping[str, Any] | None) -> None:
+    """ValueError where the edited model is to be saved over something, or where nothing can be saved.
+
+    What the run to go on with has been saving there since it began, when nothing was there, is its own.
+    """
     if not (cfg.model_cache and cfg.model_cache_dir):
+        return
+    settings = ("model_cache", "model_cache_dir")
+    if earlier is not None and all(earlier[name] == getattr(cfg, name) for name in settings):
         return
     target = Path(cfg.model_cache_dir).expanduser()
     if target.exists():

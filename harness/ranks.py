@@ -188,6 +188,15 @@ def joined() -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), group)
 
 
+def program_of(ranks: Ranks) -> list[str]:
+    """How main.py is started for these processes, up to its settings."""
+    if ranks.size == 1:
+        return ["python", "main.py"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    machines = ["--nnodes", str(ranks.size // int(here))] if int(here) < ranks.size else []
+    return ["torchrun", "--shutdown-timeout", "600", *machines, "--nproc-per-node", here, "main.py"]
+
+
 def _gpu_each() -> bool:
     """Whether this machine has a GPU for every process that torchrun started on it."""
     return 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()

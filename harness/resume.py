@@ -15,16 +15,26 @@ from typing import Any
 
 from torch import Tensor
 
+from config.schema import RunConfig
 from editor.base import Editor
 from harness.checkpoint import Checkpoint, Checkpoints, Groups
 from harness.diagnostics import TurnDiagnostics
+from harness.plan import Plan
 from harness.run_folder import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
+from harness.spread import load_model
 from model import LanguageModel
+from model_source import ModelSource
 
 log = logging.getLogger(__name__)
 
 NEWEST = "auto"  # what `resume` is where no folder is named
-DATA = {"eval": "dataset.valid_path", "train": "dataset.train_path", "network": "editor.load_checkpoint"}
+DATA = {
+    "eval": "dataset.valid_path",
+    "train": "dataset.train_path",
+    "network": "editor.load_checkpoint",
+    "perplexity": "evaluation.perplexity",
+    "glue": "glue.rows",
+}
 MOST_NAMED = 8  # keys that fit into an error message
 NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold many files
 
@@ -34,19 +44,24 @@ NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold m
 
 
 @contextmanager
-def earlier_run(resume: str | None, roots: Sequence[Path], about: Mapping[str, Any]) -> Iterator[RunFolder | None]:
+def earlier_run(
+    resume: str | None, roots: Sequence[Path], about: Mapping[str, Any], folder: Path
+) -> Iterator[RunFolder | None]:
     """The run to go on with, or that is finished, locked for as long as the context lasts; None to begin a new one.
 
     `resume` is null, auto or a run folder; auto looks below `roots` for the newest run of the same id that is finished
-    or has a checkpoint, else for the newest at all. `about` is what `run.json` would say of a new run. Raises
-    ValueError where the folder named holds no run, or another one: each key that differs is named.
+    or has a checkpoint, else for the newest at all. `about` is what `run.json` would say of a new run, which would be
+    in `folder`. Raises ValueError where the folder named, or that one, holds no run, or another one: each key that
+    differs is named.
     """
     path = None
     if resume == NEWEST:
         path = _newest(roots, about)
+        if path is None and (folder / "run.json").exists():
+            _require_same(f"hydra.run.dir={folder}", read_run(folder), about, "choose a new folder for this one")
     elif resume is not None:
         path = Path(resume).expanduser()
-        _require_same(resume, read_run(path), about)
+        _require_same(f"resume={resume}", read_run(path), about, "leave resume out")
     if path is None:
         yield None
         return
@@ -111,16 +126,15 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
     return "null" if leaves[key] is None else str(leaves[key])
 
 
-def _require_same(resume: str, run: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _require_same(option: str, run: Mapping[str, Any], about: Mapping[str, Any], remedy: str) -> None:
     different = differences(run["config"], about["config"])
     if different:
         more = f", and {len(different) - MOST_NAMED} more" if len(different) > MOST_NAMED else ""
         named = ", ".join(different[:MOST_NAMED])
-        raise ValueError(f"resume={resume}: another run, {named}{more}; set them as they were, or leave resume out")
+        raise ValueError(f"{option}: another run, {named}{more}; set them as they were, or {remedy}")
     if run["inputs"] != about["inputs"]:
         raise ValueError(
-            f"resume={resume}: {_changed_data(run, about)}; bring the file back that the run was begun with, or leave "
-            "resume out"
+            f"{option}: {_changed_data(run, about)}; bring the file back that the run was begun with, or {remedy}"
         )
 
 
@@ -134,12 +148,28 @@ def _changed_data(run: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     )
 
 
-def _require_model(run: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    was, now = run["model"]["fingerprint"], about["model"]["fingerprint"]
-    if was != now:
+def require_weights(
+    cfg: RunConfig, plan: Plan, run: Mapping[str, Any], about: Mapping[str, Any], evaluated: ModelSource | None
+) -> None:
+    """ValueError where a finished run was one of other weights than there are now.
+
+    They are read only where their files may have changed: a finished run is passed over in seconds.
+    """
+    sources: list[tuple[ModelSource | None, Any, Any]] = [(None, run["model"], about["model"])]
+    if evaluated is not None:
+        sources.append((evaluated, run["model"]["evaluated"], about["model"]["evaluated"]))
+    for source, was, now in sources:
+        same = now["files"] is not None and was.get("files") == now["files"]
+        if not same and "fingerprint" in was:  # one that is evaluated may be the base model, which has its own
+            require_model(was, {**now, "fingerprint": load_model(cfg, plan, source).fingerprint()})
+
+
+def require_model(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError where a model has other weights than those that the run began with."""
+    if was["fingerprint"] != now["fingerprint"]:
         raise ValueError(
-            f"model.name_or_path={run['model']['name']}: other weights than those that the run began with (fingerprint "
-            f"{was}, now {now}); bring them back, or leave resume out"
+            f"model.name_or_path={was['name']}: other weights than those that the run began with (fingerprint "
+            f"{was['fingerprint']}, now {now['fingerprint']}); bring them back, or leave resume out"
         )
 
 
@@ -199,7 +229,7 @@ class LoopState:
         The turns done by then. ValueError, nothing being changed, for another model or another run's checkpoint.
         """
         run = self.folder.run
-        _require_model(run, about)
+        require_model(run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
         if checkpoint is None:
@@ -224,12 +254,13 @@ class LoopState:
         log.info("going on after turn %d of the run in %s", done, self.folder.path)
         return done
 
-    def how_to_go_on(self, overrides: Sequence[str]) -> str:
-        """What whoever stopped the run has to type."""
+    def how_to_go_on(self, program: Sequence[str], overrides: Sequence[str]) -> str:
+        """What whoever stopped the run has to type; `program` is what it was started with, up to its settings."""
         path = str(self.folder.path)
-        quoted = path if re.fullmatch(r"[\w./-]+", path) else f"'{path}'"  # what Hydra reads as it stands
+        if not re.fullmatch(r"[\w./-]+", path):  # else Hydra reads it as it stands
+            path = "'" + path.replace("'", r"\'") + "'"
         kept = [line for line in overrides if not line.startswith("resume=")]
-        command = shlex.join(["python", "main.py", *kept, f"resume={quoted}"])
+        command = shlex.join([*program, *kept, f"resume={path}"])
         latest = self.checkpoints["turn"].latest
         trained = self.checkpoints["training"].latest
         where = f"turn {trained} of meta-training" if trained is not None and latest is None else f"turn {latest or 0}"

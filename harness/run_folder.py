@@ -31,6 +31,7 @@ Stage = Literal["base", "eval", "final", "retention"]
 # already): two runs that differ only in these are the same run.
 PLACES: Final = (
     "tracker",
+    "diagnostics.report",
     "checkpoint_every",
     "keep",
     "resume",
@@ -192,6 +193,7 @@ class RunFolder:
         inputs: Mapping[str, str],  # name -> SHA-256 of a data file
         model: Mapping[str, Any],  # name, revision, fingerprint
         device: str,
+        hydra: Mapping[str, str] | None = None,  # content of each file of .hydra/
     ) -> RunFolder:
         """Start the record of a run in `path`, which is made where it is missing.
 
@@ -219,20 +221,23 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, run, FolderLock(path))
-            folder._start()
+            folder._start(hydra or {})
         except OSError as error:
             raise ValueError(
                 f"hydra.run.dir={path}: not writable ({error.strerror}); choose a folder you can write to"
             ) from error
         return folder
 
-    def _start(self) -> None:
+    def _start(self, hydra: Mapping[str, str]) -> None:
         try:
             if (self.path / "run.json").exists():
                 raise ValueError(
                     f"hydra.run.dir={self.path}: run.json is there already; choose a new folder for this run, "
                     "or go on with that one, resume=auto"
                 )
+            for name, text in hydra.items():
+                (self.path / ".hydra").mkdir(exist_ok=True)
+                write_atomically(self.path / ".hydra" / name, text)
             self._write_run()
         except BaseException:
             self._lock.release()

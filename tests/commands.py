@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerFast
 
 import main
+from harness import interrupt
 from tests.conftest import tiny_llama
 
 MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")
@@ -128,6 +129,7 @@ def command_line(arguments: list[str]) -> Iterator[None]:
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
+        interrupt._asked.clear()
         os.environ.clear()
         os.environ.update(environment)
         GlobalHydra.instance().clear()

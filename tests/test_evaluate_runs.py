@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from config.compose import compose_config
 from config.schema import settings_without_effect, to_run_config
 from harness.console import result_table
+from harness.run_folder import RunFolder
 from model import LanguageModel
 from tests.commands import Commands, Run
 from tests.conftest import tiny_llama
@@ -142,13 +143,41 @@ def test_a_saved_model_scores_what_its_run_said(run: Commands, tmp_path: Path) -
     assert alone.json("results.json").keys() == {"base", "final", "cost"}
     assert alone.scores() == edited.scores()
     about = alone.json("run.json")
-    assert (about["status"], set(about["inputs"])) == ("finished", {"eval"})
+    assert (about["status"], set(about["inputs"])) == ("finished", {"eval", "perplexity"})
     assert about["model"]["evaluated"]["name"] == str(edited.folder / "model")
     assert about["model"]["evaluated"]["fingerprint"] != about["model"]["fingerprint"]
     assert {path.name for path in alone.folder.iterdir()} == {
         ".hydra", "main.log", "run.json", "scores.jsonl", "records.jsonl", "results.json",
     }  # fmt: skip
     assert [line["stage"] for line in alone.lines("scores.jsonl")] == ["base", "final"]
+
+
+def test_a_saved_model_is_scored_once(run: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With resume=auto, unless its weights are others by now."""
+    edited = run("model_cache=true", "num_seq=2", "num_seq_zsre=1", run="edited").folder / "model"
+    line = (f"evaluate={edited}", "num_seq=2", "resume=auto")
+    alone = run(*line, run="alone").folder
+    before = (alone / "results.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+        run(*line, run="alone")
+    assert "finished already" in (alone / "main.log").read_text()
+    tiny_llama(seed=7).save_pretrained(edited)
+    assert "other weights than those that the run began with" in run.refused(*line, run="alone")
+    assert (alone / "results.json").read_bytes() == before
+
+
+def test_scoring_that_was_stopped_begins_anew_in_its_folder(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (f"evaluate={run.model}", "num_seq=2")
+    whole = run(*line, run="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit) as end:
+            run(*line, run="alone")
+    assert end.value.code == 130
+    alone = run(*line, "resume=auto", run="alone")
+    assert alone.scores() == whole.scores()
+    assert (alone.folder / "records.jsonl").read_bytes() == (whole.folder / "records.jsonl").read_bytes()
 
 
 def test_the_base_itself_is_scored_once(run: Commands) -> None:

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "harness/export.py": "torch transformers.* config.schema harness.* model model_source",
     "harness/run_folder.py": "data.disk data.records harness.lock",
     "harness/tracking.py": "wandb.* data.records harness.run_folder",
-    "harness/resume.py": "torch editor.base harness.* model",
+    "harness/resume.py": "torch config.schema editor.base harness.* model model_source",
     "harness/networks.py": "torch editor.base harness.checkpoint",
     "harness/training.py": "data.* editor.* harness.*",
     "harness/interrupt.py": "",

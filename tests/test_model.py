@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from data.records import LowRankUpdate, Phase, TokenSequence, Turn
+from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from model import EditModule, LanguageModel
 from model_source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
@@ -377,3 +378,43 @@ def test_the_fingerprint_is_that_of_the_bits_alone() -> None:
     weight.view(torch.int32)[1, 2] ^= 1
     seen.add(model.fingerprint())
     assert len(seen) == 3
+
+
+@pytest.fixture
+def _same_bits_asked() -> Iterator[None]:
+    """As a run does on a GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_same_bits_asked")
+def test_gradients_are_asked_for_the_same_bits_in_earnest() -> None:
+    """Attention's backward is deterministic only where torch would fail without; what never is, is refused by name."""
+    plain = tiny_llama()
+    model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
+    seen = []
+    head = plain.get_output_embeddings()
+    look = head.register_forward_hook(
+        lambda *_: seen.append((torch.is_grad_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+    )
+    turn = a_turn()
+    term = LossTerm(turn.sequences, 1.0)
+    captured = model.capture(turn)
+    model.weight_gradients([term])
+    model.losses([term])
+    assert {strict for asks, warns in seen if asks for strict in [not warns]} == {True}
+    assert seen[-1] == (False, True)
+    look.remove()
+
+    def put(*_: object) -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    head.register_forward_hook(put)
+    for compute in (lambda: model.capture(turn), lambda: model.weight_gradients([term])):
+        with pytest.raises(ValueError, match=r"model.deterministic=true: .*put_.*; set model.deterministic=false"):
+            compute()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    again = model.capture(turn)
+    assert torch.equal(again.modules["down"].keys, captured.modules["down"].keys)

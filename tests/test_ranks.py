@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from harness import ranks as ranks_module
-from harness.ranks import LostRankError, Ranks
+from harness.ranks import LostRankError, Ranks, laid_out
 from harness.spread import Held, SpreadModel
 from model import LanguageModel
 from tests.commands import Commands, Run, save_tiny_model, zsre_row
@@ -452,6 +452,54 @@ def test_tensors_arrive_as_they_were_sent(dtype: torch.dtype) -> None:
         assert tensor.shape == tensors[name].shape
         assert torch.equal(tensor, tensors[name])
     assert arrived[1]["tensors"]["turned"].stride() == matrix.T.stride(), "a product of it is then the same"
+
+
+def test_a_part_of_a_matrix_is_laid_out_as_it_arrives() -> None:
+    """So the leader multiplies what the others do."""
+    matrix = torch.arange(12.0).view(3, 4)
+    assert laid_out(matrix) is matrix
+    assert laid_out(turned := matrix.T) is turned
+    part = matrix[:, 1:3]
+    assert laid_out(part).stride() == wired(part).stride() != part.stride()
+
+
+def test_answers_are_taken_one_by_one_and_an_error_in_taking_breaks_no_step(place: Commands, forks: Forks) -> None:
+    """Such as a full disk under editor.cache_dir: the others are let go, nobody speaks of a crash."""
+    before = len(forks.stderr())
+    fail = {"before": "tests.test_ranks:fail_in_taking"}
+    assert together(forks, 2, place.line(run="taking"), rank0=fail) == [1, 0], forks.stderr()
+    said = forks.stderr()[before:]
+    assert "No space left on device" in said
+    assert "another process" not in said
+
+
+def fail_in_taking() -> None:
+    original = Ranks.gather
+
+    def gather(self: Ranks, held: Any, work: Any, parts: Any, take: Any) -> None:
+        def taking(rank: int, result: Any) -> None:
+            if isinstance(result, tuple):  # a share of captures
+                raise OSError(28, "No space left on device")
+            take(rank, result)
+
+        original(self, held, work, parts, taking)
+
+    Ranks.gather = gather  # type: ignore[method-assign]
+
+
+def test_weights_set_aside_come_back() -> None:
+    plain = tiny_llama()
+    model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
+    shared = SpreadModel(Held(model), Ranks())
+    with torch.no_grad():
+        model.edited["down"].master.mul_(1.5)
+    edited = model.checksums()
+    with shared.unedited():
+        assert model.is_original()
+    assert model.checksums() == edited
+    with pytest.raises(ZeroDivisionError), shared.unedited():
+        raise ZeroDivisionError
+    assert model.checksums() == edited
 
 
 def test_checksums_tell_one_bit_apart() -> None:

@@ -25,12 +25,13 @@ from transformers import PreTrainedTokenizerFast
 import main
 from harness import checkpoint
 from harness.checkpoint import FORMAT, STATE, TENSORS
-from harness.interrupt import Interrupted, Interruption
+from harness.interrupt import Interrupted, Interruption, end_on
 from harness.lock import FolderLock
+from harness.ranks import Ranks, program_of
 from harness.run_folder import RunFolder
 from model import LanguageModel
 from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_row
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_llama
 from tests.forked import Forks
 
 TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory", "training_seconds")
@@ -290,6 +291,69 @@ def test_a_signal_before_the_first_turn(run: Commands) -> None:
     require_same(run(*LOOP, run="whole").folder, folder)
 
 
+class _Dropping:
+    """Python prints, and goes on after, whatever is raised in here."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_ends_the_run_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    end_on(signal.SIGTERM)
+    _Dropping()
+    assert "SIGTERM: ending; the same command with resume=auto goes on" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as caught, Interruption():
+        pytest.fail("the turns began")
+    assert caught.value.code == 143
+    with Interruption():
+        pass  # it has ended once
+
+
+def test_a_folder_that_hydra_has_to_be_told_in_quotes(run: Commands, capfd: pytest.CaptureFixture[str]) -> None:
+    name = "it's (x), y"
+    line = [*run.line(*LOOP), f'hydra.run.dir="{run.folder / name}"']
+    line = [word for word in line if not word.startswith(f"hydra.run.dir={run.folder}")]
+    with command_line(line), signal_after(LanguageModel, "capture", 3, signal.SIGTERM), pytest.raises(SystemExit):
+        main.main()
+    told = shlex.split(capfd.readouterr().out.splitlines()[-1].split("go on from turn 3: ", 1)[1])
+    with command_line(told[2:]):
+        main.main()
+    assert Run(run.folder / name).json("run.json")["status"] == "finished"
+
+
+def test_the_command_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert shlex.join(program_of(Ranks())) == "python main.py"
+    assert shlex.join(program_of(Ranks(0, 4))) == "torchrun --shutdown-timeout 600 --nproc-per-node 4 main.py"
+    assert "--nnodes 2 --nproc-per-node 4" in shlex.join(program_of(Ranks(0, 8)))
+
+
+def test_what_was_saved_just_before_the_stop_is_the_runs_own(run: Commands) -> None:
+    where = ("model_cache=true", f"model_cache_dir={run.folder / 'edited'}")
+    with (
+        command_line(run.line(*LOOP, *where, run="stopped")),
+        signal_after(LanguageModel, "export", 1, signal.SIGTERM),
+        pytest.raises(SystemExit),
+    ):
+        main.main()
+    saved = (run.folder / "edited" / "model.safetensors").read_bytes()
+    done = run(*LOOP, *where, "resume=auto", run="stopped")
+    assert done.json("run.json")["status"] == "finished"
+    assert (run.folder / "edited" / "model.safetensors").read_bytes() == saved
+    assert "is there already" in run.refused(*LOOP, *where, run="another")
+
+
+def test_the_report_of_a_run_that_had_ended_without_it(run: Commands) -> None:
+    folder = run(*LOOP, "diagnostics.report=false").folder
+    assert not (folder / "report.html").exists()
+    run(*LOOP, "diagnostics.report=true", "resume=auto")
+    drawn = (folder / "report.html").stat().st_mtime_ns
+    run(*LOOP, "diagnostics.report=true", "resume=auto")
+    assert (folder / "report.html").stat().st_mtime_ns == drawn
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which run, and where
 
@@ -366,6 +430,64 @@ def test_auto_with_a_fixed_folder_goes_on_in_it(run: Commands) -> None:
     folder = stopped(run, LanguageModel, "capture", 3, "resume=auto")
     run(*LOOP, "resume=auto", run="stopped")
     require_same(whole, folder)
+
+
+def test_other_texts_than_those_the_scores_began_with(run: Commands) -> None:
+    """The passage whose perplexity is taken, and the rows of a GLUE-style task: hashed like the facts."""
+    passage, rows = run.folder / "passage.txt", run.folder / "rows"
+    passage.write_text("the quick brown fox " * 20)
+    rows.mkdir()
+    answers = [{"sentence": f"a film of {i} minutes", "label": i % 2} for i in range(12)]
+    (rows / "sst2.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    texts = (
+        f"evaluation.perplexity={passage}", f"glue.rows={rows}", "glue.tasks=[sst2]", "glue.limit=2",
+        "downstream_eval_steps=3",
+    )  # fmt: skip
+    folder = stopped(run, LanguageModel, "capture", 5, *texts)
+    before = content(folder)
+    for file, key in {passage: "evaluation.perplexity", rows / "sst2.jsonl": "glue.rows"}.items():
+        kept = file.read_text()
+        file.write_text("\n".join(reversed(kept.split("\n"))) + " or else")
+        if file.suffix == ".jsonl":
+            file.write_text("\n".join(reversed(kept.split("\n"))))
+        message = run.refused(*LOOP, *texts, f"resume={folder}", run="fresh")
+        assert f"the file of {key} has changed since" in message
+        file.write_text(kept)
+    assert content(folder) == before
+    run(*LOOP, *texts, f"resume={folder}", run="fresh")
+
+
+def test_a_finished_run_of_other_weights_is_not_passed_over(run: Commands) -> None:
+    """They are read again only where files have another size or time."""
+    folder = run(*LOOP).folder
+    weights = run.model / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept)  # at another time
+    run(*LOOP, "resume=auto")
+    tiny_llama(seed=3).save_pretrained(run.model)
+    before = content(folder)
+    message = run.refused(*LOOP, "resume=auto")
+    assert "other weights than those that the run began with" in message
+    assert content(folder) == before
+    weights.write_bytes(kept)
+
+
+def test_a_refused_command_leaves_the_record_of_the_run_there_alone(run: Commands) -> None:
+    folder = run(*LOOP).folder
+    before = content(folder)
+    assert ".hydra/overrides.yaml" in before
+    assert "run.json is there already" in run.refused(*LOOP, "seed=7")
+    message = run.refused(*LOOP, "seed=7", "resume=auto")
+    assert f"hydra.run.dir={folder}: another run, seed=42 there and 7 here" in message
+    assert "choose a new folder for this one" in message
+    assert content(folder) == before
+
+
+def test_a_cache_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = OSError(errno.EROFS, "Read-only file system", str(main.CACHE / "base" / "9baf"))
+    assert main.error_line(refused).endswith("by the environment: XDG_CACHE_HOME=FOLDER")
+    refused = OSError(errno.EROFS, "Read-only file system", "/elsewhere")
+    assert main.error_line(refused).endswith("as with hydra.run.dir=FOLDER")
 
 
 def test_auto_without_an_earlier_run_begins_one_and_says_what_has_changed(run: Commands) -> None:
