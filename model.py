@@ -701,25 +701,37 @@ class LanguageModel:
     def export(self, folder: Path) -> None:
         """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent.
 
-        Nothing is written over: OSError where something stands there. ValueError where the disk refuses.
+        ValueError, nothing being left behind, where something stands there or the disk refuses.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            self.model.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-            for path in (beside, *beside.iterdir()):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # both were made for their owner alone
-                sync(path)
-            beside.rename(folder)
-        except SafetensorError as error:  # such as a full disk
-            raise ValueError(
-                f"{folder}: the model could not be written ({error}); make room, or choose another folder"
-            ) from error
-        finally:
-            if beside.exists():
-                shutil.rmtree(beside)
-        sync(folder.parent)
+        with _written_or_refused(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            try:
+                self.model.save_pretrained(beside)
+                self.tokenizer.save_pretrained(beside)
+                for path in (beside, *beside.iterdir()):
+                    path.chmod(0o755 if path.is_dir() else 0o644)  # both were made for their owner alone
+                    sync(path)
+                beside.rename(folder)
+            finally:
+                if beside.exists():
+                    shutil.rmtree(beside)
+            sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _written_or_refused(folder: Path) -> Iterator[None]:
+    """One line for what a disk, or a library on its behalf, says no with."""
+    try:
+        yield
+    except Exception as error:
+        by_tokenizers = type(error) is Exception and "(os error " in str(error)  # they have no kind of their own
+        if not (isinstance(error, OSError | SafetensorError) or by_tokenizers):
+            raise
+        raise ValueError(
+            f"{folder}: the model could not be written ({getattr(error, 'strerror', None) or error}); make room, or "
+            "choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager

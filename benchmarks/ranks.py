@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.ranks [--facts 100] [--rounds 5] [--device cuda] [--half bf16]
 
-Capture of a turn, and evaluation. On CPUs every process keeps to a core and a thread of
-its own; the one that works alone is the leader, on the same core. Rounds and ratios are as in benchmarks/turn.py.
+Capture of a turn, and evaluation. On GPUs with the kernels of a run, which give the same bits each time. On CPUs every
+process keeps to a core and a thread of its own; the one that works alone is the leader, on the same core. Rounds and
+ratios are as in benchmarks/turn.py.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ are medians of the ratios within a round.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.evaluate import score_records
 from harness.places import CACHE, ROOT
+from harness.plan import ask_for_the_same_bits
 from model import LanguageModel
 from model_source import ModelSource, load_tokenizer, locate, outline
 
@@ -213,6 +215,9 @@ def build(arguments: argparse.Namespace) -> Bench:
     from data import DATASETS
     from data.files import open_records
 
+    if arguments.device != "cpu":  # as a run does
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        ask_for_the_same_bits()
     source = ModelSource(locate(arguments.model, CACHE))
     plan = outline(source, arguments.modules, 3)
     tokenizer = load_tokenizer(source)

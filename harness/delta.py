@@ -134,7 +134,7 @@ class Delta:
 
 
 def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference]) -> None:
-    """Write the file, which is to be new; OSError where the disk refuses, and then there is none."""
+    """Write the file, which is to be new; ValueError where the disk refuses, and then there is none."""
     tensors = {}
     for name, edit in differences.items():
         tensors[f"{name}.weight"] = edit.change
@@ -146,9 +146,13 @@ def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference
     try:
         write_safetensors(part, tensors, {**about, "sha256": digest})
         part.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: the delta could not be written ({error.strerror}); make room, or choose another place"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def read_delta(path: Path) -> Delta:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +49,40 @@ def share_terminal(launcher: str) -> None:
 def requeued_after_checkpoint() -> Iterator[None]:
     """Where a launcher has a handler that puts the job back into its queue (before a time limit, or as another job
     needs the machine), the run inside is stopped as by SIGTERM first, and so with a checkpoint.
+
+    SLURM sends a SIGTERM of its own later, and it may send its first signal twice: both change nothing from then on.
     """
     handlers = {number: handler for number in ASKED_BY if callable(handler := signal.getsignal(number))}
+    if not handlers:
+        yield
+        return
+    end = signal.getsignal(signal.SIGTERM)
+    assert callable(end), "prepare_process() sets one"
     asked: list[int] = []
 
-    def stop_run(number: int, _frame: object) -> None:
-        asked.append(number)
-        signal.raise_signal(signal.SIGTERM)
+    def end_unless_asked(number: int, frame: FrameType | None) -> None:
+        if not asked:
+            end(number, frame)
 
+    def stop_run(number: int, frame: FrameType | None) -> None:
+        if asked:
+            return
+        asked.append(number)
+        stop = signal.signal(signal.SIGTERM, end_unless_asked)  # which is also what the run leaves in place at its end
+        stop = end if stop is end_unless_asked else stop
+        assert callable(stop)
+        stop(signal.SIGTERM, frame)
+
+    signal.signal(signal.SIGTERM, end_unless_asked)
     for number in handlers:
         signal.signal(number, stop_run)
     try:
         yield
     except SystemExit:
-        for asking in map(signal.Signals, asked[:1]):
+        for asking in map(signal.Signals, asked):
             log.info("%s: the launcher puts the job back into its queue", asking.name)
             handlers[asking](asking, None)
         raise
     finally:
-        for number, handler in handlers.items():
+        for number, handler in {**handlers, signal.SIGTERM: end}.items():
             signal.signal(number, handler)

@@ -193,7 +193,8 @@ def program_of(ranks: Ranks) -> list[str]:
     if ranks.size == 1:
         return ["python", "main.py"]
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    machines = ["--nnodes", str(ranks.size // int(here))] if int(here) < ranks.size else []
+    count = str(ranks.size // int(here))
+    machines = ["--nnodes", count, "--node-rank", "N", "--master-addr", "HOST"] if int(here) < ranks.size else []
     return ["torchrun", "--shutdown-timeout", "600", *machines, "--nproc-per-node", here, "main.py"]
 
 

@@ -397,24 +397,63 @@ def test_a_base_model_that_has_moved(run: Commands, tmp_path: Path) -> None:
     assert content(tmp_path / "applied") == content(tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_nothing(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+def full(path: Path) -> OSError:
+    path.write_bytes(b"half")
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a write names no file
+
+
+def full_of_delta(path: Path, *_: Any) -> None:
+    raise full(path)
+
+
+def full_of_model(_: Any, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def full_of_config(_: Any, folder: Path) -> None:
+    raise full(folder / "config.json")
+
+
+def full_of_tokenizer(_: Any, folder: Path, **_more: Any) -> None:
+    """As the package `tokenizers` does."""
+    (folder / "tokenizer.json").write_bytes(b"half")
+    raise Exception("No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("one", ["whole", "delta.safetensors"])
+def test_a_full_disk_leaves_nothing(run: Commands, monkeypatch: pytest.MonkeyPatch, one: str) -> None:
     done = run(*LOOP).folder
+    command(done, "--delta", "--to", run.folder / "there.safetensors")
     before = content(run.folder)
+    target = run.folder / one
+    base, tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
+    writers: list[tuple[Any, str, Any]] = [(deltas, "write_safetensors", full_of_delta)]
+    ways: list[list[object]] = [[done, "--delta"]]
+    if one == "whole":
+        writers = [(base, "save_pretrained", full_of_model), (base, "save_pretrained", full_of_config)]
+        writers.append((tokenizer, "save_pretrained", full_of_tokenizer))
+        ways = [[done], ["--apply", run.folder / "there.safetensors"]]
+    what = "model" if one == "whole" else "delta"
+    for writer in writers:
+        for way in ways:
+            with monkeypatch.context() as patch:
+                patch.setattr(*writer)
+                message = refused(*way, "--to", target)
+            assert message.startswith(f"error: {target}: the {what} could not be written ("), message
+            assert "No space left on device" in message
+            assert "; make room, or choose another " in message
+            assert "\n" not in message
+            assert content(run.folder) == before
+            assert not list(run.folder.glob(".*"))
 
-    def full(path: Path, *_: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    def full_of_model(_: Any, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+def test_what_is_no_fault_of_the_disk_is_not_said_to_be_one(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(*LOOP).folder
 
-    monkeypatch.setattr(deltas, "write_safetensors", full)
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full_of_model)
-    target = run.folder / "delta.safetensors"
-    assert "No space left on device" in refused(done, "--delta", "--to", target)
-    assert f"error: {target.parent / 'whole'}: the model could not be written (I/O error: No space left" in refused(
-        done, "--to", run.folder / "whole"
-    )
-    assert content(run.folder) == before
-    assert not list(run.folder.glob(".*"))
+    def ours(*_: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", ours)
+    with pytest.raises(RuntimeError, match="ours"):
+        command(done, "--to", run.folder / "whole")

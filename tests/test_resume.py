@@ -327,7 +327,7 @@ def test_the_command_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert shlex.join(program_of(Ranks())) == "python main.py"
     assert shlex.join(program_of(Ranks(0, 4))) == "torchrun --shutdown-timeout 600 --nproc-per-node 4 main.py"
-    assert "--nnodes 2 --nproc-per-node 4" in shlex.join(program_of(Ranks(0, 8)))
+    assert "--nnodes 2 --node-rank N --master-addr HOST --nproc-per-node 4" in shlex.join(program_of(Ranks(0, 8)))
 
 
 def test_what_was_saved_just_before_the_stop_is_the_runs_own(run: Commands) -> None:

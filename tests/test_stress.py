@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from config.compose import compose_config
-from config.schema import SyntheticConfig, to_run_config
+from config.schema import HyperNetworkConfig, SyntheticConfig, to_run_config
 from data import DATASETS, synthetic
 from data.disk import sha256_of
 from data.files import RecordFile, open_records
 from data.made import made_file
 from data.stream import EditStream, most_tokens, questions_of
-from model_source import ModelSource, load_tokenizer, locate
+from editor.registry import EDITORS
+from harness.plan import plan_network
+from model_source import ModelSource, load_tokenizer, locate, outline
 from tests.conftest import ROOT
 
 SYNTHETIC = DATASETS["synthetic"]
@@ -198,6 +200,18 @@ def test_the_random_model_is_the_same_every_time(tmp_path: Path) -> None:
     torch.manual_seed(1)
     assert torch.rand(1) == drawn  # nobody else's randomness is touched
     assert digests(Path(one)) == digests(Path(locate("random:llama", tmp_path / "two")))
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_every_editor_has_a_place_on_the_model_to_try_commands_with(tmp_path: Path, name: str) -> None:
+    """The rank of its network fits, and its training is over in seconds."""
+    cfg = to_run_config(compose_config([f"editor={name}", "model=tiny"]))
+    shapes = outline(
+        ModelSource(locate("random:llama", tmp_path)), cfg.model.edit_modules, cfg.model.auto_layers
+    ).shapes
+    plan_network(cfg, shapes)
+    if isinstance(cfg.editor, HyperNetworkConfig):
+        assert cfg.editor.n_epochs * (cfg.editor.max_train_turns or 1000) <= 10
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

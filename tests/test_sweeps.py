@@ -10,15 +10,18 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import main
 from config.compose import LAUNCHERS, check_command_line
 from config.schema import ConfigError
+from harness import interrupt
+from harness.checkpoint import Checkpoints
 from harness.launching import ERRORS, MOST_LINES, requeued_after_checkpoint
 from harness.report.runs import open_runs
 from harness.run_folder import RunFolder
@@ -278,31 +281,98 @@ def test_jobs_in_processes_of_their_own(run: Commands, choice: str) -> None:
     assert {one.folder for one in open_runs([again])} == set(before)
 
 
-def test_a_job_is_put_back_into_the_queue_with_a_checkpoint(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher's handler, as submitit sets it before a run starts, and a signal in the middle of a turn."""
-    append = RunFolder.append_turn
+@pytest.fixture
+def put_back() -> Iterator[list[int]]:
+    """A launcher's handler, as submitit sets it before a run starts; the signals it was called with."""
+    calls: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        calls.append(number)
+        signal.raise_signal(signal.SIGTERM)  # while the job is put back, too
+        raise SystemExit(144)
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    yield calls
+    assert signal.signal(signal.SIGUSR2, before) is handler
+
+
+def ended(run: Commands, *overrides: str) -> Run:
+    """A run that its launcher put back into the queue."""
+    with command_line(run.line(*TURNS, *overrides)), pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 144
+    return Run(run.folder / "run")
+
+
+@pytest.mark.parametrize("later", [(), (signal.SIGTERM,), (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM)])
+def test_a_job_is_put_back_into_the_queue_with_a_checkpoint(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int], later: tuple[signal.Signals, ...]
+) -> None:
+    """A signal in the middle of a turn; those that SLURM sends later come then, with the checkpoint, and at the end."""
+    append, save, close = RunFolder.append_turn, Checkpoints.save, RunFolder.__exit__
+    monkeypatch.setattr(interrupt, "ECHO", 0.0)
 
     def signalled(self: RunFolder, line: dict[str, object]) -> None:
         append(self, line)
         if line["turn"] == 2:
             signal.raise_signal(signal.SIGUSR2)
+            for number in later:
+                signal.raise_signal(number)
 
-    def put_back(number: int, _frame: object) -> None:
-        assert number == signal.SIGUSR2
-        raise SystemExit(144)
+    def again(work: Callable[..., None]) -> Callable[..., None]:
+        def then(*arguments: object) -> None:
+            for number in later:
+                signal.raise_signal(number)
+            work(*arguments)
 
-    before = signal.signal(signal.SIGUSR2, put_back)
-    try:
-        monkeypatch.setattr(RunFolder, "append_turn", signalled)
-        with command_line(run.line(*TURNS)), pytest.raises(SystemExit) as end:
-            main.main()
-        assert end.value.code == 144
-        assert signal.getsignal(signal.SIGUSR2) is put_back
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    stopped = Run(run.folder / "run")
+        return then
+
+    monkeypatch.setattr(RunFolder, "append_turn", signalled)
+    monkeypatch.setattr(Checkpoints, "save", again(save))
+    monkeypatch.setattr(RunFolder, "__exit__", again(close))
+    stopped = ended(run)
+    assert put_back == [signal.SIGUSR2]
     assert stopped.json("run.json")["status"] == "interrupted"
     assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["turn_3"]
+
+
+def test_a_job_is_put_back_into_the_queue_before_its_first_turn(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int]
+) -> None:
+    def asked(*_: object) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(main, "load_model", asked)
+    assert not (ended(run).folder / "checkpoints").exists()
+    assert put_back == [signal.SIGUSR2]
+
+
+def test_sigterm_alone_is_no_launchers_business(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int]
+) -> None:
+    """Before there is a turn to finish."""
+    monkeypatch.setattr(main, "load_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with command_line(run.line(*TURNS)), pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert put_back == []
+
+
+def test_srun_is_told_how_many_cpus_a_task_has() -> None:
+    """SLURM 22.05 to 23.x: it does not take that from sbatch."""
+    slurm = OmegaConf.load(ROOT / "config" / "hydra" / "launcher" / "slurm.yaml")
+    composed = OmegaConf.to_container(slurm, resolve=True)
+    assert isinstance(composed, dict)
+    script = "\n".join([*composed["setup"], 'echo "${SRUN_CPUS_PER_TASK-unset}"'])
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout.strip()
+
+    assert told(SLURM_CPUS_PER_TASK="8") == "8"
+    assert told() == "unset"
 
 
 def test_a_signal_that_no_launcher_waits_for_keeps_its_meaning() -> None:
