@@ -42,7 +42,7 @@ from harness.diagnostics import Stopwatch, TurnDiagnostics
 from harness.downstream import Downstream
 from harness.evaluate_only import evaluate_only, evaluated_source
 from harness.hidden import HiddenStates
-from harness.interrupt import Interrupted, Interruption, end_on
+from harness.interrupt import Interrupted, Interruption, end_if_asked, end_on
 from harness.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.networks import MODEL
 from harness.places import CACHE
@@ -53,6 +53,7 @@ from harness.plan import (
     capture_memory,
     check_export,
     export_folder,
+    is_saved,
     make_evaluation,
     make_plan,
     network_keeper,
@@ -161,20 +162,22 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     }
     if evaluated is not None:
         about["model"]["evaluated"] = {"name": cfg.evaluate, "files": stamp(evaluated)}
+    end_if_asked()
     with earlier_run(cfg.resume, roots_of_runs(), about, folder) as earlier:
         if earlier is not None:
             move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
-            require_weights(cfg, plan, earlier.run, about, evaluated)
+            require_weights(cfg, plan, earlier, about, evaluated)
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
             for line in asked_too_late(cfg, earlier.path):
                 log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
-            draw(cfg, earlier.path)
+            if cfg.diagnostics.report and evaluated is None and not earlier.is_drawn():
+                draw(earlier.path)
         elif evaluated is not None:
             evaluate_only(cfg, plan, evaluated, about, folder, earlier)
         else:
-            check_export(cfg, None if earlier is None else earlier.run["config"])
+            check_export(cfg, None if earlier is None else earlier.run.get("saved"))
             edit(cfg, plan, downstream, about, folder, earlier)
 
 
@@ -258,9 +261,10 @@ def edit(
                 "cost": {**run_folder.cost(), "seconds": state.seconds},
             }
             tracker.results(results)
-            target = export_folder(cfg, run_folder.path)
-            if cfg.model_cache and not target.exists():  # else it was saved just before the run was stopped
-                model.export(target)
+            if cfg.model_cache and not is_saved(cfg, run_folder.path, run_folder.run.get("saved")):
+                with interruption.held():
+                    model.export(target := export_folder(cfg, run_folder.path))
+                    run_folder.note(saved=cfg.model_cache_dir)
                 log.info("the edited model is in %s", target)
         except Interrupted as stop:
             if cfg.checkpoint_every and done:
@@ -269,15 +273,15 @@ def edit(
             log.warning("%s after turn %d of %d; %s", stop.signal, done, total, command)
             raise
     show_results(results, path)
-    draw(cfg, path)
+    if cfg.diagnostics.report:
+        draw(path)
 
 
-def draw(cfg: RunConfig, path: Path) -> None:
-    """The report of a finished run, unless it is there already."""
-    if cfg.diagnostics.report and cfg.evaluate is None and not (path / "report.html").exists():
-        from harness.report import write_report  # matplotlib takes a second
+def draw(path: Path) -> None:
+    """The report of a finished run."""
+    from harness.report import write_report  # matplotlib takes a second
 
-        log.info("the report is %s", write_report([path]))
+    log.info("the report is %s", write_report([path]))
 
 
 @contextlib.contextmanager

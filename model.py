@@ -741,7 +741,7 @@ def _same_bits() -> Iterator[None]:
 
     ValueError where an operation of the model has no such form.
     """
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
+    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
         yield
         return
     torch.use_deterministic_algorithms(True)

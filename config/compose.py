@@ -35,7 +35,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from config.schema import ConfigError, register, to_run_config
+from config.schema import ConfigError, quoted, register, to_run_config
 
 CONFIG_DIR = Path(__file__).resolve().parent
 CONFIG_NAME = "config"
@@ -193,8 +193,8 @@ def _unreadable(line: str) -> str:
     if "=" not in line:
         return f"{line}: settings are written key=value"
     key, value = line.split("=", 1)
-    text = value.strip("'\"").replace('"', r"\"")
-    twice = shlex.quote(f'{key}="{text}"')  # for the shell and for Hydra
+    text = value.strip("'\"")
+    twice = shlex.quote(f"{key}={quoted(text)}")  # for the shell and for Hydra
     return f"{line}: the value cannot be read; if it is text, quote it twice: {twice}"
 
 

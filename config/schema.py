@@ -130,6 +130,11 @@ class Wandb(Enum):
 # Checks. Each returns the mistakes it finds, so that all of them can be reported together.
 
 
+def quoted(text: str) -> str:
+    """In quotes, as Hydra's command line reads any text: a quote, and backslashes before it, are escaped by another."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
+
+
 def positive(key: str, value: float | None) -> list[str]:
     """A finite number above 0; None passes."""
     good = value is None or (math.isfinite(value) and value > 0)
@@ -734,6 +739,7 @@ def settings_without_effect(run: RunConfig) -> list[str]:
             "evaluation.every": run.evaluation.every,
             "evaluation.retention": run.evaluation.retention,
             "downstream_eval_steps": run.downstream_eval_steps,
+            "model_cache": run.model_cache,
         }
         return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
     no_warm_up = run.editor.preheat_mode is PreheatMode.none

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ijson
 import pyarrow
@@ -50,7 +50,6 @@ from data.download import (
 )
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------- what a file holds
 

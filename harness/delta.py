@@ -146,13 +146,13 @@ def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference
     try:
         write_safetensors(part, tensors, {**about, "sha256": digest})
         part.rename(path)
-        sync(path.parent)
     except OSError as error:
         raise ValueError(
             f"{path}: the delta could not be written ({error.strerror}); make room, or choose another place"
         ) from error
     finally:
         part.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def read_delta(path: Path) -> Delta:

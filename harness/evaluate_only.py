@@ -8,6 +8,7 @@ from typing import Any
 from config.schema import RunConfig
 from harness import places
 from harness.console import RunProgress, show_results
+from harness.interrupt import end_if_asked
 from harness.plan import Plan, base_cache, make_evaluation, wandb_settings
 from harness.resume import require_model
 from harness.run_folder import RunFolder
@@ -34,9 +35,11 @@ def evaluate_only(
     """
     model = load_model(cfg, plan)
     about["model"]["fingerprint"] = fingerprint = model.fingerprint()
+    end_if_asked()
     cache = base_cache(cfg, plan, fingerprint)
     if earlier is not None:
-        require_model(earlier.run["model"], about["model"])
+        require_model("model.name_or_path", earlier.run["model"], about["model"])
+        earlier.run["model"] = about["model"]
         earlier.go_on({}, 0, about["overrides"])
     run_folder = earlier or RunFolder.create(folder, **about)
     with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
@@ -47,6 +50,7 @@ def evaluate_only(
             del model, score  # to make room for the other
             edited = load_model(cfg, plan, source)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
+            end_if_asked()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)
             score = Scoring(evaluation, tracker, progress)

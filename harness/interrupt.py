@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -23,15 +23,22 @@ _asked: list[int] = []  # signals that were to end this process; it has outlived
 def end_on(number: int) -> None:
     """From now on that signal ends the process at once, as long as there is no turn to finish.
 
-    Python drops what is raised while it takes an object apart, so `Interruption` asks once more.
+    Python drops what is raised while it takes an object apart: see `end_if_asked`.
     """
     signal.signal(number, _end)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
     _asked.append(number)
-    sys.stderr.write(f"{signal.Signals(number).name}: ending; the same command with resume=auto goes on\n")
+    with suppress(OSError, RuntimeError):  # nobody may be listening any more, or somebody be writing just now
+        sys.stderr.write(f"{signal.Signals(number).name}: ending; the same command with resume=auto goes on\n")
     raise SystemExit(128 + number)  # run.json and wandb are told on the way out
+
+
+def end_if_asked() -> None:
+    """End where a signal was to end this process and Python dropped what that raised."""
+    if _asked:
+        raise SystemExit(128 + _asked.pop())
 
 
 @contextmanager
@@ -72,8 +79,7 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if _asked:
-            raise SystemExit(128 + _asked.pop())
+        end_if_asked()
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 

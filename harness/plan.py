@@ -276,8 +276,8 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
             if ":" in value:
                 raise ValueError(f"{key}={value} {one_each}: set {key}=auto")
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    model = torch.device(found if cfg.model_device == "auto" else cfg.model_device)
-    editor = model if cfg.editor_device == "auto" else torch.device(cfg.editor_device)
+    model = _with_index(torch.device(found if cfg.model_device == "auto" else cfg.model_device))
+    editor = model if cfg.editor_device == "auto" else _with_index(torch.device(cfg.editor_device))
     for key, device in {"model_device": model, "editor_device": editor}.items():
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
@@ -285,14 +285,18 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
             )
     if ranks.size > 1 and model.type == "cuda":
         require_gpu_each()
-    if "cuda" in (model.type, editor.type):
-        ask_for_the_same_bits(cfg.model.deterministic)
+    ask_for_the_same_bits(cfg.model.deterministic and "cuda" in (model.type, editor.type))
     return model, editor
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` is the first GPU, also among several processes, of which only the first one makes a plan."""
+    return torch.device("cuda:0") if device == torch.device("cuda") else device
 
 
 def ask_for_the_same_bits(wanted: bool = True) -> None:
     """CUDA's kernels then give the same result each time, where they have a form that does."""
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
 
 
@@ -300,15 +304,22 @@ def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
     return Path(cfg.model_cache_dir).expanduser() if cfg.model_cache_dir else run_folder / "model"
 
 
-def check_export(cfg: RunConfig, earlier: Mapping[str, Any] | None) -> None:
+def is_saved(cfg: RunConfig, run_folder: Path, saved: str | None) -> bool:
+    """Whether the run has its edited model where it is wanted, having been stopped just after it was saved.
+
+    `saved` is the folder outside its own that it has saved it to.
+    """
+    if cfg.model_cache_dir:
+        return saved == cfg.model_cache_dir
+    return export_folder(cfg, run_folder).exists()
+
+
+def check_export(cfg: RunConfig, saved: str | None) -> None:
     """ValueError where the edited model is to be saved over something, or where nothing can be saved.
 
-    What the run to go on with has been saving there since it began, when nothing was there, is its own.
+    Not where the run to go on with has saved it already, as `saved` says.
     """
-    if not (cfg.model_cache and cfg.model_cache_dir):
-        return
-    settings = ("model_cache", "model_cache_dir")
-    if earlier is not None and all(earlier[name] == getattr(cfg, name) for name in settings):
+    if not (cfg.model_cache and cfg.model_cache_dir) or saved == cfg.model_cache_dir:
         return
     target = Path(cfg.model_cache_dir).expanduser()
     if target.exists():
@@ -318,6 +329,8 @@ def check_export(cfg: RunConfig, earlier: Mapping[str, Any] | None) -> None:
 
 def asked_too_late(cfg: RunConfig, run_folder: Path) -> list[str]:
     """What the settings ask to be kept of a run that has ended without keeping it, and how to have it, a line each."""
+    if cfg.evaluate is not None:
+        return []
     lines = []
     if cfg.model_cache and not export_folder(cfg, run_folder).exists():
         lines.append(

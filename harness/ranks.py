@@ -174,8 +174,7 @@ def joined() -> Ranks:
         return Ranks()
     has_gpu = _gpu_each()
     if has_gpu:
-        alone = torch.cuda.device_count() == 1  # so too where each process of a machine is shown a GPU of its own
-        torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     try:
         distributed.init_process_group(backend, timeout=ARRIVAL)

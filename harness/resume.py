@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from config.schema import RunConfig
+from config.schema import RunConfig, quoted
 from editor.base import Editor
 from harness.checkpoint import Checkpoint, Checkpoints, Groups
 from harness.diagnostics import TurnDiagnostics
@@ -149,26 +149,32 @@ def _changed_data(run: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def require_weights(
-    cfg: RunConfig, plan: Plan, run: Mapping[str, Any], about: Mapping[str, Any], evaluated: ModelSource | None
+    cfg: RunConfig, plan: Plan, run_folder: RunFolder, about: Mapping[str, Any], evaluated: ModelSource | None
 ) -> None:
     """ValueError where a finished run was one of other weights than there are now.
 
-    They are read only where their files may have changed: a finished run is passed over in seconds.
+    They are read only where their files may have changed, which is noted, so that the next time they need not be: a
+    finished run is passed over in seconds.
     """
-    sources: list[tuple[ModelSource | None, Any, Any]] = [(None, run["model"], about["model"])]
+    sources: list[tuple[str, ModelSource | None, Any, Any]] = [
+        ("model.name_or_path", None, run_folder.run["model"], about["model"])
+    ]
     if evaluated is not None:
-        sources.append((evaluated, run["model"]["evaluated"], about["model"]["evaluated"]))
-    for source, was, now in sources:
-        same = now["files"] is not None and was.get("files") == now["files"]
-        if not same and "fingerprint" in was:  # one that is evaluated may be the base model, which has its own
-            require_model(was, {**now, "fingerprint": load_model(cfg, plan, source).fingerprint()})
+        was = run_folder.run["model"]["evaluated"]
+        if "fingerprint" in was:  # else it is the base model
+            sources.append(("evaluate", evaluated, was, about["model"]["evaluated"]))
+    for option, source, was, now in sources:
+        if now["files"] is None or was.get("files") != now["files"]:
+            require_model(option, was, {**now, "fingerprint": load_model(cfg, plan, source).fingerprint()})
+            was["files"] = now["files"]
+            run_folder.note()
 
 
-def require_model(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """ValueError where a model has other weights than those that the run began with."""
+def require_model(option: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError, naming the option, where a model has other weights than those that the run began with."""
     if was["fingerprint"] != now["fingerprint"]:
         raise ValueError(
-            f"model.name_or_path={was['name']}: other weights than those that the run began with (fingerprint "
+            f"{option}={was['name']}: other weights than those that the run began with (fingerprint "
             f"{was['fingerprint']}, now {now['fingerprint']}); bring them back, or leave resume out"
         )
 
@@ -229,7 +235,7 @@ class LoopState:
         The turns done by then. ValueError, nothing being changed, for another model or another run's checkpoint.
         """
         run = self.folder.run
-        require_model(run["model"], about["model"])
+        require_model("model.name_or_path", run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
         if checkpoint is None:
@@ -257,8 +263,8 @@ class LoopState:
     def how_to_go_on(self, program: Sequence[str], overrides: Sequence[str]) -> str:
         """What whoever stopped the run has to type; `program` is what it was started with, up to its settings."""
         path = str(self.folder.path)
-        if not re.fullmatch(r"[\w./-]+", path):  # else Hydra reads it as it stands
-            path = "'" + path.replace("'", r"\'") + "'"
+        if not re.fullmatch(r"[\w./-]+", path, re.ASCII):  # else Hydra reads it as it stands
+            path = quoted(path)
         kept = [line for line in overrides if not line.startswith("resume=")]
         command = shlex.join([*program, *kept, f"resume={path}"])
         latest = self.checkpoints["turn"].latest

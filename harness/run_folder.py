@@ -378,6 +378,16 @@ class RunFolder:
             "peak_memory": peak,
         }
 
+    def is_drawn(self) -> bool:
+        """Whether there is a report, and of these results."""
+        report = self.path / "report.html"
+        return report.exists() and report.stat().st_mtime_ns >= (self.path / "results.json").stat().st_mtime_ns
+
+    def note(self, **entries: Any) -> None:
+        """Write these into `run.json` too."""
+        self.run |= entries
+        self._write_run()
+
     def finish(self) -> None:
         """Mark the run finished."""
         self._end("finished", None)

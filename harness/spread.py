@@ -7,6 +7,7 @@ questions. Sums over ranks are taken in the order of the ranks: two runs give th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,7 +173,7 @@ class SpreadModel(LanguageModel):
             losses.append((part.loss, weight))
 
         self._gather(_capture, [(_share_of_turn(turn, share), every_token) for share in shares], take)
-        return TurnCapture(captures, sum(loss * w for loss, w in losses) / sum(w for _, w in losses))
+        return TurnCapture(captures, math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses))
 
     # -- scoring and text
 

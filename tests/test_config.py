@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 from config.compose import check_command_line, compose_config, waiting_for_choices
 from config.schema import (
@@ -18,6 +21,7 @@ from config.schema import (
     RunConfig,
     RunningMeanStdMode,
     Token,
+    quoted,
     settings_without_effect,
     to_run_config,
 )
@@ -257,3 +261,12 @@ def test_a_sweep_over_editors_may_set_keys_that_only_they_have() -> None:
     assert waiting_for_choices(alone) == alone
     over_values = ["-m", "editor=malmen", "editor.rank=8,16", "editor.n_blocks=1"]
     assert waiting_for_choices(over_values) == over_values
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=12) | st.text("\\'\"{}$ ", max_size=8))
+@example("it's \\")
+@example('a\\"b')
+def test_text_in_quotes_is_what_hydra_reads(text: str) -> None:
+    assume("${" not in text)  # which is an interpolation wherever it stands
+    override = OverridesParser.create().parse_override(f"key={quoted(text)}")
+    assert override.value() == text

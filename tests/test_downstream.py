@@ -24,8 +24,8 @@ from harness.run_folder import RunFolder
 from harness.tracking import Tracker, WandbSettings
 from model import LanguageModel
 from tests.commands import Commands, save_tiny_model, zsre_row
+from tests.run_folders import create
 from tests.test_glue_tasks import reviews, write_rows
-from tests.test_tracking import create
 
 
 class Setting:

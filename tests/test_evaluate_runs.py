@@ -163,7 +163,7 @@ def test_a_saved_model_is_scored_once(run: Commands, tmp_path: Path, monkeypatch
         run(*line, run="alone")
     assert "finished already" in (alone / "main.log").read_text()
     tiny_llama(seed=7).save_pretrained(edited)
-    assert "other weights than those that the run began with" in run.refused(*line, run="alone")
+    assert f"evaluate={edited}: other weights than those that the run began with" in run.refused(*line, run="alone")
     assert (alone / "results.json").read_bytes() == before
 
 

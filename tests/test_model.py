@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
+from harness.plan import ask_for_the_same_bits
 from model import EditModule, LanguageModel
 from model_source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -383,9 +384,9 @@ def test_the_fingerprint_is_that_of_the_bits_alone() -> None:
 @pytest.fixture
 def _same_bits_asked() -> Iterator[None]:
     """As a run does on a GPU."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    ask_for_the_same_bits()
     yield
-    torch.use_deterministic_algorithms(False)
+    ask_for_the_same_bits(False)
 
 
 @pytest.mark.usefixtures("_same_bits_asked")
@@ -415,6 +416,6 @@ def test_gradients_are_asked_for_the_same_bits_in_earnest() -> None:
         with pytest.raises(ValueError, match=r"model.deterministic=true: .*put_.*; set model.deterministic=false"):
             compute()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    ask_for_the_same_bits(False)
     again = model.capture(turn)
     assert torch.equal(again.modules["down"].keys, captured.modules["down"].keys)

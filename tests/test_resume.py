@@ -28,6 +28,7 @@ from harness.checkpoint import FORMAT, STATE, TENSORS
 from harness.interrupt import Interrupted, Interruption, end_on
 from harness.lock import FolderLock
 from harness.ranks import Ranks, program_of
+from harness.report import write_report
 from harness.run_folder import RunFolder
 from model import LanguageModel
 from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_row
@@ -312,7 +313,7 @@ def test_a_signal_that_python_drops_ends_the_run_all_the_same(capfd: pytest.Capt
 
 
 def test_a_folder_that_hydra_has_to_be_told_in_quotes(run: Commands, capfd: pytest.CaptureFixture[str]) -> None:
-    name = "it's (x), y"
+    name = "it's (é), y"
     line = [*run.line(*LOOP), f'hydra.run.dir="{run.folder / name}"']
     line = [word for word in line if not word.startswith(f"hydra.run.dir={run.folder}")]
     with command_line(line), signal_after(LanguageModel, "capture", 3, signal.SIGTERM), pytest.raises(SystemExit):
@@ -345,6 +346,15 @@ def test_what_was_saved_just_before_the_stop_is_the_runs_own(run: Commands) -> N
     assert "is there already" in run.refused(*LOOP, *where, run="another")
 
 
+def test_what_another_run_saved_meanwhile_is_not_taken_for_its_own(run: Commands) -> None:
+    where = ("model_cache=true", f"model_cache_dir={run.folder / 'edited'}")
+    folder = stopped(run, LanguageModel, "capture", 5, *where)
+    run(*LOOP, *where, "seed=7", run="another")
+    before = content(folder)
+    assert "is there already" in run.refused(*LOOP, *where, f"resume={folder}", run="fresh")
+    assert content(folder) == before
+
+
 def test_the_report_of_a_run_that_had_ended_without_it(run: Commands) -> None:
     folder = run(*LOOP, "diagnostics.report=false").folder
     assert not (folder / "report.html").exists()
@@ -352,6 +362,14 @@ def test_the_report_of_a_run_that_had_ended_without_it(run: Commands) -> None:
     drawn = (folder / "report.html").stat().st_mtime_ns
     run(*LOOP, "diagnostics.report=true", "resume=auto")
     assert (folder / "report.html").stat().st_mtime_ns == drawn
+
+
+def test_a_report_of_a_stopped_run_is_drawn_again_at_its_end(run: Commands) -> None:
+    folder = stopped(run, LanguageModel, "capture", 5)
+    write_report([folder])
+    early = (folder / "report.html").read_text()
+    run(*LOOP, "diagnostics.report=true", f"resume={folder}", run="fresh")
+    assert (folder / "report.html").read_text() != early
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,6 +482,9 @@ def test_a_finished_run_of_other_weights_is_not_passed_over(run: Commands) -> No
     kept = weights.read_bytes()
     weights.write_bytes(kept)  # at another time
     run(*LOOP, "resume=auto")
+    with pytest.MonkeyPatch.context() as patch:  # which has been noted
+        patch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+        run(*LOOP, "resume=auto")
     tiny_llama(seed=3).save_pretrained(run.model)
     before = content(folder)
     message = run.refused(*LOOP, "resume=auto")

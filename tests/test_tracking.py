@@ -123,7 +123,7 @@ def test_meta_training_is_drawn_over_its_own_turns(tmp_path: Path, monkeypatch: 
 WANDB_RUN = """
 import sys, logging, json
 from pathlib import Path
-from tests.test_tracking import create, turn_line, SCORES
+from tests.run_folders import create, turn_line, SCORES
 from harness.tracking import Tracker, WandbSettings
 logging.basicConfig(level=logging.INFO)
 with Tracker(create(Path(sys.argv[1])), WandbSettings(mode="offline", project="trial", tags=("mine",))) as tracker:
@@ -189,7 +189,7 @@ def test_an_offline_run_leaves_its_file_and_nothing_elsewhere(
 AGAIN = """
 import sys
 from pathlib import Path
-from tests.test_tracking import turn_line
+from tests.run_folders import turn_line
 from harness.run_folder import RunFolder
 from harness.tracking import Tracker, WandbSettings
 with RunFolder.open(Path(sys.argv[1])) as folder:
