@@ -13,10 +13,11 @@ import itertools
 import shlex
 import shutil
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -68,8 +69,9 @@ def check_command_line(argv: Sequence[str]) -> None:
     with _hydra(flags) as hydra:
         overrides = _parsed(flags.overrides, hydra.config_loader)
         mistakes = [] if _is_multirun(flags, overrides) else _several_values(overrides)
+        options = cache(hydra.config_loader.get_group_options)  # it looks through all of the search path each time
         for job in _jobs(overrides) if not mistakes else []:
-            mistakes += _Job(hydra, flags.config_name or CONFIG_NAME, job).mistakes(values=flags.cfg is None)
+            mistakes += _Job(hydra, options, flags.config_name or CONFIG_NAME, job).mistakes(values=flags.cfg is None)
     if mistakes:
         raise ConfigError(dict.fromkeys(mistakes))
 
@@ -242,8 +244,11 @@ def _values(override: Override) -> list[str]:
 class _Job:
     """The overrides of one run, checked from the outside in: group choices, keys, types, then values."""
 
-    def __init__(self, hydra: Hydra, config_name: str, lines: Sequence[str]) -> None:
+    def __init__(
+        self, hydra: Hydra, options: Callable[[str], list[str]], config_name: str, lines: Sequence[str]
+    ) -> None:
         self.hydra = hydra
+        self.options = options  # of a group
         self.config_name = config_name
         self.lines = list(lines)
         self.overrides = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(self.lines)
@@ -262,9 +267,9 @@ class _Job:
 
     def _options(self, override: Override) -> list[str]:
         group = override.key_or_group
-        if group in NOT_FOR_USERS:
+        if group in NOT_FOR_USERS or "." in group:  # a key within a group
             return []
-        return sorted(option for option in self.hydra.config_loader.get_group_options(group) if option != CONFIG_NAME)
+        return sorted(option for option in self.options(group) if option != CONFIG_NAME)
 
     def _choice_mistakes(self) -> list[str]:
         """Choices that their group does not offer."""

@@ -296,6 +296,8 @@ def _with_index(device: torch.device) -> torch.device:
 
 def ask_for_the_same_bits(wanted: bool = True) -> None:
     """CUDA's kernels then give the same result each time, where they have a form that does."""
+    if wanted == torch.are_deterministic_algorithms_enabled():
+        return  # telling torch so once more would import its compiler, which takes seconds
     torch.use_deterministic_algorithms(wanted, warn_only=wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
 
