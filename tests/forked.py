@@ -93,6 +93,8 @@ class Forks:
 def serve() -> None:
     import main  # what takes seconds
 
+    importlib.import_module("transformers.models.llama.modeling_llama")  # and what a model is loaded with, later
+
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the runs print
     print("ready", file=replies, flush=True)
