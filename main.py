@@ -134,7 +134,6 @@ def job(composed: DictConfig) -> None:
 def error_line(error: Exception) -> str:
     """What the user did, or the file system refuses, in one line; any other OSError is a fault of ours and goes on."""
     cause = error.__cause__
-    remedy = "free some space, or choose another folder, as with hydra.run.dir=FOLDER"
     if isinstance(cause, OSError) and str(error).startswith("Unable to configure handler"):
         error = cause  # logging, about the run's main.log
     if not isinstance(error, OSError):
@@ -142,9 +141,9 @@ def error_line(error: Exception) -> str:
     if error.errno not in REFUSALS:
         raise error
     where = f"{error.filename}: " if error.filename else ""
-    if error.filename and Path(os.fsdecode(error.filename)).is_relative_to(CACHE):
-        remedy = "free some space, or choose another folder for the cache, by the environment: XDG_CACHE_HOME=FOLDER"
-    return f"error: {where}{error.strerror}; {remedy}"
+    in_cache = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(CACHE)
+    other = "for the cache, by the environment: XDG_CACHE_HOME=FOLDER" if in_cache else "as with hydra.run.dir=FOLDER"
+    return f"error: {where}{error.strerror}; free some space, or choose another folder, {other}"
 
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:

@@ -126,13 +126,13 @@ class Wandb(Enum):
     disabled = "disabled"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks. Each returns the mistakes it finds, so that all of them can be reported together.
-
-
 def quoted(text: str) -> str:
     """In quotes, as Hydra's command line reads any text: a quote, and backslashes before it, are escaped by another."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. Each returns the mistakes it finds, so that all of them can be reported together.
 
 
 def positive(key: str, value: float | None) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LFS_HEAD = b"version https://git-lfs"  # what a Git LFS pointer begins with, which stands where a file should be
@@ -25,20 +27,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def beside(path: Path) -> Path:
-    """Where to write what is renamed to `path` once it is whole: a name that no other process has, on any machine."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """Where to write what is renamed to `path` at the end, unless that fails: a name that no other process has, on any
+    machine, and that is gone afterwards.
+    """
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, sync, rename: a reader finds the old file or the new one, never half of either."""
-    part = beside(path)
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_or_absent(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

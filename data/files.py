@@ -19,7 +19,7 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
-from data.disk import LFS_HEAD, beside, sha256_of, write_atomically
+from data.disk import LFS_HEAD, sha256_of, whole_or_absent, write_atomically
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
@@ -187,27 +187,23 @@ def _convert(path: Path, dataset: Dataset, copy: Path) -> AboutCopy:
     A row is kept as the JSON text of its fields: rows of one file may differ in form, and what is absent, null or of
     the wrong type in the file must still be so in the copy.
     """
-    part = beside(copy)
     most_tokens = 0
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         features = datasets.Features({"row": datasets.Value("string")})
-        with ArrowWriter(path=str(part), features=features) as writer:
-            for batch in _batches(_checked_rows(path, dataset)):
-                writer.write_batch({"row": batch}, writer_batch_size=BATCH_ROWS)
-                most_tokens = max(most_tokens, *map(_most_tokens, batch))
-            writer.finalize()
-        about = AboutCopy(sha256_of(part), most_tokens)
-        part.replace(copy)
+        with whole_or_absent(copy) as part:
+            with ArrowWriter(path=str(part), features=features) as writer:
+                for batch in _batches(_checked_rows(path, dataset)):
+                    writer.write_batch({"row": batch}, writer_batch_size=BATCH_ROWS)
+                    most_tokens = max(most_tokens, *map(_most_tokens, batch))
+                writer.finalize()
+            about = AboutCopy(sha256_of(part), most_tokens)
         write_atomically(_about_path(copy), json.dumps(asdict(about)))
     except OSError as error:
         raise ValueError(
             f"cannot keep a converted copy of {path} in {copy.parent}: {error.strerror or error}; "
             "make the folder writable, with room for about the size of the file"
         ) from error
-    finally:
-        if part.exists():
-            part.unlink()
     return about
 
 

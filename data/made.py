@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.dataset import Dataset
-from data.disk import beside, sha256_of, write_atomically
+from data.disk import sha256_of, whole_or_absent, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,8 @@ def _digest_path(path: Path) -> Path:
 def _write(path: Path, lines: Iterable[str]) -> None:
     """Write beside and rename: a file that has its SHA-256 beside it was complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(path)
     digest = hashlib.sha256()
-    try:
+    with whole_or_absent(path) as part:
         with part.open("wb") as file:
             rest = iter(lines)
             while block := "".join(itertools.islice(rest, 1024)).encode():
@@ -69,7 +68,3 @@ def _write(path: Path, lines: Iterable[str]) -> None:
                 digest.update(block)
         # first, so that a process that starts meanwhile finds a whole pair
         write_atomically(_digest_path(path), digest.hexdigest())
-        part.replace(path)
-    finally:
-        if part.exists():
-            part.unlink()

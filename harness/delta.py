@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.disk import beside, sync
+from data.disk import sync, whole_or_absent
 from harness.checkpoint import DamagedError, write_safetensors
 from model import INTEGERS
 
@@ -142,16 +142,13 @@ def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference
             tensors |= {f"{name}.{which}.at": entries.at, f"{name}.{which}.values": entries.values}
     about = {"delta_format": str(FORMAT), "origin": json.dumps(asdict(origin))}
     digest = _digest(about, ((name, tensors[name]) for name in sorted(tensors)))
-    part = beside(path)
     try:
-        write_safetensors(part, tensors, {**about, "sha256": digest})
-        part.rename(path)
+        with whole_or_absent(path) as part:
+            write_safetensors(part, tensors, {**about, "sha256": digest})
     except OSError as error:
         raise ValueError(
             f"{path}: the delta could not be written ({error.strerror}); make room, or choose another place"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     sync(path.parent)
 
 

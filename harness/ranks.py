@@ -112,20 +112,24 @@ class Ranks:
             self._in_step = False
             _unless_lost(lambda: self._send_parts(work, parts, kind))
             for rank in range(self.size):
-                if rank == 0:
-                    reply = _attempt(work, held, parts[0])
-                else:
-                    reply = _unless_lost(functools.partial(self._wire.receive, rank))
-                if isinstance(reply, _Failure):
-                    reply = MISTAKES.get(reply.kind, RuntimeError)(f"rank {rank} on {reply.host}: {reply.text}")
-                if failure is None and not isinstance(reply, Exception):
-                    reply = _attempt(take, rank, reply)
-                if failure is None and isinstance(reply, Exception):
-                    failure = reply
-                del reply  # before the next one takes its room
+                try:
+                    answer = work(held, parts[0]) if rank == 0 else self._answer_of(rank)
+                    if failure is None:
+                        take(rank, answer)
+                    del answer  # before the next one takes its room
+                except LostRankError:
+                    raise
+                except Exception as error:  # the others answer all the same
+                    failure = failure or error
             self._in_step = True
         if failure is not None:
             raise failure
+
+    def _answer_of(self, rank: int) -> Any:
+        reply = _unless_lost(functools.partial(self._wire.receive, rank))
+        if isinstance(reply, _Failure):
+            raise MISTAKES.get(reply.kind, RuntimeError)(f"rank {rank} on {reply.host}: {reply.text}")
+        return reply
 
     def _send_parts(self, work: Work, parts: Sequence[Any], kind: int) -> None:
         self._wire.announce(kind)
@@ -148,7 +152,7 @@ class Ranks:
         while (kind := _unless_lost(wire.hear)) != END:
             come = wire.receive_broadcast if kind == ALL_ALIKE else functools.partial(wire.receive, 0)
             work, part = _unless_lost(come)
-            reply = _attempt(work, held, part)
+            reply = _attempt(held, work, part)
             if isinstance(reply, Exception):
                 reply = self._failure(reply)
             _unless_lost(functools.partial(wire.send, reply, 0))
@@ -212,10 +216,10 @@ def require_gpu_each() -> None:
         )
 
 
-def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+def _attempt(held: Any, work: Work, part: Any) -> Any:
     """The result, or the error: whoever waits for this process must hear of it either way."""
     try:
-        return work(*arguments)
+        return work(held, part)
     except Exception as error:
         return error
 

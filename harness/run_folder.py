@@ -398,8 +398,7 @@ class RunFolder:
         self._end("interrupted" if line == "interrupted" else "failed", line)
 
     def _end(self, status: str, error: str | None) -> None:
-        self.run |= {"status": status, "error": error, "finished": _now()}
-        self._write_run()
+        self.note(status=status, error=error, finished=_now())
 
     def _write_run(self) -> None:
         # In the order above, not sorted: people open this file to see first what it was and how it ended.
