@@ -36,36 +36,47 @@ from editor.base import CapturedTurn, Editor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
 from editor.registry import EDITORS
-from harness.checkpoint import Checkpoints
-from harness.console import RunProgress, show_results
-from harness.diagnostics import Stopwatch, TurnDiagnostics
-from harness.downstream import Downstream
-from harness.evaluate_only import evaluate_only, evaluated_source
-from harness.hidden import HiddenStates
-from harness.interrupt import Interrupted, Interruption, end_if_asked, end_on
-from harness.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
-from harness.networks import MODEL
-from harness.places import CACHE
-from harness.plan import (
+from harness.evaluation import Downstream, HiddenStates, Scoring
+from harness.job import (
+    Held,
+    LoopState,
+    MetaTraining,
     Plan,
     asked_too_late,
     base_cache,
     capture_memory,
     check_export,
+    earlier_run,
+    evaluate_only,
+    evaluated_source,
     export_folder,
     is_saved,
+    load_model,
     make_evaluation,
     make_plan,
+    move_into,
     network_keeper,
+    plan_downstream,
+    require_weights,
     wandb_settings,
 )
 from harness.ranks import joined, program_of
-from harness.resume import LoopState, earlier_run, move_into, require_weights
-from harness.run_folder import RunFolder
-from harness.scoring import Scoring
-from harness.spread import Held, load_model
-from harness.tracking import Tracker
-from harness.training import MetaTraining
+from harness.run import (
+    CACHE,
+    MODEL,
+    Checkpoints,
+    Interrupted,
+    Interruption,
+    RunFolder,
+    check_launcher,
+    end_if_asked,
+    end_on,
+    last_lines,
+    launcher_errors,
+    requeued_after_checkpoint,
+    share_terminal,
+)
+from harness.watch import RunProgress, Stopwatch, Tracker, TurnDiagnostics, show_results
 from model_source import stamp
 
 log = logging.getLogger(__name__)
@@ -149,7 +160,7 @@ def error_line(error: Exception) -> str:
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
     plan = make_plan(cfg, joined())
-    downstream = Downstream.of_run(cfg, plan)
+    downstream = plan_downstream(cfg, plan)
     evaluated = evaluated_source(cfg, plan)
     about: dict[str, Any] = {
         "config": plain_config(composed),

@@ -253,7 +253,7 @@ class LanguageModel:
         """Those that hold a part of it, in the order of its layers."""
         return list(dict.fromkeys(weight.device for weight in self.model.parameters()))
 
-    # -- work that several processes may share (harness/spread.py)
+    # -- work that several processes may share (harness/job/spread.py)
 
     hands = 1  # how many do
 

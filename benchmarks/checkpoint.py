@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.checkpoint import Checkpoints
+from harness.run.checkpoint import Checkpoints
 
 
 def bare(tensors: dict[str, Tensor], folder: Path) -> None:

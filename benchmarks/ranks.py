@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from benchmarks.turn import SCORED, Bench, build, parser_of, ratio, score
-from harness.ranks import joined
-from harness.spread import Held, SpreadModel
+from harness.job.spread import Held, SpreadModel
+from harness.ranks.group import joined
 from model import LanguageModel
 
 ALONE, SHARED = "one rank", "all ranks"

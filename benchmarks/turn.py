@@ -28,9 +28,9 @@ from data.records import EditRecord, Phase, TokenBatch, TokenSequence, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
-from harness.evaluate import score_records
-from harness.places import CACHE, ROOT
-from harness.plan import ask_for_the_same_bits
+from harness.evaluation.evaluate import score_records
+from harness.job.devices import ask_for_the_same_bits
+from harness.run.places import CACHE, ROOT
 from model import LanguageModel
 from model_source import ModelSource, load_tokenizer, locate, outline
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from glue_eval.rows import HUB
 from glue_eval.score import evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
-from harness.places import CACHE
+from harness.run.places import CACHE
 from model import LanguageModel
 from model_source import ModelSource, context_length, load_tokenizer, locate
 

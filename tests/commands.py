@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerFast
 
 import main
-from harness import interrupt
+from harness.run import interrupt
 from tests.conftest import tiny_llama
 
 MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")

@@ -73,7 +73,7 @@ def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """
     import main
     from config.schema import register
-    from harness import places
+    from harness.run import places
     from tests.commands import Commands, zsre_row
 
     register()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.run_folder import RunFolder
+from harness.run.folder import RunFolder
 
 CONFIG: dict[str, Any] = {
     "seed": 42,

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from harness.console import FORMS, NOT_SHARES, SCORES
 from harness.report.drawing import (
     DASHES,
     GREY,
@@ -34,6 +33,7 @@ from harness.report.drawing import (
     percent_axis,
 )
 from harness.report.runs import Run
+from harness.watch.console import FORMS, NOT_SHARES, SCORES
 
 FORM_WORDS: Final = FORMS | {"": "token by token", "contains": "generated text contains it"}
 TITLES: Final = {"LS_kl": "LS_kl  KL from base, nats", "perplexity": "perplexity of a fixed text"}

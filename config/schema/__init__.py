@@ -1,0 +1,67 @@
+"""Types and checks of a run: what each key may be, and what it means.
+
+The dataclasses are the schemas of Hydra's ConfigStore, so that a key that does not exist or a value of the wrong type
+is refused while the command line is read. `to_run_config` then turns the composed configuration into these plain
+dataclasses, once, at the door, and reports every remaining mistake together. Members of the Enums are the words that
+users type, and fields carry the names that users type.
+"""
+
+from config.schema.checks import (
+    ConfigError,
+    quoted,
+)
+from config.schema.dataset import (
+    AnswerTokens,
+    SyntheticConfig,
+)
+from config.schema.door import (
+    register,
+    to_run_config,
+)
+from config.schema.editor import (
+    ClosedFormConfig,
+    HyperNetworkConfig,
+    PreheatMode,
+    RLEditConfig,
+    RunningMeanStdMode,
+    StatisticsScope,
+    Token,
+    UpdateEvery,
+    WhiteningFloorMode,
+)
+from config.schema.model import (
+    EditPrecision,
+    Half,
+)
+from config.schema.run import (
+    RunConfig,
+    settings_without_effect,
+)
+from config.schema.tracker import (
+    DiagnosticsConfig,
+    TrackerConfig,
+)
+
+__all__ = [
+    "AnswerTokens",
+    "ClosedFormConfig",
+    "ConfigError",
+    "DiagnosticsConfig",
+    "EditPrecision",
+    "Half",
+    "HyperNetworkConfig",
+    "PreheatMode",
+    "RLEditConfig",
+    "RunConfig",
+    "RunningMeanStdMode",
+    "StatisticsScope",
+    "SyntheticConfig",
+    "Token",
+    "TrackerConfig",
+    "UpdateEvery",
+    "WhiteningFloorMode",
+    "quoted",
+    "register",
+    "settings_without_effect",
+    "to_run_config",
+]

@@ -1,0 +1,198 @@
+"""The editors' settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from config.schema.checks import Section, at_least, filled, not_negative, positive
+
+
+class Token(Enum):
+    """Positions whose keys and value gradients are captured: of the answer's tokens, or of all."""
+
+    ans = "ans"
+    all = "all"
+
+
+class RunningMeanStdMode(Enum):
+    """Normalisation of keys and value gradients.
+
+    stable = full whitening of value gradients; original = diagonal; none = raw rows; batch = statistics of this turn
+    only; frozen = statistics stay as warm-up left them.
+    """
+
+    stable = "stable"
+    original = "original"
+    none = "none"
+    batch = "batch"
+    frozen = "frozen"
+
+
+class PreheatMode(Enum):
+    """Warm-up turns come before turn 0, T/4, T/2, 3T/4 or T-1 of T edit turns, or not at all."""
+
+    start = "start"
+    q1 = "q1"
+    middle = "middle"
+    q3 = "q3"
+    end = "end"
+    none = "none"
+
+
+class StatisticsScope(Enum):
+    """Who shares running statistics: all modules of one shape, or nobody."""
+
+    shape = "shape"
+    module = "module"
+
+
+class WhiteningFloorMode(Enum):
+    """Whether the eigenvalue floor is a multiple of the mean eigenvalue, or a number."""
+
+    relative = "relative"
+    absolute = "absolute"
+
+
+class UpdateEvery(Enum):
+    """When the optimiser of the hypernetwork steps."""
+
+    trajectory = "trajectory"
+    turn = "turn"
+
+
+@dataclass
+class EditorConfig(Section):
+    """What all editors share."""
+
+    name: str = MISSING
+    """Key of editor.EDITORS. Set by the group."""
+    lr: float = MISSING
+    """Step size gamma; hypernetwork editors start their learned step sizes eta here."""
+    batch_size: int = 512
+    """Rows a chunk inside the editor; bounds memory, never changes a result."""
+    token: Token = Token.ans
+    preheat_mode: PreheatMode = PreheatMode.none
+    cache_dir: str | None = None
+    """Folder that a turn's captures spill to, removed with the run; null = they stay in memory."""
+    statistics_scope: StatisticsScope = StatisticsScope.shape
+
+    def mistakes(self) -> list[str]:
+        return [
+            *positive("editor.lr", self.lr),
+            *at_least("editor.batch_size", self.batch_size, 1, "it counts the rows of a chunk"),
+            *filled("editor.cache_dir", self.cache_dir),
+        ]
+
+    def needs_warm_up(self) -> str | None:
+        """The setting that makes no sense without warm-up turns before the first edit; None where there is none."""
+        return None
+
+
+@dataclass
+class ClosedFormConfig(EditorConfig):
+    """StableEdit and ULTRAEDIT: normalise, then one ridge solve a module (DESIGN section 1)."""
+
+    alpha: float = 10.0
+    """Ridge."""
+    RunningMeanStd_mode: RunningMeanStdMode = RunningMeanStdMode.stable
+    whitening_floor: float = 0.01
+    """Floor of the eigenvalues of the value gradients' covariance, in the unit whitening_floor_mode names."""
+    whitening_floor_mode: WhiteningFloorMode = WhiteningFloorMode.relative
+    whitening_prior: float = 0.0
+    """eps0 of the Normal-Inverse-Wishart prior."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *positive("editor.alpha", self.alpha),
+            *positive("editor.whitening_floor", self.whitening_floor),
+            *not_negative("editor.whitening_prior", self.whitening_prior),
+        ]
+
+    def needs_warm_up(self) -> str | None:
+        frozen = self.RunningMeanStd_mode is RunningMeanStdMode.frozen
+        return "editor.RunningMeanStd_mode=frozen" if frozen else None
+
+
+@dataclass
+class HyperNetworkConfig(EditorConfig):
+    """MEND, and what MALMEN and RLEdit share with it: a network, trained on the training file, makes the updates."""
+
+    rank: int = 1024
+    """Rank r of a block's low-rank map."""
+    n_blocks: int = 4
+    """Residual blocks."""
+    meta_lr: float = 1e-5
+    """Step size of the Adam that trains the network."""
+    loc_coef: float = 0.6
+    """Weight of the locality loss beside the loss of the rephrases."""
+    max_grad_norm: float = 1.0
+    """Gradients of the network are clipped to this norm."""
+    n_epochs: int = 1
+    """Passes over the training file; 0 = edit with the untrained network."""
+    max_train_turns: int | None = None
+    """Turns of dataset.n_edits facts in a pass, at most; null = every full turn of the training file."""
+    held_out_turns: int = 0
+    """Turns at the end of the training file that are not trained on; their loss is measured before the first pass and
+    after each."""
+    save_checkpoint: bool = False
+    """Keep the trained network in the run folder."""
+    load_checkpoint: str | None = None
+    """Run or folder whose trained network is used, instead of training; null = train."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *at_least("editor.rank", self.rank, 1),
+            *at_least("editor.n_blocks", self.n_blocks, 1),
+            *positive("editor.meta_lr", self.meta_lr),
+            *not_negative("editor.loc_coef", self.loc_coef),
+            *positive("editor.max_grad_norm", self.max_grad_norm),
+            *at_least("editor.n_epochs", self.n_epochs, 0, "0 edits with the untrained network"),
+            *at_least("editor.max_train_turns", self.max_train_turns, 1, "null takes every full turn"),
+            *at_least("editor.held_out_turns", self.held_out_turns, 0, "0 holds none back"),
+            *filled("editor.load_checkpoint", self.load_checkpoint),
+        ]
+
+    def trains(self) -> bool:
+        """Whether this run trains the network, rather than take it from a checkpoint or as it is."""
+        return self.n_epochs > 0 and self.load_checkpoint is None
+
+
+@dataclass
+class RidgeNetworkConfig(HyperNetworkConfig):
+    """MALMEN: the network proposes, a ridge solve with a learned ridge disposes."""
+
+    alpha: float = 1.0
+    """Where the learned ridge lambda of each module starts."""
+
+    def mistakes(self) -> list[str]:
+        return [*super().mistakes(), *positive("editor.alpha", self.alpha)]
+
+
+@dataclass
+class RLEditConfig(RidgeNetworkConfig):
+    """MALMEN's network and update, trained on trajectories of turns."""
+
+    reg_coef: float = 1e-4
+    """Weight of ||DeltaW||^2."""
+    time_decay: float = 0.95
+    """A turn of age a weighs time_decay^a, in (0, 1]."""
+    back_depth: int = 10
+    """Turns, this one included, whose losses a turn answers for."""
+    update_every: UpdateEvery = UpdateEvery.trajectory
+    trajectory_length: int | None = None
+    """Turns that edits stay in the model for while training; null = a whole pass."""
+
+    def mistakes(self) -> list[str]:
+        decay = [] if 0 < self.time_decay <= 1 else [f"editor.time_decay={self.time_decay}: must lie in (0, 1]"]
+        return [
+            *super().mistakes(),
+            *not_negative("editor.reg_coef", self.reg_coef),
+            *decay,
+            *at_least("editor.back_depth", self.back_depth, 1, "1 answers for this turn only"),
+            *at_least("editor.trajectory_length", self.trajectory_length, 1, "null takes a whole pass"),
+        ]

@@ -1,0 +1,158 @@
+"""A run: its sections, its own keys, and what concerns two keys together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from config.schema.checks import Section, at_least, device, filled
+from config.schema.dataset import DatasetConfig, WikiBigEditConfig
+from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
+from config.schema.evaluation import EvaluationConfig, GlueConfig, Prompt
+from config.schema.model import ModelConfig
+from config.schema.tracker import DiagnosticsConfig, TrackerConfig
+
+
+@dataclass
+class RunConfig(Section):
+    """A run."""
+
+    dataset: DatasetConfig = MISSING
+    model: ModelConfig = MISSING
+    editor: EditorConfig = MISSING
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    glue: GlueConfig = field(default_factory=GlueConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    seed: int = 42
+    """Every random choice follows from it; 0 or above."""
+    num_seq: int | None = None
+    """Edit turns; null = every full turn in the data."""
+    num_seq_zsre: int | None = None
+    """Warm-up turns of every data set but wikibigedit; null = 20, or all there is."""
+    num_seq_wikibigedit: int | None = None
+    """Warm-up turns of wikibigedit; null = 20, or all there is."""
+    model_device: str = "auto"
+    """Where the language model runs: auto, cpu, cuda or cuda:N; auto = a GPU where there is one."""
+    editor_device: str = "auto"
+    """Where statistics and solves live: auto, cpu, cuda or cuda:N; auto = where the model is."""
+    evaluate: str | None = None
+    """A model's folder or name to score, without editing, against the base model.name_or_path; null = edit."""
+    downstream_eval_steps: int = 0
+    """Turns between GLUE-style evaluations, beside those of the base and the final model; 0 = never."""
+    model_cache: bool = False
+    """Save the edited model at the end."""
+    model_cache_dir: str | None = None
+    """Folder for it; null = model/ in the run folder."""
+    checkpoint_every: int = 50
+    """Turns between checkpoints, the last turn always being one of them; 0 = none."""
+    keep: int = 2
+    """Checkpoints that stay."""
+    resume: str | None = None
+    """null = a new run; auto = the newest run of this configuration and data, where there is one; or a run folder.
+
+    A run that is finished is not run again.
+    """
+
+    def mistakes(self) -> list[str]:
+        return [
+            *root_mistakes(vars(self)),
+            *device_mistakes(self),
+            *made_facts_mistakes(self),
+            *training_data_mistakes(self),
+        ]
+
+
+def root_mistakes(values: Mapping[str, Any]) -> list[str]:
+    """Values of the root that are out of range."""
+    all_turns, no_warm_up = "null takes every full turn in the data", "editor.preheat_mode=none means no warm-up"
+    return [
+        *_seed_mistakes(values["seed"]),
+        *at_least("num_seq", values["num_seq"], 1, all_turns),
+        *at_least("num_seq_zsre", values["num_seq_zsre"], 1, no_warm_up),
+        *at_least("num_seq_wikibigedit", values["num_seq_wikibigedit"], 1, no_warm_up),
+        *device("model_device", values["model_device"]),
+        *device("editor_device", values["editor_device"]),
+        *filled("evaluate", values["evaluate"]),
+        *at_least("downstream_eval_steps", values["downstream_eval_steps"], 0, "0 never evaluates"),
+        *filled("model_cache_dir", values["model_cache_dir"]),
+        *at_least("checkpoint_every", values["checkpoint_every"], 0, "0 makes no checkpoints"),
+        *at_least("keep", values["keep"], 1, "checkpoint_every=0 makes no checkpoints"),
+        *filled("resume", values["resume"]),
+    ]
+
+
+def _seed_mistakes(value: int) -> list[str]:
+    return [] if 0 <= value < 2**63 else [f"seed={value}: must be 0 or more and below 2**63"]
+
+
+def device_mistakes(run: RunConfig) -> list[str]:
+    """A model that is laid over all devices and put on one of them."""
+    if run.model.device_map is None or run.model_device == "auto":
+        return []
+    laid = f"model.device_map={run.model.device_map.name}"
+    return [f"model_device={run.model_device} with {laid}, which takes all devices: set model_device=auto"]
+
+
+def made_facts_mistakes(run: RunConfig) -> list[str]:
+    """More turns than facts are made for: seen before they are made."""
+    facts = run.dataset.made_facts("eval")
+    if facts is None or run.num_seq is None or run.dataset.valid_path is not None:
+        return []
+    needed = run.num_seq * run.dataset.n_edits
+    remedy = f"set dataset.facts={needed}, or num_seq to {facts // run.dataset.n_edits} or less"
+    return [f"num_seq={run.num_seq}: takes {needed} facts, dataset.facts={facts} are made; {remedy}"] * (needed > facts)
+
+
+def training_data_mistakes(run: RunConfig) -> list[str]:
+    """Warm-up that a setting needs and does not get; warm-up or meta-training that has no data."""
+    if run.evaluate is not None:
+        return []  # nothing is edited
+    preheat, mistakes = run.editor.preheat_mode, []
+    setting = run.editor.needs_warm_up()
+    if setting and preheat is not PreheatMode.start:
+        mistakes.append(f"{setting} with editor.preheat_mode={preheat.name}: set editor.preheat_mode=start")
+    if run.dataset.train_path is None and not run.dataset.has_sample:
+        if preheat is not PreheatMode.none:
+            reason = f"warm-up turns (editor.preheat_mode={preheat.name})"
+            mistakes.append(f"dataset.train_path=null: {reason} need it; set it, or editor.preheat_mode=none")
+        if isinstance(run.editor, HyperNetworkConfig) and run.editor.trains():
+            reason = f"meta-training (editor.n_epochs={run.editor.n_epochs})"
+            mistakes.append(f"dataset.train_path=null: {reason} needs it; set it, or editor.n_epochs=0")
+    return mistakes
+
+
+def settings_without_effect(run: RunConfig) -> list[str]:
+    """One line a setting that this run ignores, for a warning; they are mistakes of thought, not of spelling."""
+    if run.evaluate is not None:
+        edits = {
+            "evaluation.every": run.evaluation.every,
+            "evaluation.retention": run.evaluation.retention,
+            "downstream_eval_steps": run.downstream_eval_steps,
+            "model_cache": run.model_cache,
+        }
+        return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
+    no_warm_up = run.editor.preheat_mode is PreheatMode.none
+    lines = []
+    if no_warm_up and run.dataset.num_warm_up is not None:
+        lines.append(f"{run.dataset.num_warm_up} warm-up turns have no effect with editor.preheat_mode=none")
+    keys = ("num_seq_zsre", "num_seq_wikibigedit")
+    used, unused = reversed(keys) if isinstance(run.dataset, WikiBigEditConfig) else keys
+    if getattr(run, unused) is not None:
+        lines.append(
+            f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
+        )
+    if isinstance(run.editor, HyperNetworkConfig) and not run.editor.trains():
+        why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
+        if run.editor.save_checkpoint:
+            lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
+    if run.model_cache_dir is not None and not run.model_cache:
+        lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
+    if run.glue != GlueConfig() and not run.downstream_eval_steps:
+        lines.append("glue.* has no effect with downstream_eval_steps=0")
+    if run.evaluation.prompt is not Prompt.raw and not run.evaluation.generation:
+        lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
+    return lines

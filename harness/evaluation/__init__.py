@@ -1,0 +1,13 @@
+"""What a model knows: scores of facts, generated text, locality, retention, perplexity, downstream tasks."""
+
+from harness.evaluation.downstream import Downstream
+from harness.evaluation.evaluate import Evaluation
+from harness.evaluation.hidden import HiddenStates
+from harness.evaluation.scoring import Scoring
+
+__all__ = [
+    "Downstream",
+    "Evaluation",
+    "HiddenStates",
+    "Scoring",
+]

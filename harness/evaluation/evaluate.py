@@ -1,0 +1,434 @@
+"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5).
+
+A `RecordScore` says all of one probe of one record; summaries are made from these as they go by.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.disk import sync
+from data.records import EditRecord, Question, TokenSequence
+from data.stream import EditStream, questions_of
+from harness.evaluation.generation import Generation, matches
+from harness.evaluation.locality import BaseReader, BaseWriter, Distributions, Locality, RecordShift, Seen, cat, look
+from harness.evaluation.perplexity import Passage, perplexity
+from harness.evaluation.retention import RetentionPlan
+from model import LanguageModel
+
+# What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
+PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
+# What is said of a probe beside its token accuracy: all tokens right; the generated text is the answer, contains it;
+# first choices as the base model's, and KL(base || edited) in nats.
+FORMS = ("", "_seq", "_gen", "_contains", "_agree", "_kl")
+# Records that a process scores together: enough for tight length buckets, few enough to forget.
+BLOCK = 128
+# To be raised when the same model and data would score differently: older copies of base scores are then left alone.
+SCORES_FORMAT = 2
+
+Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
+Score = dict[str, float | int]  # mean, low, high, n
+Summary = dict[str, Score | float]  # perplexity has no interval
+Watch = Callable[["RecordScore"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordScore:
+    """One line of records.jsonl: what the model makes of one probe of one record. None is left out of the line."""
+
+    place: int  # of the record among those that edit turns write
+    index: int  # row of the data file
+    protocol: str  # ES, GS, ...
+    correct: int  # answer tokens that are the model's first choice, teacher-forced
+    tokens: int
+    agree: int | None = None  # of locality: answer tokens at which the base model's first choice is this model's too
+    kl: float | None = None  # mean over answer tokens of KL(base || edited), which lies in [kl, kl + kl_error]
+    kl_error: float | None = None
+    text: str | None = None  # what the model wrote
+    exact: bool | None = None  # it is the answer
+    contains: bool | None = None
+
+    def line(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def forms(self) -> Iterator[tuple[str, float]]:
+        """Each of `FORMS` that this probe has, and its value."""
+        yield "", self.correct / self.tokens
+        yield "_seq", float(self.correct == self.tokens)
+        if self.exact is not None and self.contains is not None:
+            yield "_gen", float(self.exact)
+            yield "_contains", float(self.contains)
+        if self.agree is not None and self.kl is not None:
+            yield "_agree", self.agree / self.tokens
+            yield "_kl", self.kl
+
+
+class Tally:
+    """Values as a histogram, so that memory does not grow with the records; the mean is exact.
+
+    Shares of an answer's tokens are few. Values of a continuum go to bins of `digits` significant digits.
+    """
+
+    def __init__(self, digits: int | None = None) -> None:
+        self.counts: Counter[float] = Counter()
+        self.total = 0.0
+        self._digits = digits
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.counts[value if self._digits is None else float(f"{value:.{self._digits}g}")] += 1
+
+    def summary(self, resamples: int, seed: int) -> Score:
+        """Mean and 95% percentile bootstrap over records.
+
+        Resampling n records with replacement draws the histogram from a multinomial, which is exact and costs nothing.
+        """
+        values = np.array(sorted(self.counts))
+        counts = np.array([self.counts[value] for value in values])
+        n = int(counts.sum())
+        means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+        low, high = np.percentile(means, [2.5, 97.5])
+        return {"mean": self.total / n, "low": float(low), "high": float(high), "n": n}
+
+
+def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summary:
+    """Each protocol's `FORMS`. `LS_kl` also says, as `error`, by how much at most its mean is too small."""
+    tallies: dict[str, Tally] = {}
+    kl_error = Tally(3)
+    for score in scores:
+        for form, value in score.forms():
+            tallies.setdefault(score.protocol + form, Tally(3 if form == "_kl" else None)).add(value)
+        if score.kl_error is not None:
+            kl_error.add(score.kl_error)
+    order = [name + form for form in FORMS for name in PROTOCOLS.values()]
+    summary: Summary = {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+    for name in (name for name in summary if name.endswith("_kl")):
+        summary[name] = tallies[name].summary(resamples, seed) | {"error": kl_error.total / kl_error.counts.total()}
+    return summary
+
+
+def summarize_values(values: Iterable[tuple[str, float]], resamples: int, seed: int) -> dict[str, Score]:
+    """The values of each name, in the order in which the names come up."""
+    tallies: dict[str, Tally] = {}
+    for name, value in values:
+        tallies.setdefault(name, Tally()).add(value)
+    return {name: tally.summary(resamples, seed) for name, tally in tallies.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    place: int
+    record: EditRecord
+    field: str  # key of PROTOCOLS
+    question: Question
+
+
+def score_records(
+    model: LanguageModel,
+    records: Iterable[tuple[int, EditRecord]],  # (place, record)
+    tokenize: Tokenize,
+    protocols: Mapping[str, str] = PROTOCOLS,
+    *,
+    locality: Locality | None = None,
+    locality_only: Container[int] = (),  # places of which only the locality probe is scored
+    generation: Generation | None = None,
+    generated: Container[int] = (),  # places whose answers are generated too
+) -> Iterator[RecordScore]:
+    """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
+    stream = iter(records)
+    while block := list(islice(stream, BLOCK * model.hands)):
+        probes = [
+            _Probe(place, record, field, question)
+            for place, record in block
+            for field, question in questions_of(record).items()
+            if field in protocols and (field == "locality" or place not in locality_only)
+        ]
+        sequences = tokenize([probe.question for probe in probes])
+        correct, moved = _teacher_forced(model, probes, sequences, locality)
+        texts = _generated(model, probes, generation, generated)
+        for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
+            name, said = protocols[probe.field], {**moved.get(i, {}), **texts.get(i, {})}
+            yield RecordScore(probe.place, probe.record.index, name, correct[i], sequence.answer_length, **said)
+
+
+def _teacher_forced(
+    model: LanguageModel, probes: Sequence[_Probe], sequences: Sequence[TokenSequence], locality: Locality | None
+) -> tuple[list[int], dict[int, dict[str, Any]]]:
+    """Of each probe its right answer tokens, and of locality probes what was said in comparison with the base model."""
+    local = [i for i, probe in enumerate(probes) if probe.field == "locality"] if locality else []
+    places, lengths = [probes[i].place for i in local], [sequences[i].answer_length for i in local]
+    base = locality.base(places, lengths) if locality and local else None
+    tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
+    shares = model.shares([len(sequence.ids) for sequence in sequences])
+    answered = model.each(_answer, [_asked(share, sequences, tokens, base) for share in shares])
+    correct = dict(zip(chain(*shares), chain(*(part.correct for part in answered)), strict=True))
+    moved: list[RecordShift | None] = []
+    if locality and local:
+        order = torch.cat([tokens[i] for share in shares for i in share if i in tokens])
+        seen = [part.local for part in answered if part.local is not None]
+        moved = locality.close(places, lengths, cat(seen)[order.argsort()])
+    said = {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in zip(local, moved, strict=True) if m}
+    return [correct[i] for i in range(len(probes))], said
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Questions for one of the processes that share an evaluation."""
+
+    sequences: list[TokenSequence]
+    local: list[int]  # places, among these, of the locality questions, whose answers are looked at closely
+    base: Distributions | None  # the base model's at their answer tokens, laid end to end; None: there is none yet
+
+
+@dataclass(frozen=True)
+class _Answered:
+    correct: list[int]  # answer tokens, by sequence
+    local: Seen | None  # at the answer tokens of locality questions; None where there were none
+
+
+def _asked(
+    share: Sequence[int], sequences: Sequence[TokenSequence], tokens: Mapping[int, Tensor], base: Distributions | None
+) -> _Asked:
+    """The questions at the places of the share; `tokens` says where in `base` each locality question's answer lies."""
+    local = [place for place, i in enumerate(share) if i in tokens]
+    mine = [tokens[share[place]] for place in local]
+    return _Asked([sequences[i] for i in share], local, base[torch.cat(mine)] if base and mine else None)
+
+
+def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
+    if not asked.sequences:  # there are more processes than questions
+        return _Answered([], None)
+    lengths = [sequence.answer_length for sequence in asked.sequences]
+    rows = _rows_of(asked.local, lengths)
+    base = asked.base and asked.base.to(model.device)
+    hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
+    seen: list[tuple[Tensor, Seen]] = []
+    for at, logits, targets in _answer_logits(model, asked.sequences):
+        hits[at.to(model.device)] = logits.argmax(-1) == targets.to(model.device)
+        ours = rows[at] >= 0
+        if ours.any():
+            mine = rows[at[ours]]
+            found = look(logits[ours.to(model.device)], base and base[mine.to(model.device)])
+            seen.append((mine, found.to(torch.device("cpu"))))
+    correct = [int(part.sum()) for part in hits.cpu().split(lengths)]
+    if not seen:
+        return _Answered(correct, None)
+    order = torch.cat([mine for mine, _ in seen]).argsort()
+    return _Answered(correct, cat([found for _, found in seen])[order])
+
+
+def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batch by batch: which answer tokens (M,), of all answers laid end to end; their logits (M, V); their ids (M,)."""
+    lengths = torch.tensor([sequence.answer_length for sequence in sequences])
+    starts = torch.tensor([sequence.answer_start for sequence in sequences])
+    shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
+    for batch in model.batches(sequences):
+        yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+
+
+def _rows_of(chosen: Sequence[int], lengths: Sequence[int]) -> Tensor:  # (tokens,)
+    """For each answer token of all sequences its number among those of the chosen ones; -1 for the others."""
+    mine = torch.zeros(len(lengths), dtype=torch.bool)
+    mine[list(chosen)] = True
+    mine = mine.repeat_interleave(torch.tensor(lengths))
+    return torch.where(mine, mine.cumsum(0) - 1, -1)
+
+
+def _generated(
+    model: LanguageModel, probes: Sequence[_Probe], generation: Generation | None, places: Container[int]
+) -> dict[int, dict[str, Any]]:
+    """What the model writes on the probes of these places, and whether that is the answer."""
+    asked = [i for i, probe in enumerate(probes) if probe.place in places]
+    if generation is None or not asked:
+        return {}
+    texts = generation.texts(model, [probes[i].question for i in asked])
+    judged = {i: (text, *matches(text, probes[i].question.answer)) for i, text in zip(asked, texts, strict=True)}
+    return {i: {"text": text, "exact": exact, "contains": has} for i, (text, exact, has) in judged.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluations of a run
+
+
+class Evaluation:
+    """Scores the facts of a stream: on the base model, which the cache remembers, and on the edited one.
+
+    It keeps nothing from one evaluation to the next: each is a function of the weights, the seed and the turn.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        stream: EditStream,
+        tokenize: Tokenize,
+        *,
+        protocols: Mapping[str, str],
+        sample: int | None,
+        resamples: int,
+        seed: int,
+        every: int = 0,  # turns between evaluations; says which records the base model will be compared on
+        generation: Generation | None = None,
+        passage: Passage | None = None,
+        retention: int = 0,
+    ) -> None:
+        self.model, self.stream, self.tokenize, self.protocols = model, stream, tokenize, protocols
+        self.sample, self.resamples, self.seed, self.every = sample, resamples, seed, every
+        self.generation, self.passage = generation, passage
+        self.retention = RetentionPlan(stream, retention, seed)
+        self._base: BaseReader | None = None
+
+    def run(self, upto: int | None, watch: Watch, cache: Path | None = None) -> Summary:
+        """Score the facts written before turn `upto` (None: all); `watch(score)` sees every single score go by.
+
+        With `cache` the model is the base: its scores are read from that folder, or computed and kept there; later
+        evaluations are compared with them.
+        """
+        scores = self._score(upto, self._base) if cache is None else kept_scores(cache, self._score_base)
+        summary = summarize(_watched(scores, watch), self.resamples, self.seed)
+        if cache is not None:
+            self._base = BaseReader(cache / "locality")
+        if self.passage is not None:
+            summary["perplexity"] = perplexity(self.model, self.passage) if cache is None else _kept_perplexity(cache)
+        return summary
+
+    def compare_with_base(self, cache: Path) -> None:
+        """What `run` with `cache` leaves behind, for a resumed run, whose weights are the edited ones by now.
+
+        Where the cache is gone, it is made again on the base model's weights.
+        """
+        if not cache.is_dir():
+            with self.model.unedited():
+                self.run(None, lambda _: None, cache)
+        self._base = BaseReader(cache / "locality")
+
+    def count(self, upto: int | None) -> int:
+        """Records that `run` scores."""
+        return len(self._places(upto))
+
+    def retained(self, places: Iterable[int]) -> Iterator[RecordScore]:
+        """Scores of written facts on everything that asks for them: all protocols but locality."""
+        asked = {field: name for field, name in self.protocols.items() if field != "locality"}
+        return score_records(self.model, self._records(places), self.tokenize, asked)
+
+    def _places(self, upto: int | None) -> Sequence[int]:
+        return sample_places(len(self.stream.edited(upto)), self.sample, self.seed)
+
+    def _records(self, places: Iterable[int]) -> Iterator[tuple[int, EditRecord]]:
+        records = self.stream.edited()
+        return ((place, records[place]) for place in places)
+
+    def _score(
+        self,
+        upto: int | None,
+        locality: Locality | None,
+        beside: Container[int] = (),  # of `places`, those not to be scored but on their locality probes
+        places: Sequence[int] | None = None,  # None: those that are scored
+    ) -> Iterator[RecordScore]:
+        chosen = self._places(upto)
+        generated = () if self.generation is None else among(chosen, self.generation.sample, self.seed)
+        return score_records(
+            self.model,
+            self._records(chosen if places is None else places),
+            self.tokenize,
+            self.protocols,
+            locality=locality,
+            locality_only=beside,
+            generation=self.generation,
+            generated=generated,
+        )
+
+    def _score_base(self, folder: Path) -> Iterator[RecordScore]:
+        """The base model's scores; into `folder` goes what later evaluations are compared with, on the way too."""
+        beside = self._compared_beside()
+        places = sorted({*self._places(None), *beside}) if beside else self._places(None)
+        writer = BaseWriter(folder / "locality")
+        for score in self._score(None, writer, beside, places):
+            if score.place not in beside:
+                yield score
+        writer.flush()
+        if self.passage is not None:
+            (folder / "perplexity.json").write_text(json.dumps(perplexity(self.model, self.passage)))
+
+    def _compared_beside(self) -> set[int]:
+        """Places that an evaluation on the way draws and the last one does not; none where all records are scored."""
+        if self.sample is None:
+            return set()
+        drawn = (sample_places(n, self.sample, self.seed) for n in evaluated_counts(self.stream, self.every))
+        return {place for places in drawn for place in places} - set(self._places(None))
+
+
+def _watched(scores: Iterable[RecordScore], watch: Watch) -> Iterator[RecordScore]:
+    for score in scores:
+        watch(score)
+        yield score
+
+
+def protocols_of(eval_multi_hop: bool) -> dict[str, str]:
+    """The protocols to score; multi-hop questions only where asked for (`dataset.eval_mhop`)."""
+    return {field: name for field, name in PROTOCOLS.items() if eval_multi_hop or field != "multi_hop"}
+
+
+def sample_places(count: int, size: int | None, seed: int) -> Sequence[int]:
+    """The places among `count` records to evaluate: all, or a sample of `size` fixed by the seed, in order."""
+    if size is None or size >= count:
+        return range(count)
+    return sorted(random.Random(f"evaluation {seed} {count}").sample(range(count), size))
+
+
+def evaluated_counts(stream: EditStream, every: int) -> list[int]:
+    """How many records are written when an evaluation on the way may be due; `every` 0 = never."""
+    return [len(stream.edited(done)) for done in range(every, len(stream), every)] if every else []
+
+
+def among(places: Sequence[int], size: int | None, seed: int) -> Container[int]:
+    """A sample of `size` of the places, or all of them."""
+    if isinstance(places, range) and (size is None or size >= len(places)):
+        return places
+    return frozenset(places[i] for i in sample_places(len(places), size, seed))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is kept of the base model: a folder with scores.jsonl, perplexity.json, locality/*.safetensors
+
+
+def kept_scores(folder: Path, compute: Callable[[Path], Iterator[RecordScore]]) -> Iterator[RecordScore]:
+    """The scores kept in `folder`, or those of `compute(new folder)`, which becomes `folder` once all of them are."""
+    if folder.is_dir():
+        with (folder / "scores.jsonl").open(encoding="utf-8") as lines:
+            yield from (RecordScore(**json.loads(line)) for line in lines)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
+        beside = Path(scratch) / "base"
+        beside.mkdir()
+        with (beside / "scores.jsonl").open("w", encoding="utf-8") as lines:
+            for score in compute(beside):
+                lines.write(json.dumps(score.line(), ensure_ascii=False) + "\n")
+                yield score
+        for path in (*beside.rglob("*"), beside):
+            sync(path)  # a folder that is there is taken for whole from then on
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+
+
+def _kept_perplexity(folder: Path) -> float:
+    return float(json.loads((folder / "perplexity.json").read_text()))

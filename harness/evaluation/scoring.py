@@ -1,0 +1,145 @@
+"""Evaluations as the loop runs them: scores to the tracker and the records file, progress to the bar, seconds kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
+from harness.run.folder import Stage
+from harness.watch.console import Bar, RunProgress
+from harness.watch.tracking import Tracker
+
+RECORD_LINES = 300  # of records.jsonl, written together
+SECONDS: dict[Stage, str] = {"base": "scoring_base", "eval": "scoring_on_the_way", "final": "scoring_final"}
+
+
+class Scoring:
+    """Runs evaluations and sends what they find to the tracker and the bar; keeps the seconds they took.
+
+    What one evaluation must know of another it reads back from records.jsonl, so a resumed run lacks nothing.
+    """
+
+    def __init__(self, evaluation: Evaluation, tracker: Tracker, progress: RunProgress) -> None:
+        self.evaluation, self.tracker, self.progress = evaluation, tracker, progress
+        self.seconds: dict[str, float] = {}
+        self._lines: list[dict[str, Any]] = []
+
+    def __call__(self, stage: Stage, done: int, cache: Path | None = None) -> Summary:
+        """Score the base model, or the facts that the first `done` turns of the stream wrote."""
+        upto = None if stage == "base" else done
+        what = "the base model" if stage == "base" else f"after turn {done}"
+        count = self.evaluation.count(upto)
+        with self._timed(SECONDS[stage]), self.progress.evaluation(what, count, unit="records") as bar:
+            summary = self.evaluation.run(upto, partial(self._watch, stage, bar), cache)
+            self._write()
+        self.tracker.scores(done, summary, stage)
+        return summary
+
+    def base(self, begun: int, cache: Path) -> Mapping[str, Any]:
+        """The base model's scores: at the start of a run, or, where a resumed one had begun, as it has them."""
+        if not begun:
+            return self("base", 0, cache)
+        self.evaluation.compare_with_base(cache)
+        return self.tracker.folder.scores("base")
+
+    def retention(self, done: int) -> None:
+        """Score again the facts that are due after `done` turns (DESIGN section 5, retention); nothing where none are.
+
+        To be called before each turn but the last call, which `retained` makes.
+        """
+        places = self.evaluation.retention.due(done)
+        if not places:
+            return
+        with self._timed("scoring_retention"):
+            scores = self._kept("retention", done, self.evaluation.retained(places))
+            summary = self._summary((f"{score.protocol}_age{age}", _share(score)) for age, score in scores)
+        self.tracker.scores(done, summary, "retention")
+
+    def retained(self) -> dict[str, Any]:
+        """{"retention": {"ES": {"immediate", "final", "forgetting", "by_age": {"0", "1", "2", "4", ...}}, ...}}.
+
+        Forgetting is immediate - final, record by record. Empty where retention is off; once all turns are done.
+        """
+        plan, done = self.evaluation.retention, len(self.evaluation.stream)
+        if not plan.sample:
+            return {}
+        self.retention(done)
+        total = sum(1 for _ in plan.at_end())
+        with self._timed("scoring_retention"), self.progress.evaluation("retention", total, unit="records") as bar:
+            final = self._kept("retention_final", done, self.evaluation.retained(plan.at_end()), bar)
+            results = _nested(self._summary(self._ends(final)))
+        ages = _nested(self._summary((f"{score.protocol} {age}", _share(score)) for age, score in self._asked()))
+        return {"retention": {name: score | {"by_age": ages[name]} for name, score in results.items()}}
+
+    def _ends(self, final: Iterable[tuple[int, RecordScore]]) -> Iterator[tuple[str, float]]:
+        """Of each record what it scored right after its turn, at the end, and the difference."""
+        immediate = (score for age, score in self._asked() if age == 0)
+        for before, (_, after) in zip(immediate, final, strict=True):
+            assert (before.place, before.protocol) == (after.place, after.protocol)
+            yield f"{after.protocol} immediate", _share(before)
+            yield f"{after.protocol} final", _share(after)
+            yield f"{after.protocol} forgetting", _share(before) - _share(after)
+
+    def _asked(self) -> Iterator[tuple[int, RecordScore]]:
+        """What `retention` wrote so far, also before this run was resumed: age and score."""
+        names = {entry.name for entry in fields(RecordScore)}
+        with (self.tracker.folder.path / "records.jsonl").open(encoding="utf-8") as lines:
+            for line in map(json.loads, lines):
+                if line["stage"] == "retention":
+                    yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
+
+    def _kept(
+        self, stage: str, done: int, scores: Iterable[RecordScore], bar: Bar | None = None
+    ) -> Iterator[tuple[int, RecordScore]]:
+        """Each score with its age, once it is among the lines of records.jsonl."""
+        for score in scores:
+            age = done - 1 - self.evaluation.stream.turn_of(score.place)
+            self._line(stage, score, age=age)
+            if bar is not None and score.protocol == PROTOCOLS["edit"]:
+                bar.advance()
+            yield age, score
+        self._write()
+
+    def _summary(self, values: Iterable[tuple[str, float]]) -> dict[str, Score]:
+        return summarize_values(values, self.evaluation.resamples, self.evaluation.seed)
+
+    def _watch(self, stage: Stage, bar: Bar, score: RecordScore) -> None:
+        self._line(stage, score)
+        if score.protocol == PROTOCOLS["edit"]:  # the first probe of every record
+            bar.advance()
+
+    def _line(self, stage: str, score: RecordScore, **more: int) -> None:
+        turn = self.evaluation.stream.turn_of(score.place)
+        self._lines.append({"stage": stage, "turn": turn, **more, **score.line()})
+        if len(self._lines) >= RECORD_LINES:
+            self._write()
+
+    def _write(self) -> None:
+        self.tracker.folder.append_records(self._lines)
+        self._lines.clear()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _share(score: RecordScore) -> float:
+    return score.correct / score.tokens
+
+
+def _nested(summary: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """{"ES final": score} as {"ES": {"final": score}}."""
+    nested: dict[str, dict[str, Any]] = {}
+    for name, score in summary.items():
+        protocol, part = name.split()
+        nested.setdefault(protocol, {})[part] = score
+    return nested

@@ -1,0 +1,1 @@
+"""Edited models that leave the house: whole, or as the difference to the base model."""

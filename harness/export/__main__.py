@@ -1,0 +1,5 @@
+"""`python -m harness.export` runs it."""
+
+from harness.export.command import main
+
+main()

@@ -1,0 +1,34 @@
+"""One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
+
+from harness.job.evaluate_only import evaluate_only, evaluated_source
+from harness.job.evaluation import base_cache, make_evaluation, plan_downstream
+from harness.job.networks import network_keeper
+from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
+from harness.job.plan import Plan, capture_memory, make_plan, wandb_settings
+from harness.job.resume import LoopState, earlier_run, move_into, require_weights
+from harness.job.spread import Held, load_model
+from harness.job.training import MetaTraining
+
+__all__ = [
+    "Held",
+    "LoopState",
+    "MetaTraining",
+    "Plan",
+    "asked_too_late",
+    "base_cache",
+    "capture_memory",
+    "check_export",
+    "earlier_run",
+    "evaluate_only",
+    "evaluated_source",
+    "export_folder",
+    "is_saved",
+    "load_model",
+    "make_evaluation",
+    "make_plan",
+    "move_into",
+    "network_keeper",
+    "plan_downstream",
+    "require_weights",
+    "wandb_settings",
+]

@@ -1,0 +1,48 @@
+"""The files of a run, and what it wants of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config.schema import (
+    HyperNetworkConfig,
+    PreheatMode,
+    RunConfig,
+)
+from data import DATASETS
+from data.dataset import Dataset
+from data.files import RecordFile, open_records, resolve_file
+from data.made import made_file
+from harness.run import places
+
+
+def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
+    """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
+    dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
+    paths = {"eval": cfg.dataset.valid_path}
+    if warms_up(cfg) or trains(cfg):
+        paths["train"] = cfg.dataset.train_path
+    return {
+        split: open_records(
+            data_file(cfg, dataset, split, path), dataset, cache_dir=places.CACHE / "arrow", seed=cfg.seed
+        )
+        for split, path in paths.items()
+    }
+
+
+def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:
+    """The file of a split: the user's, else one of made facts, the full one, or the shipped sample."""
+    facts = cfg.dataset.made_facts(split)
+    if path is None and facts is not None:
+        return made_file(dataset, split, facts, places.CACHE / "made")
+    return resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample")
+
+
+def warms_up(cfg: RunConfig) -> bool:
+    """Whether turns of the training file come before the facts to edit, or among them."""
+    return cfg.editor.preheat_mode is not PreheatMode.none
+
+
+def trains(cfg: RunConfig) -> bool:
+    """Whether an editor learns from the training file before it edits."""
+    return cfg.evaluate is None and isinstance(cfg.editor, HyperNetworkConfig) and cfg.editor.trains()

@@ -1,0 +1,49 @@
+"""Where the model and the editor run, and in which arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from config.schema import (
+    Half,
+    RunConfig,
+)
+from harness.ranks.group import Ranks, require_gpu_each
+
+DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
+
+
+def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
+    """Where the model runs and where the editor does; ValueError for a device this machine or this process lacks."""
+    if ranks.size > 1:
+        one_each = f"with {ranks.size} processes, each of which holds the whole model on a GPU of its own"
+        if cfg.model.device_map is not None:
+            raise ValueError(f"model.device_map={cfg.model.device_map.name} {one_each}: start one, without torchrun")
+        for key, value in {"model_device": cfg.model_device, "editor_device": cfg.editor_device}.items():
+            if ":" in value:
+                raise ValueError(f"{key}={value} {one_each}: set {key}=auto")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _with_index(torch.device(found if cfg.model_device == "auto" else cfg.model_device))
+    editor = model if cfg.editor_device == "auto" else _with_index(torch.device(cfg.editor_device))
+    for key, device in {"model_device": model, "editor_device": editor}.items():
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"{key}={device}: this machine has {torch.cuda.device_count()} GPUs; choose another, or auto"
+            )
+    if ranks.size > 1 and model.type == "cuda":
+        require_gpu_each()
+    ask_for_the_same_bits(cfg.model.deterministic and "cuda" in (model.type, editor.type))
+    return model, editor
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` is the first GPU, also among several processes, of which only the first one makes a plan."""
+    return torch.device("cuda:0") if device == torch.device("cuda") else device
+
+
+def ask_for_the_same_bits(wanted: bool = True) -> None:
+    """CUDA's kernels then give the same result each time, where they have a form that does."""
+    if wanted == torch.are_deterministic_algorithms_enabled():
+        return  # telling torch so once more would import its compiler, which takes seconds
+    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over

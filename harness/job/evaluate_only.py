@@ -1,0 +1,97 @@
+"""Scores of a model that was edited before, or elsewhere: a run's protocols without its turns (`evaluate=FOLDER`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from config.schema import RunConfig
+from harness.evaluation.scoring import Scoring
+from harness.job.evaluation import base_cache, make_evaluation
+from harness.job.plan import Plan, wandb_settings
+from harness.job.resume import require_model
+from harness.job.spread import load_model
+from harness.run import places
+from harness.run.folder import RunFolder
+from harness.run.interrupt import end_if_asked
+from harness.watch.console import RunProgress, show_results
+from harness.watch.tracking import Tracker
+from model_source import ModelSource, load_tokenizer, locate
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def evaluate_only(
+    cfg: RunConfig,
+    plan: Plan,
+    source: ModelSource,  # of `evaluated_source`
+    about: dict[str, Any],
+    folder: Path,
+    earlier: RunFolder | None,
+) -> None:
+    """Score the base model and the one that `evaluate` names, on the facts a run of this configuration would edit.
+
+    Leaves run.json, scores.jsonl, records.jsonl and results.json in `folder`, or in that of `earlier`, which was
+    stopped and begins anew. Where `evaluate` names the base model itself, there is no second one to score.
+    """
+    model = load_model(cfg, plan)
+    about["model"]["fingerprint"] = fingerprint = model.fingerprint()
+    end_if_asked()
+    cache = base_cache(cfg, plan, fingerprint)
+    if earlier is not None:
+        require_model("model.name_or_path", earlier.run["model"], about["model"])
+        earlier.run["model"] = about["model"]
+        earlier.go_on({}, 0, about["overrides"])
+    run_folder = earlier or RunFolder.create(folder, **about)
+    with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
+        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
+        seconds = score.seconds
+        results: dict[str, Any] = {"base": score("base", 0, cache)}
+        if source.path != plan.source.path:
+            del model, score  # to make room for the other
+            edited = load_model(cfg, plan, source)
+            run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
+            end_if_asked()
+            evaluation = make_evaluation(cfg, plan, edited)
+            evaluation.compare_with_base(cache)
+            score = Scoring(evaluation, tracker, progress)
+            score.seconds = seconds
+            results["final"] = score("final", len(plan.stream))
+        results["cost"] = {"seconds": seconds}
+        tracker.results(results)
+    show_results(results, run_folder.path)
+
+
+def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource | None:
+    """The model that `evaluate` names; None where it names none.
+
+    ValueError where that is no model, or has another tokenizer than the base model.
+    """
+    named = cfg.evaluate
+    if named is None:
+        return None
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        _check_folder(named, folder)
+    elif named.startswith((".", "/", "~")):
+        raise ValueError(f"evaluate={named}: no such folder; give a model's folder or a Hugging Face name")
+    path = locate(named, places.CACHE)
+    source = ModelSource(path, cfg.model.class_name, trust_remote_code=cfg.model.trust_remote_code)
+    if path != plan.source.path and load_tokenizer(source).get_vocab() != plan.tokenizer.get_vocab():
+        raise ValueError(
+            f"evaluate={named}: its tokenizer is not that of model.name_or_path={cfg.model.name_or_path}; "
+            "set model=... to the model that it was edited from"
+        )
+    return source
+
+
+def _check_folder(named: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inside = folder / "model" / "config.json"
+        remedy = f"evaluate={named.rstrip('/')}/model is one" if inside.is_file() else "name a model's folder"
+        raise ValueError(f"evaluate={named}: no config.json in that folder; {remedy}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"evaluate={named}: no tokenizer in that folder ({', '.join(TOKENIZER_FILES)}); "
+            "save the base model's tokenizer into it"
+        )

@@ -1,0 +1,198 @@
+"""From a configuration to a run that can start: data opened, model outlined, turns laid out, every mistake found.
+
+Nothing here reads a weight; what it refuses, it refuses in seconds, with a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from config.schema import (
+    PreheatMode,
+    RunConfig,
+    Token,
+    TrackerConfig,
+    settings_without_effect,
+)
+from data.files import RecordFile
+from data.stream import AnswerTokens, EditStream, check_context, tokenize
+from data.training import TrainingStream
+from harness.evaluation.evaluate import Tokenize
+from harness.evaluation.generation import Generation, PromptForm
+from harness.evaluation.perplexity import Passage, read_passage
+from harness.job.data import open_data, warms_up
+from harness.job.devices import devices
+from harness.job.networks import plan_network, plan_training
+from harness.ranks.group import Ranks
+from harness.run import places
+from harness.run.networks import TrainedNetwork
+from harness.run.spill import CaptureFolder
+from harness.watch.tracking import WandbMode, WandbSettings, check_wandb
+from model import Allocate
+from model_source import ModelSource, Outline, load_tokenizer, locate, outline
+
+log = logging.getLogger(__name__)
+
+
+PASSAGE = places.ROOT / "data" / "sample" / "passage.txt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    files: dict[str, RecordFile]  # by split: eval and, with warm-up or meta-training, train
+    stream: EditStream
+    training: TrainingStream | None  # None: this run trains no network
+    network: TrainedNetwork | None  # None: it takes up none
+    tokenizer: Any
+    tokenize: Tokenize
+    source: ModelSource
+    outline: Outline
+    device: torch.device
+    editor_device: torch.device
+    generation: Generation | None  # None: off
+    passage: Passage | None  # None: off
+    ranks: Ranks  # the processes that share the work
+
+    @property
+    def hardware(self) -> str:
+        """What the numbers' last bits depend on."""
+        return str(self.device) if self.ranks.size == 1 else f"{self.ranks.size} x {self.device.type}"
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of all that says how text becomes tokens."""
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of every file that the run's numbers come from."""
+        network = {"network": self.network.digest} if self.network else {}
+        passage = {"perplexity": self.passage.sha256} if self.passage else {}
+        return {split: file.sha256 for split, file in self.files.items()} | network | passage
+
+
+def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
+    """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong."""
+    for line in settings_without_effect(cfg):
+        log.warning("%s", line)
+    if cfg.evaluate is not None:
+        cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
+    device, editor_device = devices(cfg, ranks)
+    check_wandb(wandb_settings(cfg.tracker).mode)
+    files = open_data(cfg)
+    source = ModelSource(
+        locate(cfg.model.name_or_path, places.CACHE, cfg.model.revision),
+        cfg.model.class_name,
+        cfg.model.revision,
+        cfg.model.trust_remote_code,
+    )
+    model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
+    tokenizer = load_tokenizer(source)
+    answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
+    stream = EditStream(
+        files["eval"],
+        files.get("train", ()),
+        n_edits=cfg.dataset.n_edits,
+        batch_size=cfg.dataset.batch_size,
+        num_turns=cfg.num_seq,
+        num_warm_up=cfg.dataset.num_warm_up if warms_up(cfg) else None,  # without effect, as the user was told
+        preheat_mode=cfg.editor.preheat_mode.name,
+        tokenizer=tokenizer,
+        answer_tokens=answer_tokens,
+        seed=cfg.seed,
+        shuffle=cfg.dataset.shuffle,
+    )
+    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
+    training = plan_training(cfg, files, as_tokens)
+    network = plan_network(cfg, model_outline.shapes)
+    generation = plan_generation(cfg, tokenizer)
+    if model_outline.context_length is not None:
+        trained = training.records() if training else ()
+        for split, records in (("eval", stream.edited()), ("train", stream.warmed_up()), ("train", trained)):
+            if records:
+                check_context(
+                    records,
+                    tokenizer,
+                    model_outline.context_length,
+                    answer_tokens=answer_tokens,
+                    file=str(files[split].path),
+                    most=files[split].most_tokens,
+                )
+        if generation is not None:
+            generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
+    if cfg.editor.cache_dir is not None and ranks.size > 1:
+        log.warning(
+            "editor.cache_dir: each of the %d processes holds its share of a turn's captures in memory, and the first "
+            "one a second share, until they are in the folder",
+            ranks.size,
+        )
+    with capture_memory(cfg, stream, model_outline.shapes):
+        pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
+    passage = plan_passage(cfg, tokenizer, model_outline.context_length)
+    return Plan(
+        files=files,
+        stream=stream,
+        training=training,
+        network=network,
+        tokenizer=tokenizer,
+        tokenize=as_tokens,
+        source=source,
+        outline=model_outline,
+        device=device,
+        editor_device=editor_device,
+        generation=generation,
+        passage=passage,
+        ranks=ranks,
+    )
+
+
+@contextlib.contextmanager
+def capture_memory(
+    cfg: RunConfig,
+    stream: EditStream,
+    shapes: Mapping[str, tuple[int, int]],
+) -> Iterator[Allocate | None]:
+    """Where captures are allocated: None = in memory, or a folder that goes with the run."""
+    if cfg.editor.cache_dir is None:
+        yield None
+        return
+    with CaptureFolder(Path(cfg.editor.cache_dir)) as folder:
+        first = stream.turn(0)
+        lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in first.sequences)
+        folder.require(shapes, sum(lengths), kept=cfg.diagnostics.previous + 1)
+        yield folder.allocate
+
+
+def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
+    """The tracker's group of the configuration, in words the tracker knows."""
+    return WandbSettings(cast(WandbMode, cfg.wandb.name), cfg.project, cfg.entity, cfg.group, tuple(cfg.tags))
+
+
+def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:
+    """How answers are generated, None where none are."""
+    settings = cfg.evaluation
+    if not settings.generation:
+        return None
+    sample = settings.generation if isinstance(settings.generation, int) else None
+    return Generation(tokenizer, cast(PromptForm, settings.prompt.name), settings.max_new_tokens, sample)
+
+
+def plan_passage(cfg: RunConfig, tokenizer: Any, context_length: int | None) -> Passage | None:
+    """The text whose perplexity is measured, None for none."""
+    named = cfg.evaluation.perplexity
+    if named == "off":
+        return None
+    path = PASSAGE if named == "passage" else Path(named).expanduser()
+    window = min(cfg.evaluation.perplexity_window, context_length or cfg.evaluation.perplexity_window)
+    return read_passage(path, tokenizer, window, f"evaluation.perplexity={named}")

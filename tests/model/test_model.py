@@ -1,0 +1,421 @@
+"""The language model on tiny random models of the families that users edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn
+from data.stream import mini_batch_weights
+from harness.job.devices import ask_for_the_same_bits
+from model import EditModule, LanguageModel
+from model_source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
+from tests.conftest import tiny_gpt2, tiny_llama
+
+SMALL = {
+    "vocab_size": 260,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+GPT_WIDTHS = {"n_embd": 16, "n_layer": 4, "n_head": 2}
+GROUPED = {**WIDTHS, "num_key_value_heads": 1}
+FAMILIES: dict[str, tuple[Any, dict[str, Any], str, tuple[int, int]]] = {
+    # family: (config class, its sizes, the module `auto` takes in layer 3, its (d_k, d_v))
+    "llama": (transformers.LlamaConfig, WIDTHS, "model.layers.3.mlp.down_proj", (24, 16)),
+    "mistral": (transformers.MistralConfig, {**GROUPED, "sliding_window": 4}, "model.layers.3.mlp.down_proj", (24, 16)),
+    "qwen2": (transformers.Qwen2Config, GROUPED, "model.layers.3.mlp.down_proj", (24, 16)),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {**GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0},
+        "model.layers.3.mlp.down_proj",
+        (24, 16),
+    ),
+    "gpt2": (transformers.GPT2Config, GPT_WIDTHS, "transformer.h.3.mlp.c_proj", (64, 16)),
+    "gpt-j": (
+        transformers.GPTJConfig,
+        {**GPT_WIDTHS, "rotary_dim": 4},
+        "transformer.h.3.mlp.fc_out",
+        (64, 16),
+    ),
+    "gpt-neox": (transformers.GPTNeoXConfig, WIDTHS, "gpt_neox.layers.3.mlp.dense_4h_to_h", (24, 16)),
+    "falcon": (  # adds to the MLP's output in place
+        transformers.FalconConfig,
+        {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "transformer.h.3.mlp.dense_4h_to_h",
+        (64, 16),
+    ),
+    "opt": (
+        transformers.OPTConfig,
+        {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "word_embed_proj_dim": 16},
+        "model.decoder.layers.3.fc2",
+        (24, 16),
+    ),
+}  # fmt: skip
+LLAMA_MODULES = ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+
+
+def random_sequences(count: int = 9) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(count)
+    lengths = [(int(a), int(b)) for a, b in torch.randint(1, 8, (count, 2), generator=generator)]
+    ids = [torch.randint(0, 256, (a + b,), generator=generator).tolist() for a, b in lengths]
+    return [TokenSequence(tuple(i), a) for i, (a, _) in zip(ids, lengths, strict=True)]
+
+
+def a_turn() -> Turn:
+    sequences = random_sequences()
+    return Turn(0, Phase.EDIT, (), tuple(sequences), mini_batch_weights(sequences, 4))
+
+
+def llama(**options: Any) -> LanguageModel:
+    dtype = options.pop("dtype", torch.float32)
+    model = tiny_llama(dtype=dtype)
+    return LanguageModel(model, None, find_edit_modules(model, LLAMA_MODULES, 0), **options)
+
+
+def an_update(model: LanguageModel, scale: float = 1e-2) -> dict[str, LowRankUpdate]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: LowRankUpdate(torch.randn(d_k, 3, generator=generator), scale * torch.randn(3, d_v, generator=generator))
+        for name, (d_k, d_v) in model.shapes.items()
+    }
+
+
+def logits_one_by_one(model: Any, sequences: list[TokenSequence]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([s.ids])).logits[0, s.answer_start - 1 : -1] for s in sequences])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    """`auto` finds the output projections; batched answer logits are those of each sequence alone; edits move them."""
+    config_class, sizes, last, shape = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(**dict(SMALL.items()), **sizes)
+    plain = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = LanguageModel(plain, None, find_edit_modules(plain, "auto", 2), compute_tokens=40)
+    assert list(model.shapes)[-1] == last
+    assert list(model.shapes.values()) == [shape, shape]
+
+    sequences = random_sequences()
+    alone = logits_one_by_one(plain, sequences).split([s.answer_length for s in sequences])
+    for batch in model.batches(sequences):
+        expected = torch.cat([alone[member] for member in batch.members])
+        torch.testing.assert_close(model.answer_logits(batch), expected, rtol=1e-4, atol=1e-4)
+
+    capture = model.capture(a_turn())
+    answers = sum(s.answer_length for s in sequences)
+    for name, (d_k, d_v) in model.shapes.items():
+        assert capture.modules[name].keys.shape == (answers, d_k)
+        assert capture.modules[name].value_grads.shape == (answers, d_v)
+        assert capture.modules[name].value_grads.norm() > 0
+    model.apply(an_update(model), 0)
+    assert not torch.allclose(torch.cat(alone), logits_one_by_one(plain, sequences))
+
+
+def test_capture_forms_no_parameter_gradient_and_no_graph_below() -> None:
+    model = llama()
+    seen: dict[str, bool] = {}
+    for name, module in model.model.named_modules():
+        if name.endswith(".mlp"):  # hooks of the parent run after those of its edit module
+            module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out.requires_grad))
+    model.capture(a_turn())
+    assert seen == {f"model.layers.{layer}.mlp": layer >= 2 for layer in range(4)}
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.model.parameters())
+
+
+def test_an_update_step_lowers_the_loss() -> None:
+    """A step against K^T G, the weight's gradient, must make the answers likelier."""
+    model = llama()
+    before = model.capture(a_turn())
+    model.apply({n: LowRankUpdate(c.keys.T, -1e-2 * c.value_grads) for n, c in before.modules.items()}, 0)
+    assert model.capture(a_turn()).loss < before.loss
+
+
+def test_apply_reports_what_it_did() -> None:
+    model = llama()
+    updates = an_update(model)
+    start = model.snapshot()
+    changes = model.apply(updates, 0)
+    for name, update in updates.items():
+        delta = update.left @ update.right
+        assert changes[name].norm == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert changes[name].largest == pytest.approx(float(delta.abs().max()), rel=1e-5)
+        assert changes[name].drift == pytest.approx(float(delta.norm() / start[name].norm()), rel=1e-4)
+        torch.testing.assert_close(model.edited[name].weight - start[name], delta.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snapshot_and_restore_are_bitwise(dtype: torch.dtype, master: bool) -> None:
+    model = llama(dtype=dtype, master=master)
+    weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    snapshot = model.snapshot()
+    model.apply(an_update(model), 0)
+    assert any(not torch.equal(weight, weights[name]) for name, weight in model.model.state_dict().items())
+    model.restore(snapshot)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(master, snapshot[name]) for name, master in model.snapshot().items())
+
+
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_original_weights_come_back_bit_for_bit(dtype: torch.dtype, master: bool) -> None:
+    """For good, or for as long as they are asked for: then the edited ones are back, masters included."""
+    model = llama(dtype=dtype, master=master)
+    start = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    assert model.is_original()
+    model.apply(an_update(model), 0)
+    assert not model.is_original()
+    edited, masters = {n: w.clone() for n, w in model.model.state_dict().items()}, model.snapshot()
+    with model.unedited():
+        assert model.is_original()
+        assert all(torch.equal(weight, start[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(weight, edited[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(weight, masters[name]) for name, weight in model.snapshot().items())
+    model.restore_original()
+    assert model.is_original()
+    assert all(torch.equal(weight, start[name]) for name, weight in model.model.state_dict().items())
+
+
+def test_a_master_that_rounds_to_the_original_is_not_the_original() -> None:
+    model = llama(dtype=torch.bfloat16)
+    start = model.edited[LLAMA_MODULES[0]].weight.clone()
+    model.apply({LLAMA_MODULES[0]: LowRankUpdate(None, 1e-6 * start.T.float())}, 0)
+    assert torch.equal(model.edited[LLAMA_MODULES[0]].weight, start)
+    assert not model.is_original()
+
+
+def test_masters_keep_what_bf16_would_lose() -> None:
+    """Hundreds of steps, each far below half a unit in the last place of the weight."""
+    ends = {}
+    for master in (True, False):
+        model = llama(dtype=torch.bfloat16, master=master)
+        start = model.edited[LLAMA_MODULES[0]].weight.float()
+        step = LowRankUpdate(None, 1e-4 * start.T.sign())
+        for turn in range(300):
+            model.apply({LLAMA_MODULES[0]: step}, turn)
+        moved = (model.edited[LLAMA_MODULES[0]].weight.float() - start).abs()
+        ends[master] = float(moved.mean())
+    assert ends[True] == pytest.approx(0.03, rel=0.05)
+    assert ends[False] < 0.02
+
+
+def test_an_update_that_is_not_finite_leaves_every_weight_as_it_was() -> None:
+    model = llama()
+    before = model.snapshot()
+    updates = an_update(model)
+    updates[LLAMA_MODULES[1]].right[0, 0] = torch.inf
+    with pytest.raises(
+        FloatingPointError, match=r"turn 7: the update of model\.layers\.3\.mlp\.down_proj is not finite"
+    ):
+        model.apply(updates, 7)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
+def test_finite_factors_of_an_update_that_is_not_finite() -> None:
+    model = llama()
+    before = model.snapshot()
+    with pytest.raises(FloatingPointError, match=r"turn 0: the update of .* is not finite"):
+        model.apply(an_update(model, scale=1e38), 0)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
+def test_an_update_too_large_for_its_norms_to_vouch_for_it_is_looked_at_itself() -> None:
+    """||left|| ||right|| is beyond float32, DeltaW is not: it is taken, like any other."""
+    model = llama()
+    name, (d_k, d_v) = LLAMA_MODULES[0], model.shapes[LLAMA_MODULES[0]]
+    left, right = torch.zeros(d_k, 2), torch.zeros(2, d_v)
+    left[0, 0], right[1, 0] = 1e20, 1e20
+    assert model.apply({name: LowRankUpdate(left, right)}, 0)[name].norm == 0
+    right[0, 0] = 1e-20
+    assert model.apply({name: LowRankUpdate(left, right)}, 1)[name].largest == pytest.approx(1.0)
+
+
+def test_each_update_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    formed = []
+    delta = EditModule.delta
+    monkeypatch.setattr(EditModule, "delta", lambda self, update: formed.append(self) or delta(self, update))
+    model.apply(an_update(model), 0)
+    assert formed == list(model.edited.values())
+
+
+def test_captures_that_are_not_finite_name_turn_and_module() -> None:
+    """The keys of one module overflow while the loss is finite."""
+    model = llama()
+    model.edited[LLAMA_MODULES[1]].module.register_forward_pre_hook(lambda _m, inputs: (inputs[0] + torch.inf,))
+    model.edited[LLAMA_MODULES[1]].module.register_forward_hook(lambda _m, _i, output: output.nan_to_num(0, 0, 0))
+    with pytest.raises(FloatingPointError, match=r"turn 0: the keys or value gradients of model\.layers\.3\."):
+        model.capture(a_turn())
+
+
+def test_a_loss_that_is_not_finite_names_the_turn() -> None:
+    model = llama()
+    model.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="turn 0: the loss is nan"):
+        model.capture(a_turn())
+
+
+def test_captures_go_where_they_are_told(tmp_path: Path) -> None:
+    from harness.run.spill import CaptureFolder
+
+    with CaptureFolder(tmp_path / "cache") as folder:
+        spilled = llama().capture(a_turn(), allocate=folder.allocate)
+        plain = llama().capture(a_turn())
+        for name in LLAMA_MODULES:
+            assert torch.equal(spilled.modules[name].keys, plain.modules[name].keys)
+            assert torch.equal(spilled.modules[name].value_grads, plain.modules[name].value_grads)
+        assert len(list(folder.folder.iterdir())) == 4
+        with pytest.raises(ValueError, match="are free; free some, choose another folder"):
+            folder.require({"huge": (10**9, 10**6)}, rows=10**3, kept=1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_export_reloads_and_scores_the_same(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = llama()
+    model.tokenizer = byte_tokenizer
+    model.apply(an_update(model), 0)
+    model.export(tmp_path / "edited")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    sequences = random_sequences()
+    assert torch.equal(logits_one_by_one(again, sequences), logits_one_by_one(model.model, sequences))
+    source = ModelSource(locate(str(tmp_path / "edited"), tmp_path))
+    assert load_tokenizer(source)("a b")["input_ids"] == byte_tokenizer("a b")["input_ids"]
+    assert outline(source, "*.2.mlp.down_proj", 1).shapes == {"model.layers.2.mlp.down_proj": (40, 24)}
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("model.layers.9.mlp.down_proj", "matches no module.*named like 'model.layers.0.mlp.down_proj'"),
+        ("*.ffn", "matches no module"),
+        ("model.layers.3.mlp", "a LlamaMLP, which is no linear map"),
+        ("model.embed_tokens", "an? Embedding, which is no linear map"),
+    ],
+)
+def test_patterns_that_name_no_linear_map(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_edit_modules(tiny_llama(), [pattern], 0)
+
+
+def test_globs_keep_the_models_order() -> None:
+    found = find_edit_modules(tiny_llama(), ["*.3.mlp.down_proj", "*.[01].mlp.down_proj"], 0)
+    assert list(found) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 3)]
+
+
+def test_the_head_is_no_edit_module() -> None:
+    with pytest.raises(ValueError, match="matches 'lm_head', the language-model head"):
+        find_edit_modules(tiny_llama(), ["lm_head"], 0)
+
+
+def test_a_concrete_class_serves_as_well(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    source = ModelSource(str(tmp_path), class_name="LlamaForCausalLM")
+    assert list(outline(source, "auto", 1).shapes) == ["model.layers.3.mlp.down_proj"]
+    with pytest.raises(ValueError, match=r"model\.class_name=AutoModel: has no language-model head"):
+        outline(ModelSource(str(tmp_path), class_name="AutoModel"), "auto", 1)
+
+
+@pytest.mark.parametrize("pattern", ["auto", "model.layers.1.mlp.experts", "*.mlp.experts.down_proj"])
+def test_fused_experts_are_refused_with_the_reason(pattern: str) -> None:
+    config = transformers.MixtralConfig(**SMALL, **WIDTHS, num_key_value_heads=1, num_local_experts=2)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="mixture of experts, fused or routed"):
+        find_edit_modules(model, pattern if pattern == "auto" else [pattern], 1)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c"])
+def test_a_folder_that_does_not_exist(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.name_or_path=.*: no such folder"):
+        locate(name, tmp_path)
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json in that folder"):
+        locate(str(tmp_path), tmp_path)
+
+
+def test_a_model_that_cannot_be_fetched() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model\.name_or_path=nobody/nothing: cannot be read \([^\n]*\); give a folder[^\n]*$"
+    ):
+        outline(ModelSource("nobody/nothing"), "auto", 1)
+
+
+def test_a_class_transformers_does_not_have(tmp_path: Path) -> None:
+    tiny_gpt2().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.class_name=AutoModelForTelepathy: transformers has no such model"):
+        outline(ModelSource(str(tmp_path), class_name="AutoModelForTelepathy"), "auto", 1)
+
+
+def test_the_fingerprint_is_that_of_the_bits_alone() -> None:
+    """Not of the number of threads, which changes the last bits of sums; a single bit, and an exchange, show."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"wide": nn.Linear(5760, 1536), "narrow": nn.Linear(3, 2)})
+    nn.init.normal_(plain["wide"].weight)
+    model, threads, seen = LanguageModel(plain, None, {}), torch.get_num_threads(), set()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            seen.add(model.fingerprint())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+    weight = plain["narrow"].weight
+    weight.view(-1)[:2] = weight.view(-1)[:2].flip(0)
+    seen.add(model.fingerprint())
+    weight.view(torch.int32)[1, 2] ^= 1
+    seen.add(model.fingerprint())
+    assert len(seen) == 3
+
+
+@pytest.fixture
+def _same_bits_asked() -> Iterator[None]:
+    """As a run does on a GPU."""
+    ask_for_the_same_bits()
+    yield
+    ask_for_the_same_bits(False)
+
+
+@pytest.mark.usefixtures("_same_bits_asked")
+def test_gradients_are_asked_for_the_same_bits_in_earnest() -> None:
+    """Attention's backward is deterministic only where torch would fail without; what never is, is refused by name."""
+    plain = tiny_llama()
+    model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
+    seen = []
+    head = plain.get_output_embeddings()
+    look = head.register_forward_hook(
+        lambda *_: seen.append((torch.is_grad_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+    )
+    turn = a_turn()
+    term = LossTerm(turn.sequences, 1.0)
+    captured = model.capture(turn)
+    model.weight_gradients([term])
+    model.losses([term])
+    assert {strict for asks, warns in seen if asks for strict in [not warns]} == {True}
+    assert seen[-1] == (False, True)
+    look.remove()
+
+    def put(*_: object) -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    head.register_forward_hook(put)
+    for compute in (lambda: model.capture(turn), lambda: model.weight_gradients([term])):
+        with pytest.raises(ValueError, match=r"model.deterministic=true: .*put_.*; set model.deterministic=false"):
+            compute()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    ask_for_the_same_bits(False)
+    again = model.capture(turn)
+    assert torch.equal(again.modules["down"].keys, captured.modules["down"].keys)

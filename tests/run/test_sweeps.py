@@ -1,0 +1,398 @@
+"""The scripts of sweeps/, launchers, and what a sweep does when it is started again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+import main
+from config.compose import LAUNCHERS, check_command_line
+from config.schema import ConfigError
+from harness.report.runs import open_runs
+from harness.run import interrupt
+from harness.run.checkpoint import Checkpoints
+from harness.run.folder import RunFolder
+from harness.run.launching import ERRORS, MOST_LINES, requeued_after_checkpoint
+from tests.commands import Commands, Run, command_line
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in (ROOT / "sweeps").glob("*.sh") if path.name != "common.sh")
+NARROW = {  # the later setting counts: each script over two runs or three
+    "ablations.sh": ["seed=1", "ablation=full_method"],
+    "editors.sh": ["dataset=zsre", "editor=stableedit,ultraedit"],
+    "grid.sh": ["editor.lr=0.1", "editor.alpha=1,10"],
+    "seeds.sh": ["seed=1,2"],
+}
+RUNS = {"ablations.sh": 2, "editors.sh": 2, "grid.sh": 2, "seeds.sh": 2}  # of the ablations two are the same run
+SHORT = ("num_seq=2", "num_seq_zsre=1", "evaluation.sample=2")
+ONE = "sweeps/${hydra:job.num}"  # where a run alone would be: resume=auto looks below sweeps/
+TURNS = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=50")
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """main.main() sets one for SIGTERM, which a process of its own would have taken with it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def sweep(run: Commands, name: str, *overrides: str) -> Path:
+    """The folder of a sweep, whose runs resume=auto finds below this test's folder."""
+    folder = run.folder / "sweeps" / name
+    line = run.line("-m", "resume=auto", *overrides, f"hydra.sweep.dir={run.folder}/sweeps/{name}", run=ONE)
+    with command_line(line):
+        main.main()
+    return folder
+
+
+def runs_in(folder: Path) -> dict[Path, bytes]:
+    """The runs below, not through links, each with its run.json."""
+    return {path.parent: path.read_bytes() for path in folder.rglob("run.json")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts: what they start
+
+
+def place(folder: Path, python: str) -> Path:
+    """A folder in which the scripts take themselves to be in the project; `python` is its .venv/bin/python."""
+    (folder / "sweeps").mkdir()
+    for path in (ROOT / "sweeps").glob("*.sh"):
+        (folder / "sweeps" / path.name).symlink_to(path)
+    for name in ("main.py", "config"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    return folder
+
+
+def started(folder: Path, script: str, *settings: str, code: int = 0) -> tuple[int, list[list[str]]]:
+    """The script's exit code, and the arguments of each python that it starts, which ends with `code`."""
+    place(folder, f'for word; do printf "%s\\n" "$word"; done >> calls; echo >> calls; exit {code}')
+    done = subprocess.run(["sh", f"sweeps/{script}", *settings], cwd=folder, check=False, timeout=30)
+    calls = (folder / "calls").read_text(encoding="utf-8").strip().split("\n\n")
+    return done.returncode, [call.splitlines() for call in calls]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
+def test_a_script_is_posix_shell(script: str) -> None:
+    subprocess.run(["sh", "-n", str(ROOT / "sweeps" / script)], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_sweeps_that_compose_and_resume_and_then_reports(tmp_path: Path, script: str) -> None:
+    code, calls = started(tmp_path, script, "num_seq=3", "dataset.valid_path=a file.json")
+    sweeps = [call for call in calls if call[0] == "main.py"]
+    assert code == 0
+    for call in sweeps:
+        assert call[1:3] == ["-m", "resume=auto"]
+        assert call[-2:] == ["num_seq=3", "dataset.valid_path=a file.json"]
+        check_command_line([*call[1:-1], "dataset.valid_path=a.json"])
+    reports = [call for call in calls if call not in sweeps]
+    assert calls == sweeps + reports
+    assert reports == [] if script == "editors.sh" else len(reports) == 1  # there is no data to report on
+    for call in reports:
+        folder = call[2]
+        assert call == ["-m", "harness.report", folder, "--to", folder]
+        assert all(f"hydra.sweep.dir={folder}/" in word for call in sweeps for word in call if "sweep.dir" in word)
+
+
+@pytest.mark.parametrize(("code", "sweeps"), [(1, 3), (130, 1), (143, 1), (137, 1)])
+def test_a_failed_job_leaves_the_rest_to_run_and_a_signal_does_not(tmp_path: Path, code: int, sweeps: int) -> None:
+    ended, calls = started(tmp_path, "ablations.sh", code=code)
+    assert ended == code
+    assert [call[0] for call in calls].count("main.py") == sweeps
+
+
+def test_the_step_size_of_raw_rows_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LR_WITHOUT_LN", "12.5")
+    _, calls = started(tmp_path, "ablations.sh")
+    assert ["editor.lr=12.5" in call for call in calls] == ["ablation=without_ln" in call for call in calls]
+    assert sum("editor.lr=12.5" in call for call in calls) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts: started again
+
+
+def shell(folder: Path, script: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(folder / "home"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "LR_WITHOUT_LN": "0.2",
+    }
+    return subprocess.run(
+        ["sh", f"sweeps/{script}", *settings],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script", [name if name == "seeds.sh" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
+def test_a_script_started_again_runs_nothing_twice(run: Commands, tmp_path: Path, script: str) -> None:
+    place(tmp_path, f'exec {shlex.quote(sys.executable)} "$@"')
+    line = [word for word in run.line(*SHORT) if not word.startswith("hydra.run.dir")]
+    first = shell(tmp_path, script, *line, *NARROW[script])
+    assert first.returncode == 0, first.stderr
+    before = runs_in(tmp_path / "outputs")
+    again = shell(tmp_path, script, *line, *NARROW[script])
+    assert again.returncode == 0, again.stderr
+    assert runs_in(tmp_path / "outputs") == before
+    assert len(before) >= RUNS[script]
+    jobs = again.stdout.count("[HYDRA] \t#")
+    assert again.stdout.count("finished already") == jobs >= RUNS[script]
+    reports = list((tmp_path / "outputs").rglob("report.html"))
+    assert len(reports) == 2, "one a start"
+    folders = {path.parents[0 if script != "editors.sh" else 1] for path in reports}
+    one, other = ({found.folder for found in open_runs([folder])} for folder in folders)
+    assert one == other
+
+
+def test_a_sweep_goes_on_after_a_kill_and_past_a_failure(run: Commands, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a first job that was killed, one that fails, and one that has not been begun."""
+    kill = """
+import os, signal, sys
+from harness.run.folder import RunFolder
+append = RunFolder.append_turn
+def die(self, line):
+    append(self, line)
+    if line["turn"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.append_turn = die
+import main
+main.main()
+"""
+    settings = ("num_seq=4,9,3", "num_seq_zsre=2", "checkpoint_every=2", f"hydra.sweep.dir={run.folder}/sweeps/a")
+    line = run.line("-m", "resume=auto", *settings, run=ONE)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(run.folder / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", kill, *line], env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (killed,) = runs_in(run.folder / "sweeps" / "a")
+    with pytest.raises(SystemExit, match="num_seq=9"):
+        sweep(run, "b", *settings[:-1])
+    said = capfd.readouterr()
+    assert f"going on after turn 2 of the run in {killed}" in said.out
+    assert "this job failed: num_seq=9" in said.out
+    assert [Run(folder).json("run.json")["status"] for folder in runs_in(run.folder / "sweeps")] == ["finished"] * 2
+    assert len(open_runs([run.folder / "sweeps" / "b"])) == 2
+
+
+def test_a_sweep_holds_the_runs_it_found(run: Commands) -> None:
+    """Also those of another sweep; a job that failed once is tried again in its own folder."""
+    first = sweep(run, "first", *SHORT, "seed=1,2")
+    failed = sorted(runs_in(first))[1]
+    RunFolder.open(failed).fail("a disk that was full")
+    second = sweep(run, "second", *SHORT, "seed=1,2,3")
+    links = {path.name: path.resolve() for path in second.rglob("*") if path.is_symlink()}
+    assert links == {"0": sorted(runs_in(first))[0], "1": failed}
+    assert Run(failed).json("run.json")["status"] == "finished"
+    assert [one.folder for one in open_runs([second])] == [*links.values(), *runs_in(second)]
+
+
+def test_jobs_that_differ_only_in_where_they_are_shown_are_one_run(run: Commands) -> None:
+    assert len(runs_in(sweep(run, "groups", *SHORT, "tracker.group=a,b"))) == 1
+
+
+def test_an_error_of_a_job_can_come_from_another_process(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python makes of a pickled ConfigError, which takes a list, is not what it said."""
+    mistakes = ConfigError(["seed=1: wrong", "num_seq=2: wrong"])
+    monkeypatch.setattr(main, "to_run_config", lambda _: (_ for _ in ()).throw(mistakes))
+    ended = []
+    monkeypatch.setattr(main, "error_line", lambda error, line=main.error_line: ended.append(error) or line(error))
+    assert run.refused("-m", "seed=1,2") == f"error: {mistakes}"
+    assert str(pickle.loads(pickle.dumps(ended[-1]))) == str(mistakes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+installed = {
+    "joblib": importlib.util.find_spec("joblib") is not None,
+    **dict.fromkeys(("submitit_local", "submitit_slurm", "slurm"), importlib.util.find_spec("submitit") is not None),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_that_is_not_installed(launcher: str) -> None:
+    if installed[launcher]:
+        pytest.skip("it is installed here")
+    with pytest.raises(ConfigError, match=f"^hydra/launcher={launcher}: .* -r requirements-launchers.txt$"):
+        check_command_line(["-m", "seed=1,2", f"hydra/launcher={launcher}"])
+
+
+def test_launchers_are_pinned() -> None:
+    lines = (ROOT / "requirements-launchers.txt").read_text(encoding="utf-8").splitlines()
+    packages = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in packages)
+    assert {"hydra-joblib-launcher", "hydra-submitit-launcher"} <= {line.partition("==")[0] for line in packages}
+
+
+def test_slurm_needs_slurm_and_runs_that_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not installed["slurm"]:
+        pytest.skip("hydra-submitit-launcher is not installed")
+    line = ["-m", "seed=1,2", "hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no sbatch"):
+        check_command_line(line)
+    (tmp_path / "sbatch").touch(mode=0o755)
+    with pytest.raises(ConfigError, match="set resume=auto"):
+        check_command_line(line)
+    check_command_line([*line, "resume=auto"])
+
+
+@pytest.mark.parametrize("choice", ["hydra/launcher=joblib hydra.launcher.n_jobs=2", "hydra/launcher=submitit_local"])
+def test_jobs_in_processes_of_their_own(run: Commands, choice: str) -> None:
+    """Side by side, with the base model's scores in one cache, and found by the next sweep."""
+    if not installed[choice.split()[0].partition("=")[2]]:
+        pytest.skip("the launcher is not installed")
+    line = run.line("-m", "resume=auto", *SHORT, "editor=stableedit,ultraedit", *choice.split(), run=ONE)
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(run.folder / "home"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    command = [sys.executable, str(ROOT / "main.py"), *line, f"hydra.sweep.dir={run.folder}/sweeps/parallel"]
+    subprocess.run(command, cwd=run.folder, env=environment, check=True, timeout=200)
+    before = runs_in(run.folder / "sweeps" / "parallel")
+    assert len(before) == 2
+    together = [Run(folder).scores() for folder in sorted(before)]
+    assert together[0]["base"] == together[1]["base"]
+    again = sweep(run, "again", *SHORT, "editor=stableedit,ultraedit")
+    assert runs_in(run.folder / "sweeps") == before
+    assert {one.folder for one in open_runs([again])} == set(before)
+
+
+@pytest.fixture
+def put_back() -> Iterator[list[int]]:
+    """A launcher's handler, as submitit sets it before a run starts; the signals it was called with."""
+    calls: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        calls.append(number)
+        signal.raise_signal(signal.SIGTERM)  # while the job is put back, too
+        raise SystemExit(144)
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    yield calls
+    assert signal.signal(signal.SIGUSR2, before) is handler
+
+
+def ended(run: Commands, *overrides: str) -> Run:
+    """A run that its launcher put back into the queue."""
+    with command_line(run.line(*TURNS, *overrides)), pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 144
+    return Run(run.folder / "run")
+
+
+@pytest.mark.parametrize("later", [(), (signal.SIGTERM,), (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM)])
+def test_a_job_is_put_back_into_the_queue_with_a_checkpoint(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int], later: tuple[signal.Signals, ...]
+) -> None:
+    """A signal in the middle of a turn; those that SLURM sends later come then, with the checkpoint, and at the end."""
+    append, save, close = RunFolder.append_turn, Checkpoints.save, RunFolder.__exit__
+    monkeypatch.setattr(interrupt, "ECHO", 0.0)
+
+    def signalled(self: RunFolder, line: dict[str, object]) -> None:
+        append(self, line)
+        if line["turn"] == 2:
+            signal.raise_signal(signal.SIGUSR2)
+            for number in later:
+                signal.raise_signal(number)
+
+    def again(work: Callable[..., None]) -> Callable[..., None]:
+        def then(*arguments: object) -> None:
+            for number in later:
+                signal.raise_signal(number)
+            work(*arguments)
+
+        return then
+
+    monkeypatch.setattr(RunFolder, "append_turn", signalled)
+    monkeypatch.setattr(Checkpoints, "save", again(save))
+    monkeypatch.setattr(RunFolder, "__exit__", again(close))
+    stopped = ended(run)
+    assert put_back == [signal.SIGUSR2]
+    assert stopped.json("run.json")["status"] == "interrupted"
+    assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["turn_3"]
+
+
+def test_a_job_is_put_back_into_the_queue_before_its_first_turn(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int]
+) -> None:
+    def asked(*_: object) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(main, "load_model", asked)
+    assert not (ended(run).folder / "checkpoints").exists()
+    assert put_back == [signal.SIGUSR2]
+
+
+def test_sigterm_alone_is_no_launchers_business(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int]
+) -> None:
+    """Before there is a turn to finish."""
+    monkeypatch.setattr(main, "load_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with command_line(run.line(*TURNS)), pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert put_back == []
+
+
+def test_srun_is_told_how_many_cpus_a_task_has() -> None:
+    """SLURM 22.05 to 23.x: it does not take that from sbatch."""
+    slurm = OmegaConf.load(ROOT / "config" / "hydra" / "launcher" / "slurm.yaml")
+    composed = OmegaConf.to_container(slurm, resolve=True)
+    assert isinstance(composed, dict)
+    script = "\n".join([*composed["setup"], 'echo "${SRUN_CPUS_PER_TASK-unset}"'])
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout.strip()
+
+    assert told(SLURM_CPUS_PER_TASK="8") == "8"
+    assert told() == "unset"
+
+
+def test_a_signal_that_no_launcher_waits_for_keeps_its_meaning() -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with requeued_after_checkpoint():
+        assert signal.getsignal(signal.SIGUSR2) is before
+
+
+@pytest.mark.parametrize("module", ERRORS)
+def test_a_job_without_a_result(
+    run: Commands, monkeypatch: pytest.MonkeyPatch, module: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that ran out of memory, say."""
+    error = type(ERRORS[module], (RuntimeError,), {})
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{ERRORS[module]: error}))
+
+    def lost() -> None:
+        raise error("\n".join(f"line {i}" for i in range(100)))
+
+    monkeypatch.setattr(main, "job", lost)
+    message = run.refused("-m", "seed=1,2")
+    assert "resume=auto" in message
+    assert capfd.readouterr().err.splitlines() == [f"line {i}" for i in range(100 - MOST_LINES, 100)]

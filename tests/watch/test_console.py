@@ -1,0 +1,220 @@
+"""The result table fits 80 columns and hides nothing; progress is bars on a terminal and clean lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.watch.console import RunProgress, duration, show_results
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")  # everything below space but the line feed
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def score(mean: float, width: float = 0.02, n: int = 1000) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - width, "high": mean + width, "n": n}
+
+
+RESULTS: dict[str, Any] = {
+    "base": {"ES": score(0.206), "LS": score(0.244), "ES_seq": score(0.02), "perplexity": 18.25},
+    "final": {
+        "LS": score(1.0, 0.0),
+        "ES": score(0.633),
+        "ES_seq": score(0.41),
+        "MS": score(0.3),
+        "perplexity": 19.5,
+        "LS_kl": score(0.0123, 0.001),
+    },
+    "cost": {
+        "turns": 55,
+        "warm_up_turns": 5,
+        "edits": 5000,
+        "seconds_per_turn": {"capture": 3.1, "update": 0.28, "apply": 0.03, "total": 3.42},
+        "seconds": {"evaluation": 62.4},
+        "peak_memory": {"resident_bytes": 2 * 2**30},
+    },
+}
+
+
+def shown(results: dict[str, Any], folder: str = "outputs/run") -> str:
+    stream = io.StringIO()
+    show_results(results, Path(folder), stream)
+    return stream.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_shown_whole_in_80_columns_without_colour() -> None:
+    text = shown(RESULTS)
+    assert not CONTROL.search(text)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    rows = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
+    assert rows["ES"] == "ES efficacy 20.6 [18.6, 22.6] 63.3 [61.3, 65.3] +42.7 1,000"
+    assert rows["LS"] == "LS specificity 24.4 [22.4, 26.4] 100.0 [100.0, 100.0] +75.6 1,000"
+    assert rows["MS"] == "MS multi-hop - 30.0 [28.0, 32.0] 1,000"
+    assert rows["perplexity"] == "perplexity 18.250 19.500 +1.250"  # no share of something: not in percent
+    assert rows["LS_kl"] == "LS_kl - 0.012 [0.011, 0.013] 1,000"
+    assert rows["turns"] == "turns 55, 5 of them warm-up"
+    assert rows["a"] == "a turn 3.42 s (capture 3.10 s, update 0.28 s, apply 0.03 s)"
+    assert rows["peak"] == "peak memory resident 2.00 GiB"
+
+
+def test_scores_come_in_the_papers_order_then_their_other_forms() -> None:
+    first_words = [line.split()[0] for line in shown(RESULTS).splitlines() if line.strip()]
+    ours = [word for word in first_words if word in RESULTS["final"]]
+    assert ours == ["ES", "LS", "MS", "ES_seq", "LS_kl", "perplexity"]
+
+
+def test_generated_answers_locality_and_forgetting_have_their_lines() -> None:
+    """At their widest: every share 100%."""
+    whole = score(1.0, 0.0)
+    forms = ("", "_seq", "_gen", "_contains")
+    final = {name + form: whole for name in ("ES", "GS", "LS", "PS", "MS") for form in forms}
+    retention = {name: {"immediate": whole, "final": whole, "forgetting": whole, "by_age": {}} for name in ("ES", "GS")}
+    text = shown({"base": final, "final": final | {"LS_agree": whole, "perplexity": 9.5}, "retention": retention})
+    assert max(map(len, text.splitlines())) <= 80
+    rows = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
+    assert rows["ES_gen"].startswith("ES_gen generated 100.0 [100.0, 100.0] 100.0 [100.0, 100.0] +0.0")
+    assert rows["LS_contains"].startswith("LS_contains 100.0")
+    assert rows["LS_agree"] == "LS_agree as base - 100.0 [100.0, 100.0] 1,000"
+    assert rows["GS_forgetting"] == "GS_forgetting - 100.0 [100.0, 100.0] 1,000"
+    order = [name for name in rows if name in ("MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting")]
+    assert order == ["MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting"]
+
+
+def test_a_cost_nobody_described_is_shown_under_its_own_name() -> None:
+    assert re.search(r"tokens read +123", shown(RESULTS | {"cost": {"tokens_read": 123}}))
+
+
+def test_the_run_folder_is_never_cut_or_broken() -> None:
+    folder = "outputs/" + "/".join(["a-rather-long-name"] * 8)
+    assert folder in shown(RESULTS, folder)
+
+
+def test_what_is_missing_is_left_out() -> None:
+    text = shown({"final": {"ES": score(0.5)}})
+    assert "turns" not in text
+    assert "GS" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "0.25 s"), (42, "42 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7805, "2 h 10 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_progress_is_a_few_clean_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    stream, clock = io.StringIO(), Clock()
+    with caplog.at_level(logging.INFO), RunProgress(stream, clock=clock) as progress, progress.turns(200) as bar:
+        for turn in range(200):
+            clock.now += 2.0
+            bar.advance(edits_total=100 * (turn + 1), phase="warm_up" if turn < 20 else "edit")
+    lines = caplog.messages
+    assert stream.getvalue() == ""
+    assert lines[0] == "editing: 1 of 200 turns, 100 edits, warm-up, 6 min 38 s left"  # 199 turns of 2 s
+    assert lines[-1] == "editing: 200 of 200 turns, 20,000 edits, edit, done in 6 min 40 s"
+    assert 10 <= len(lines) <= 13
+
+
+def test_slow_turns_are_reported_by_time(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with caplog.at_level(logging.INFO), RunProgress(io.StringIO(), clock=clock) as p, p.turns(20_000) as bar:
+        for turn in range(100):
+            clock.now += 30.0
+            bar.advance(edits_total=turn, phase="edit")
+    assert 45 <= len(caplog.messages) <= 55
+
+
+def test_a_resumed_run_judges_its_speed_by_its_own_turns(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with caplog.at_level(logging.INFO), RunProgress(io.StringIO(), clock=clock) as p, p.turns(100, done=90) as bar:
+        clock.now += 3.0
+        bar.advance(edits_total=9100, phase="edit")
+    assert caplog.messages == ["editing: 91 of 100 turns, 9,100 edits, edit, 27 s left"]
+
+
+@pytest.fixture
+def terminal_log() -> Iterator[tuple[Terminal, logging.Logger]]:
+    """A logger whose handler was made, as Hydra makes it, before the bars: it holds the terminal itself."""
+    terminal, logger = Terminal(), logging.getLogger("tests.console.terminal")
+    handler = logging.StreamHandler(terminal)
+    logger.addHandler(handler)
+    yield terminal, logger
+    logger.removeHandler(handler)
+
+
+def test_log_records_do_not_tear_the_bar(terminal_log: tuple[Terminal, logging.Logger]) -> None:
+    terminal, logger = terminal_log
+    with RunProgress(terminal) as progress, progress.turns(3) as bar:
+        for turn in range(3):
+            bar.advance(edits_total=1000 * (turn + 1), phase="edit")
+            logger.warning("record %d", turn)
+        with progress.evaluation("turn 3", 10) as evaluation:
+            evaluation.advance(10)
+    plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.getvalue())
+    lines = [line.strip() for line in re.split(r"[\r\n]", plain) if line.strip()]
+    assert {f"record {turn}" for turn in range(3)} <= set(lines)  # each alone on its line
+    assert re.fullmatch(r"editing ━+ 3/3 turns 3,000 edits, edit +\d:\d\d:\d\d", lines[-1])
+    assert "\x1b[2K" in terminal.getvalue()
+
+
+def test_log_handlers_get_their_stream_back_also_after_an_error(terminal_log: tuple[Terminal, logging.Logger]) -> None:
+    terminal, logger = terminal_log
+    handler = logger.handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    seen = []
+
+    def crash() -> None:
+        with RunProgress(terminal) as progress, progress.turns(3):
+            seen.append(handler.stream)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        crash()
+    assert seen != [terminal]
+    assert handler.stream is terminal
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    with caplog.at_level(logging.INFO), RunProgress(terminal) as progress, progress.evaluation("base model", 4) as bar:
+        bar.advance(4)
+    assert terminal.getvalue() == ""
+    assert caplog.messages[0].startswith("evaluating base model: 4 of 4 questions")
