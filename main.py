@@ -116,6 +116,7 @@ def prepare_process() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # and MKL, whose sums otherwise hang on where in memory a matrix begins
     end_on(signal.SIGTERM)
 
 

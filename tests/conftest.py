@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and tiny models gain nothing by more
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as main.py has it
 
 import pytest
 import torch
