@@ -6,16 +6,13 @@ that was stopped goes on with resume=auto, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -29,14 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line, waiting_for_choices
 from config.schema import RunConfig, Token, to_run_config
-from data.records import Turn
+from data.records import Allocate
 from data.stream import EditStream
-from data.training import TrainingStream
-from editor.base import CapturedTurn, Editor
+from editor.base import Editor
+from editor.capture import CaptureEditor, CaptureSettings
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
-from editor.registry import EDITORS
-from harness.evaluation import Downstream, HiddenStates, Scoring
+from editor.registry import EDITORS, build
+from harness.evaluation import Downstream, Scoring
 from harness.job import (
     Held,
     LoopState,
@@ -53,6 +50,7 @@ from harness.job import (
     is_saved,
     load_model,
     make_evaluation,
+    make_hidden_states,
     make_plan,
     move_into,
     network_keeper,
@@ -64,7 +62,6 @@ from harness.ranks import joined, program_of
 from harness.run import (
     CACHE,
     MODEL,
-    Checkpoints,
     Interrupted,
     Interruption,
     RunFolder,
@@ -76,7 +73,8 @@ from harness.run import (
     requeued_after_checkpoint,
     share_terminal,
 )
-from harness.watch import RunProgress, Stopwatch, Tracker, TurnDiagnostics, show_results
+from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
+from model import LanguageModel
 from model_source import stamp
 
 log = logging.getLogger(__name__)
@@ -195,97 +193,115 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
 def edit(
     cfg: RunConfig, plan: Plan, downstream: Downstream, about: dict[str, Any], folder: Path, earlier: RunFolder | None
 ) -> None:
-    """The loop, in the order of its lines. A new run is recorded in `folder`, an earlier one where it is."""
-    path = earlier.path if earlier else folder
-    checkpoints = {kind: Checkpoints(path / "checkpoints", kind, cfg.keep) for kind in ("turn", "training")}
-    start = (checkpoints["turn"].newest() or checkpoints["training"].newest()) if earlier else None
-    model = load_model(cfg, plan)
-    about["model"]["fingerprint"] = fingerprint = model.fingerprint()
-    editor = build_editor(cfg, model.shapes, plan.editor_device)
-    if plan.network is not None:
-        plan.network.require({MODEL: fingerprint})
-        editor.load_state_dict(plan.network.tensors())
-    devices = (*model.devices, plan.editor_device)
-    diagnostics = TurnDiagnostics(*devices, previous=cfg.diagnostics.previous, seed=cfg.seed)
-    run_folder = earlier or RunFolder.create(folder, **about)
-    hidden = HiddenStates(
-        model.hidden_states, plan.stream.edited(), plan.tokenize, path, cfg.diagnostics.hidden_states, cfg.seed
-    )
-    state = LoopState(checkpoints, run_folder, model, editor, diagnostics)
-    done, total = state.restore(start, about) if earlier else 0, len(plan.stream)
+    """Edit from the first turn, or from where `earlier` stands. A new run is recorded in `folder`."""
+    with capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate:
+        state = begin(cfg, plan, about, folder, earlier, allocate)
+        results = loop(cfg, plan, downstream, state)
+    show_results(results, state.folder.path)
+    if cfg.diagnostics.report:
+        draw(state.folder.path)
 
+
+def begin(
+    cfg: RunConfig,
+    plan: Plan,
+    about: dict[str, Any],
+    folder: Path,
+    earlier: RunFolder | None,
+    allocate: Allocate | None,
+) -> LoopState:
+    """Model, editor and run folder as they are before the next turn."""
+    model = load_model(cfg, plan)
+    about["model"]["fingerprint"] = model.fingerprint()
+    editor = build_editor(cfg, model, plan.editor_device, allocate)
+    if plan.network is not None:
+        plan.network.require({MODEL: about["model"]["fingerprint"]})
+        editor.load_state_dict(plan.network.tensors())
+    diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
+    state = LoopState(earlier or RunFolder.create(folder, **about), model, editor, diagnostics, cfg.keep)
+    if earlier is not None:
+        state.restore(about)
+    return state
+
+
+def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -> dict[str, Any]:
+    """Score the base, train the editor's network, edit turn by turn, score: the results. This order is the run."""
+    model, editor, stream = state.model, state.editor, plan.stream
     with (
-        run_folder,
-        Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker,
+        state.folder,
+        Tracker(state.folder, wandb_settings(cfg.tracker)) as tracker,
         RunProgress() as progress,
-        capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate,
         Interruption() as interruption,
     ):
-        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
-        score.seconds = state.seconds  # with those that a resumed run spent before
+        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
+        hidden = make_hidden_states(cfg, plan, model, state.folder.path)
         try:
-            begun = done or state.trained
-            base = score.base(begun, base_cache(cfg, plan, fingerprint))
-            downstream.base(model, tracker, progress, fingerprint)
-            if not begun:
+            base = score.base(state.begun, base_cache(cfg, plan, state.fingerprint))
+            downstream.base(model, tracker, progress, state.fingerprint)
+            if not state.begun:
                 hidden.keep("base")
+            train(cfg, plan, state, tracker, progress, interruption)
 
-            if plan.training is not None and done:
-                network_keeper(cfg, path, model.shapes, fingerprint).keep_late(editor, len(plan.training), done)
-            elif plan.training is not None:
-                capture_turn = partial(model.capture, every_token=cfg.editor.token is Token.all, allocate=allocate)
-                keeper = network_keeper(cfg, path, model.shapes, fingerprint)
-                training = meta_training(cfg, plan.training, state, tracker, capture_turn)
-                training.run(cfg.checkpoint_every, keeper, progress, interruption)
-                del training  # and with it the moments of its optimiser
-
-            with progress.turns(total, done=done) as bar:
-                for turn in plan.stream.from_turn(done):
-                    score.retention(done)
-                    if is_due(cfg.evaluation.every, done, plan.stream):
-                        score("eval", done)
-                    if is_due(cfg.downstream_eval_steps, done, plan.stream):
-                        downstream(model, tracker, progress, done)
+            with progress.turns(len(stream), done=state.done) as bar:
+                for turn in stream.from_turn(state.done):
+                    score.retention(state.done)
+                    if is_due(cfg.evaluation.every, state.done, stream):
+                        score("eval", state.done)
+                    if is_due(cfg.downstream_eval_steps, state.done, stream):
+                        downstream(model, tracker, progress, state.done)
                     with interruption.held():
-                        watch = Stopwatch(*devices)
-                        with watch.measure("capture"):
-                            capture = model.capture(turn, cfg.editor.token is Token.all, allocate)
-                        with watch.measure("update"), of_turn(turn):
-                            updates = editor.update(capture.modules, turn.phase)
-                        with watch.measure("apply"):
-                            changes = model.apply(updates, turn.index)
-                        line = diagnostics.line(turn, capture, updates, changes, editor, watch.seconds)
+                        line = state.diagnostics.line(turn, editor.edit(model, turn), editor)
                         tracker.turn(line)
-                        done = turn.index + 1
-                        if cfg.checkpoint_every and (done % cfg.checkpoint_every == 0 or done == total):
-                            state.save(done)
+                        state.done = turn.index + 1
+                        state.save_if_due(cfg.checkpoint_every, len(stream))
                     bar.advance(edits_total=line["edits_total"], phase=line["phase"])
 
-            final = score("final", done)
+            final = score("final", state.done)
             retained = score.retained()
-            downstream(model, tracker, progress, done)
+            downstream(model, tracker, progress, state.done)
             hidden.keep("edited")
-            results = {
-                "base": base,
-                "final": final,
-                **retained,
-                "cost": {**run_folder.cost(), "seconds": state.seconds},
-            }
+            results = {"base": base, "final": final, **retained, "cost": state.cost()}
             tracker.results(results)
-            if cfg.model_cache and not is_saved(cfg, run_folder.path, run_folder.run.get("saved")):
-                with interruption.held():
-                    model.export(target := export_folder(cfg, run_folder.path))
-                    run_folder.note(saved=cfg.model_cache_dir)
-                log.info("the edited model is in %s", target)
+            save_model(cfg, state, interruption)
+            return results
         except Interrupted as stop:
-            if cfg.checkpoint_every and done:
-                state.save(done)
-            command = state.how_to_go_on(program_of(plan.ranks), about["overrides"])
-            log.warning("%s after turn %d of %d; %s", stop.signal, done, total, command)
+            if cfg.checkpoint_every and state.done:
+                state.save()
+            command = state.how_to_go_on(program_of(plan.ranks), list(HydraConfig.get().overrides.task))
+            log.warning("%s after turn %d of %d; %s", stop.signal, state.done, len(stream), command)
             raise
-    show_results(results, path)
-    if cfg.diagnostics.report:
-        draw(path)
+
+
+def train(
+    cfg: RunConfig,
+    plan: Plan,
+    state: LoopState,
+    tracker: Tracker,
+    progress: RunProgress,
+    interruption: Interruption,
+) -> None:
+    """The meta-training of the editor's network, from wherever the run's state has it; nothing where there is none."""
+    if plan.training is None:
+        return
+    keeper = network_keeper(cfg, state.folder.path, state.model.shapes, state.fingerprint)
+    if state.done:
+        keeper.keep_late(state.editor, len(plan.training), state.done)
+        return
+    assert isinstance(state.editor, CaptureEditor)
+    assert isinstance(state.editor.rule, HyperNetworkEditor)
+    settings = settings_of(MetaSettings, cfg)
+    trainer = MetaTrainer(state.model, state.editor.rule, settings, state.editor.settings)
+    MetaTraining(trainer, plan.training, state, tracker).run(cfg.checkpoint_every, keeper, progress, interruption)
+
+
+def save_model(cfg: RunConfig, state: LoopState, interruption: Interruption) -> None:
+    """The edited model, where it is wanted and not there yet."""
+    if not cfg.model_cache or is_saved(cfg, state.folder.path, state.folder.run.get("saved")):
+        return
+    with interruption.held():
+        state.model.export(target := export_folder(cfg, state.folder.path))
+        state.folder.note(saved=cfg.model_cache_dir)
+    log.info("the edited model is in %s", target)
 
 
 def draw(path: Path) -> None:
@@ -293,15 +309,6 @@ def draw(path: Path) -> None:
     from harness.report import write_report  # matplotlib takes a second
 
     log.info("the report is %s", write_report([path]))
-
-
-@contextlib.contextmanager
-def of_turn(turn: Turn) -> Iterator[None]:
-    """An editor does not know which turn it is in: name it where its numbers fail."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"turn {turn.index}: {error}; the weights are those of the turn before") from error
 
 
 def is_due(every: int, done: int, stream: EditStream) -> bool:
@@ -325,23 +332,11 @@ def is_shared(part: str) -> bool:
     return "${" not in part.replace("${oc.env:", "")
 
 
-def build_editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Editor:
+def build_editor(cfg: RunConfig, model: LanguageModel, device: torch.device, allocate: Allocate | None) -> Editor:
     """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
-    return kind(shapes, settings_of(kind.Settings, cfg), device)
-
-
-def meta_training(
-    cfg: RunConfig,
-    stream: TrainingStream,
-    state: LoopState,
-    tracker: Tracker,
-    capture: Callable[[Turn], CapturedTurn],
-) -> MetaTraining:
-    """The training of the editor's network, wherever the run's state has it."""
-    assert isinstance(state.editor, HyperNetworkEditor)
-    trainer = MetaTrainer(state.model, state.editor, settings_of(MetaSettings, cfg), capture)
-    return MetaTraining(trainer, stream, state, tracker)
+    capture = CaptureSettings(cfg.editor.passes, cfg.editor.token is Token.all, allocate)
+    return build(kind, model, settings_of(kind.Settings, cfg), device, capture)
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:

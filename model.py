@@ -29,7 +29,18 @@ from torch.nn import functional
 
 from data.batches import PADDING, compute_batches
 from data.disk import sync
-from data.records import Capture, LossTerm, LowRankUpdate, TokenBatch, TokenSequence, Turn
+from data.records import (
+    Allocate,
+    Capture,
+    LossTerm,
+    LowRankUpdate,
+    TokenBatch,
+    TokenSequence,
+    Turn,
+    TurnCapture,
+    WeightChange,
+    first_rows,
+)
 from model_source import ModelSource, context_length_of, is_transposed, read_weights, shape_of
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
@@ -46,21 +57,11 @@ CHECKED = 1 << 22
 # Integer types by their size in bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Allocate = Callable[[str, tuple[int, int]], Tensor]
 P = TypeVar("P")
 R = TypeVar("R")
 
 
 # ------------------------------------------------------------------------------------------------ one edit module
-
-
-@dataclass(frozen=True)
-class WeightChange:
-    """What an update did to a module's weight, in the master's precision."""
-
-    norm: float  # ||DeltaW||, Frobenius, as the editor gave it
-    largest: float  # largest |entry| of DeltaW
-    drift: float | None  # ||W_t - W_0|| / ||W_0||; None where W_0 is zero
 
 
 class EditModule:
@@ -115,11 +116,6 @@ class EditModule:
     def _round(self) -> None:
         if self.master.data_ptr() != self.weight.data_ptr():
             self.weight.copy_(self.master)
-
-
-def rows_of_turn(turn: Turn, every_token: bool) -> Tensor:  # (sequences + 1,)
-    """Where the rows of each sequence begin in the captures of its turn; at the end, their number."""
-    return torch.tensor([0, *(len(s.ids) - 1 if every_token else s.answer_length for s in turn.sequences)]).cumsum(0)
 
 
 def _norm(tensor: Tensor) -> Tensor:  # () float64
@@ -182,14 +178,6 @@ class _Tracer:
             return output.clone()  # some families add to it in place, which a leaf of the graph forbids
 
         return keep
-
-
-@dataclass(frozen=True)
-class TurnCapture:
-    """The captures of a turn by edit module, and the loss that gave them: the mean over its mini-batches."""
-
-    modules: dict[str, Capture]
-    loss: float
 
 
 @dataclass
@@ -274,27 +262,29 @@ class LanguageModel:
         With `every_token`, at all positions that predict something. `allocate(name, shape)` gives the tensors to fill,
         by default float32 ones on the model's device (float64 ones where the model is). How sequences fall into
         compute batches changes no result.
-        Raises FloatingPointError where the loss is not finite.
+        Raises FloatingPointError where the loss, a key or a gradient is not finite.
         """
-        first_row = rows_of_turn(turn, every_token)
+        first_row = first_rows(turn.sequences, every_token)
         captures = self.empty_captures(int(first_row[-1]), allocate)
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        wrong = torch.zeros(len(turn.sequences), dtype=torch.int64, device=self.device)  # answer tokens of each
         with _same_bits():
             for batch in compute_batches(turn.sequences, self.compute_tokens):
                 at = _every_position(batch) if every_token else (batch.rows, batch.positions)
-                loss += self._capture_batch(batch, at, weights[batch.members], first_row[batch.members], captures)
+                share, missed = self._capture_batch(
+                    batch, at, weights[batch.members], first_row[batch.members], captures
+                )
+                loss += share
+                wrong.index_add_(0, batch.members[batch.rows].to(self.device), missed.long())
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
         if not math.isfinite(mean):
-            raise FloatingPointError(f"turn {turn.index}: the loss is {mean}; the weights are those of the turn before")
+            raise FloatingPointError(f"the loss is {mean}")
         for name, capture in captures.items():
             if not bool(torch.isfinite(capture.keys).all() & torch.isfinite(capture.value_grads).all()):
-                raise FloatingPointError(
-                    f"turn {turn.index}: the keys or value gradients of {name} are not finite; "
-                    "the weights are those of the turn before"
-                )
-        return TurnCapture(captures, mean)
+                raise FloatingPointError(f"the keys or value gradients of {name} are not finite")
+        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()))
 
     def empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
         """Room for the captures of a turn of that many rows."""
@@ -311,14 +301,15 @@ class LanguageModel:
         weights: Tensor,  # (B,) loss weight of each sequence's answer tokens
         first_row: Tensor,  # (B,) where each sequence's rows begin in the captures
         captures: Mapping[str, Capture],
-    ) -> Tensor:
-        """Fill the batch's rows of the captures and return its share of the loss."""
+    ) -> tuple[Tensor, Tensor]:  # (), (M,) bool
+        """Fill the batch's rows of the captures; its share of the loss, and which answer tokens it would not choose."""
         within = _count_within(at[0])
         rows, positions = at[0].to(self.device), at[1].to(self.device)
         with _Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
             self._check_all_ran(trace)
-            losses = functional.cross_entropy(logits.to(self.precise), batch.targets.to(self.device), reduction="none")
+            targets = batch.targets.to(self.device)
+            losses = functional.cross_entropy(logits.to(self.precise), targets, reduction="none")
             loss = (losses * weights[batch.rows].to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
         target = first_row[at[0]] + within
@@ -327,7 +318,7 @@ class LanguageModel:
             there = target.to(into.keys.device)
             into.keys[there] = trace.keys[name].to(into.keys)
             into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
-        return loss.detach().double()
+        return loss.detach().double(), logits.detach().argmax(-1) != targets
 
     def _check_all_ran(self, trace: _Tracer) -> None:
         silent = [name for name in self.edited if name not in trace.outputs]
@@ -397,7 +388,7 @@ class LanguageModel:
     @torch.no_grad()
     def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
         """The logits that predict each answer token, in the order of the sequences: a `LossTerm`'s reference."""
-        first_row = _first_rows(sequences)
+        first_row = first_rows(sequences)
         reference: Tensor | None = None
         for batch in self.batches(sequences):
             logits = self._logits(batch)
@@ -439,7 +430,7 @@ class LanguageModel:
 
     def _batch_losses(self, term: LossTerm) -> Iterator[Tensor]:
         """Each compute batch's share of the term's mean."""
-        first_row = _first_rows(term.sequences)
+        first_row = first_rows(term.sequences)
         for batch in self.batches(term.sequences):
             logits = self._logits(batch).to(self.precise)
             if term.reference is None:
@@ -635,13 +626,13 @@ class LanguageModel:
 
     # -- weights
 
-    def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        """Add the updates to the weights: all of them, or, where one is not finite, none."""
+    def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        """Add the updates to the weights: all of them, or, with a FloatingPointError, none."""
         for name, update in updates.items():
             if not self.edited[name].can_add(update):
                 raise FloatingPointError(
-                    f"turn {turn}: the update of {name} is not finite; the weights are those of the turn before. "
-                    "A smaller editor.lr may keep it finite, or where a network learns it, a smaller editor.meta_lr"
+                    f"the update of {name} is not finite; a smaller editor.lr may keep it finite, or where a network "
+                    "learns it, a smaller editor.meta_lr"
                 )
         return {name: self.edited[name].add(update) for name, update in updates.items()}
 
@@ -776,14 +767,9 @@ def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return rows, positions
 
 
-def _first_rows(sequences: Sequence[TokenSequence]) -> Tensor:  # (sequences + 1,)
-    """Where each sequence's answer tokens begin when all of them are counted in order; at the end, their number."""
-    return torch.tensor([0, *(sequence.answer_length for sequence in sequences)]).cumsum(0)
-
-
 def _places(
     batch: TokenBatch,
-    first_row: Tensor,  # of `_first_rows`
+    first_row: Tensor,  # of `first_rows`
 ) -> Tensor:  # (M,)
     """Where the batch's answer tokens stand when those of all sequences are counted in order."""
     return first_row[batch.members][batch.rows] + _count_within(batch.rows)

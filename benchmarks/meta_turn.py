@@ -56,7 +56,7 @@ def bare_turn(model: LanguageModel, turn: TrainingTurn, budget: int, depth: int)
 
 
 def trainer(bench: Bench, editor: HyperNetworkEditor) -> MetaTrainer:
-    return MetaTrainer(bench.model, editor, MetaSettings(1e-9, 0.6, 1.0), bench.model.capture)
+    return MetaTrainer(bench.model, editor, MetaSettings(1e-9, 0.6, 1.0))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from data.batches import compute_batches
 from data.records import EditRecord, Phase, TokenBatch, TokenSequence, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
+from editor.capture import CaptureEditor
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.evaluation.evaluate import score_records
 from harness.job.devices import ask_for_the_same_bits
@@ -124,8 +125,7 @@ def a_turn(bench: Bench, chosen: StableEdit) -> Callable[[], object]:
     """Capture, update and apply; the step is so small that the model stays what it is."""
 
     def work() -> None:
-        capture = bench.model.capture(bench.turn)
-        bench.model.apply(chosen.update(capture.modules, Phase.EDIT), 0)
+        CaptureEditor(chosen, bench.model.device).edit(bench.model, bench.turn)
 
     return work
 

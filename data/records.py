@@ -6,10 +6,15 @@ L tokens of its longest sequence, M answer tokens of the batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
+
+Allocate = Callable[[str, tuple[int, int]], Tensor]
+"""Gives the tensor to fill, by name and shape: in memory, or in a file."""
 
 
 class Phase(Enum):
@@ -123,6 +128,15 @@ class Capture:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnCapture:
+    """What a turn's facts did inside the model, by edit module, before it is edited."""
+
+    modules: Mapping[str, Capture]
+    loss: float  # nats a token, the mean over the turn's mini-batches
+    right: tuple[bool, ...]  # of each fact: whether every answer token is the model's first choice already
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankUpdate:
     """A weight change in (d_k, d_v) orientation, DeltaW = left @ right.
 
@@ -131,3 +145,21 @@ class LowRankUpdate:
 
     left: Tensor | None  # (d_k, N)
     right: Tensor  # (N, d_v), or (d_k, d_v) where left is None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChange:
+    """What an update did to a module's weight, in the precision that takes updates."""
+
+    norm: float  # ||DeltaW||, Frobenius, as the editor gave it
+    largest: float  # largest |entry| of DeltaW
+    drift: float | None  # ||W_t - W_0|| / ||W_0||; None where W_0 is zero
+
+
+def first_rows(sequences: Sequence[TokenSequence], every_token: bool = False) -> Tensor:  # (sequences + 1,)
+    """Where each sequence's answer tokens begin when all are counted in order; at the end, their number.
+
+    With `every_token`, not only those of the answer: all that something predicts.
+    """
+    lengths = (len(one.ids) - 1 if every_token else one.answer_length for one in sequences)
+    return torch.tensor([0, *lengths]).cumsum(0)

@@ -1,36 +1,73 @@
-"""What every editor is, as the loop sees it."""
+"""What every editor is, as the loop sees it, and what it sees of the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from data.records import Capture, LossTerm, LowRankUpdate, Phase, TokenSequence
+from data.records import (
+    Allocate,
+    Capture,
+    LossTerm,
+    LowRankUpdate,
+    Phase,
+    TokenSequence,
+    Turn,
+    TurnCapture,
+    WeightChange,
+)
 
 StatisticsScope = Literal["shape", "module"]
 """Running statistics are shared by all modules of a shape, or each module has its own."""
 
 
-class Editor(Protocol):
-    """Turns what a turn's facts did inside the model into weight updates.
+@dataclass(frozen=True)
+class Edit:
+    """What an editor did with the facts of a turn."""
 
-    An editor knows module names and shapes, never a model or a data set; it opens no file and logs nothing. What must
-    survive a restart is in `state_dict`.
-    """
+    loss: float  # of the facts before, nats a token
+    updates: Mapping[str, LowRankUpdate]  # of the whole turn; empty where no weight changed
+    changes: Mapping[str, WeightChange]  # what they did, by the same names
+    seconds: Mapping[str, float]  # by part, devices synchronised
+    details: Mapping[str, Any] = field(default_factory=dict)  # what else is worth a place in the turn's line
 
-    def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
-        """The update of each captured module; called once a turn, in the order of the stream."""
-        ...
+
+class State(Protocol):
+    """What must survive a restart, and what is worth a line in turns.jsonl."""
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
-        """Numbers worth a line in the turns file, by group of modules that share them."""
+        """Numbers by group of modules that share them."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+
+
+class Editor(State, Protocol):
+    """Writes the facts of a turn into the model.
+
+    An editor knows module names and shapes, never a model's family or a data set; it opens no file and logs nothing.
+    """
+
+    def edit(self, model: EditableModel, turn: Turn) -> Edit:
+        """The model has the facts afterwards; called once a turn, in the order of the stream."""
+        ...
+
+
+class UpdateRule(State, Protocol):
+    """The rule of a gradient-capture editor: weight updates from what a turn's facts did inside the model.
+
+    `editor.capture.CaptureEditor` makes an Editor of it.
+    """
+
+    def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
+        """The update of each captured module; called once a pass, in the order of the stream."""
+        ...
 
 
 def shape_name(shape: tuple[int, int]) -> str:
@@ -44,21 +81,23 @@ def statistics_group(name: str, shape: tuple[int, int], scope: StatisticsScope) 
     return shape_name(shape) if scope == "shape" else name
 
 
-class CapturedTurn(Protocol):
-    """What a turn's facts did inside the model, by edit module, and the loss they had."""
-
-    @property
-    def modules(self) -> Mapping[str, Capture]: ...
-
-    @property
-    def loss(self) -> float: ...
-
-
 class EditableModel(Protocol):
-    """The language model, as what trains an editor on it sees it."""
+    """The language model, as editors and what trains them see it."""
 
-    def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> object:
-        """Add the updates to the weights of the edit modules."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_k, d_v) of each edit module."""
+        ...
+
+    @property
+    def devices(self) -> Sequence[torch.device]: ...
+
+    def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
+        """Keys and value gradients of the turn's facts at each edit module (DESIGN section 1)."""
+        ...
+
+    def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        """Add the updates to the weights of the edit modules: all of them, or, with a FloatingPointError, none."""
         ...
 
     def snapshot(self) -> dict[str, Tensor]: ...

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from data.records import LossTerm, LowRankUpdate, TrainingTurn, Turn
+from data.records import Capture, LossTerm, LowRankUpdate, Phase, TrainingTurn
 from editor import linalg
-from editor.base import CapturedTurn, EditableModel
+from editor.base import Edit, EditableModel
+from editor.capture import CaptureEditor, CaptureSettings
 from editor.hypernetwork import HyperNetworkEditor, Proposal
-
-Watch = Callable[[str], AbstractContextManager[None]]
-"""Times a named part of a turn."""
-
-
-def untimed(_part: str) -> AbstractContextManager[None]:
-    """The watch of a turn whose time nobody asks for."""
-    return nullcontext()
+from editor.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,7 @@ class MetaStep:
     edit_loss: float  # of the facts, before the edit, nats a token
     loss: MetaLoss
     grad_norm: float | None  # of the network's parameters before clipping; None where the optimiser did not step
+    seconds: Mapping[str, float]  # by part
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,26 @@ class _Part:
     term: LossTerm
 
 
+class _Proposing:
+    """The rule of an editor in training: it keeps what gradients must go back through."""
+
+    def __init__(self, editor: HyperNetworkEditor) -> None:
+        self.editor = editor
+        self._proposals: dict[str, Proposal] = {}
+        self.statistics, self.state_dict = editor.statistics, editor.state_dict
+        self.load_state_dict = editor.load_state_dict
+
+    def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
+        self.editor.observe(captures)
+        self._proposals = {name: self.editor.propose(name, capture) for name, capture in captures.items()}
+        return {name: proposal.update for name, proposal in self._proposals.items()}
+
+    def taken(self) -> dict[str, Proposal]:
+        """The proposals of the last update, which are kept no longer: they hold a turn's captures."""
+        proposals, self._proposals = self._proposals, {}
+        return proposals
+
+
 class MetaTrainer:
     """Trains an editor's network on a language model, which between trajectories is as it was loaded, bit for bit."""
 
@@ -74,10 +89,12 @@ class MetaTrainer:
         model: EditableModel,
         editor: HyperNetworkEditor,
         settings: MetaSettings,
-        capture: Callable[[Turn], CapturedTurn],
+        capture: CaptureSettings = CaptureSettings(),  # noqa: B008
     ) -> None:
         assert model.is_original(), "training would take its edits away"
-        self.model, self.editor, self.settings, self.capture = model, editor, settings, capture
+        self.model, self.editor, self.settings = model, editor, settings
+        self._rule = _Proposing(editor)
+        self._door = CaptureEditor(self._rule, editor.device, replace(capture, passes=1))
         self.horizon = editor.horizon
         self.parameters = list(editor.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.meta_lr)
@@ -85,28 +102,29 @@ class MetaTrainer:
         # token ids and reference logits of the turns that the next one answers for; no activations
         self._window: deque[tuple[TrainingTurn, Tensor | None]] = deque(maxlen=self.horizon.back_depth)
 
-    def turn(self, turn: TrainingTurn, watch: Watch = untimed) -> MetaStep:
+    def turn(self, turn: TrainingTurn) -> MetaStep:
         """Edit, judge, learn; at the end of a trajectory put the model back.
 
         Raises FloatingPointError, naming turn and term, where a loss, the network's gradient or what it learned is not
         finite.
         """
-        edit_loss, proposals, updates = self._edit(turn, watch)
-        with watch("gradient"):
+        watch = Stopwatch(*self.model.devices, self.editor.device)
+        edit, proposals = self._edit(turn, watch)
+        with watch.measure("gradient"):
             terms = self._terms(self.horizon.back_depth)
             gradients, losses = self.model.weight_gradients([part.term for part in terms])
-            loss = self._judge(turn, terms, losses, updates)
+            loss = self._judge(turn, terms, losses, edit.updates)
             for name, gradient in gradients.items():
                 size = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
                 _require_finite(turn, f"the gradient of the loss at {name}", size)
-        with watch("backward"):
+        with watch.measure("backward"):
             for name, proposal in proposals.items():
-                proposal.backward(self._penalised(gradients.pop(name), updates[name]))
+                proposal.backward(self._penalised(gradients.pop(name), edit.updates[name]))
             ended = self.horizon.ends_with(turn)
             grad_norm = self._step(turn) if ended or self.horizon.step_every_turn else None
         if ended:
             self._end_trajectory()
-        return MetaStep(edit_loss, loss, grad_norm)
+        return MetaStep(edit.loss, loss, grad_norm, watch.seconds)
 
     def validate(self, turns: Sequence[TrainingTurn]) -> MetaLoss:
         """Mean losses of turns that teach nothing: network, statistics and model stay as they are.
@@ -117,9 +135,9 @@ class MetaTrainer:
         statistics = {name: buffer.clone() for name, buffer in self.editor.named_buffers()}
         found = []
         for turn in turns:
-            *_, updates = self._edit(turn, untimed)
+            edit, _ = self._edit(turn, Stopwatch())
             terms = self._terms(1)
-            found.append(self._judge(turn, terms, self.model.losses([part.term for part in terms]), updates))
+            found.append(self._judge(turn, terms, self.model.losses([part.term for part in terms]), edit.updates))
             if self.horizon.ends_with(turn):
                 self._end_trajectory()
         for name, buffer in self.editor.named_buffers():
@@ -128,22 +146,13 @@ class MetaTrainer:
 
     # -- a turn, in order
 
-    def _edit(self, turn: TrainingTurn, watch: Watch) -> tuple[float, dict[str, Proposal], dict[str, LowRankUpdate]]:
-        with watch("reference"):
+    def _edit(self, turn: TrainingTurn, watch: Stopwatch) -> tuple[Edit, Mapping[str, Proposal]]:
+        with watch.measure("reference"):
             self._window.append((turn, self._reference(turn)))
-        with watch("capture"):
-            captured = self.capture(turn.edits)
-        with watch("update"):
-            self.editor.observe(captured.modules)
-            try:
-                proposals = {name: self.editor.propose(name, capture) for name, capture in captured.modules.items()}
-            except FloatingPointError as error:
-                raise FloatingPointError(f"turn {turn.edits.index}: {error}") from error
-            updates = {name: proposal.update for name, proposal in proposals.items()}
-        with watch("apply"):
-            self._edits_in_model = True
-            self.model.apply(updates, turn.edits.index)
-        return captured.loss, proposals, updates
+        self._edits_in_model = True
+        edit = self._door.edit(self.model, turn.edits)
+        watch.seconds |= edit.seconds
+        return edit, self._rule.taken()
 
     def _reference(self, turn: TrainingTurn) -> Tensor | None:
         """What the unedited model says at the locality answers; None where nobody asks."""

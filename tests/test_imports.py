@@ -39,8 +39,12 @@ MAY_IMPORT = {
     "nets.py": "torch editor.linalg",
     "editor/base.py": "torch data.records",
     "editor/__init__.py": "",
-    "editor/registry.py": "editor.*",
-    "editor/meta_train.py": "torch editor.linalg editor.base editor.hypernetwork data.records",
+    "editor/registry.py": "torch editor.*",
+    "editor/stopwatch.py": "torch",
+    "editor/capture.py": "torch editor.linalg editor.base editor.stopwatch data.records",
+    "editor/meta_train.py": (
+        "torch editor.linalg editor.base editor.capture editor.hypernetwork editor.stopwatch data.records"
+    ),
     # an editor: a file of its own; hypernetwork is what the trained ones share
     "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork data.records",
     # the rooms of the harness, from the ground up: each opens onto those below it

@@ -74,6 +74,8 @@ class EditorConfig(Section):
     batch_size: int = 512
     """Rows a chunk inside the editor; bounds memory, never changes a result."""
     token: Token = Token.ans
+    passes: int = 1
+    """How often a turn is captured and updated; later passes push those facts that the model does not say yet."""
     preheat_mode: PreheatMode = PreheatMode.none
     cache_dir: str | None = None
     """Folder that a turn's captures spill to, removed with the run; null = they stay in memory."""
@@ -83,6 +85,7 @@ class EditorConfig(Section):
         return [
             *positive("editor.lr", self.lr),
             *at_least("editor.batch_size", self.batch_size, 1, "it counts the rows of a chunk"),
+            *at_least("editor.passes", self.passes, 1, "1 is as published"),
             *filled("editor.cache_dir", self.cache_dir),
         ]
 

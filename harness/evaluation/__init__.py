@@ -2,12 +2,10 @@
 
 from harness.evaluation.downstream import Downstream
 from harness.evaluation.evaluate import Evaluation
-from harness.evaluation.hidden import HiddenStates
 from harness.evaluation.scoring import Scoring
 
 __all__ = [
     "Downstream",
     "Evaluation",
-    "HiddenStates",
     "Scoring",
 ]

@@ -26,9 +26,11 @@ class Scoring:
     What one evaluation must know of another it reads back from records.jsonl, so a resumed run lacks nothing.
     """
 
-    def __init__(self, evaluation: Evaluation, tracker: Tracker, progress: RunProgress) -> None:
-        self.evaluation, self.tracker, self.progress = evaluation, tracker, progress
-        self.seconds: dict[str, float] = {}
+    def __init__(
+        self, evaluation: Evaluation, tracker: Tracker, progress: RunProgress, seconds: dict[str, float]
+    ) -> None:
+        """`seconds`, with what a resumed run spent before, is added to."""
+        self.evaluation, self.tracker, self.progress, self.seconds = evaluation, tracker, progress, seconds
         self._lines: list[dict[str, Any]] = []
 
     def __call__(self, stage: Stage, done: int, cache: Path | None = None) -> Summary:
@@ -42,7 +44,7 @@ class Scoring:
         self.tracker.scores(done, summary, stage)
         return summary
 
-    def base(self, begun: int, cache: Path) -> Mapping[str, Any]:
+    def base(self, begun: bool, cache: Path) -> Mapping[str, Any]:
         """The base model's scores: at the start of a run, or, where a resumed one had begun, as it has them."""
         if not begun:
             return self("base", 0, cache)

@@ -1,7 +1,7 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
 from harness.job.evaluate_only import evaluate_only, evaluated_source
-from harness.job.evaluation import base_cache, make_evaluation, plan_downstream
+from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.networks import network_keeper
 from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
 from harness.job.plan import Plan, capture_memory, make_plan, wandb_settings
@@ -25,6 +25,7 @@ __all__ = [
     "is_saved",
     "load_model",
     "make_evaluation",
+    "make_hidden_states",
     "make_plan",
     "move_into",
     "network_keeper",

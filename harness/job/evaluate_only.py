@@ -44,8 +44,8 @@ def evaluate_only(
         earlier.go_on({}, 0, about["overrides"])
     run_folder = earlier or RunFolder.create(folder, **about)
     with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
-        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress)
-        seconds = score.seconds
+        seconds: dict[str, float] = {}
+        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, seconds)
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
             del model, score  # to make room for the other
@@ -54,8 +54,7 @@ def evaluate_only(
             end_if_asked()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)
-            score = Scoring(evaluation, tracker, progress)
-            score.seconds = seconds
+            score = Scoring(evaluation, tracker, progress, seconds)
             results["final"] = score("final", len(plan.stream))
         results["cost"] = {"seconds": seconds}
         tracker.results(results)

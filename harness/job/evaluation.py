@@ -14,6 +14,7 @@ from glue_eval.score import PreparedTask, prepare_tasks
 from glue_eval.tasks import chosen_tasks
 from harness.evaluation.downstream import Downstream
 from harness.evaluation.evaluate import SCORES_FORMAT, Evaluation, evaluated_counts, protocols_of
+from harness.evaluation.hidden import HiddenStates
 from harness.job.plan import Plan
 from harness.run import places
 from harness.run.folder import canonical_json, versions
@@ -81,3 +82,9 @@ def plan_downstream(cfg: RunConfig, plan: Plan) -> Downstream:
         "versions": [TASKS_FORMAT, versions()],
     }
     return Downstream(tasks, identity, cfg.seed, cfg.evaluation.resamples)
+
+
+def make_hidden_states(cfg: RunConfig, plan: Plan, model: LanguageModel, folder: Path) -> HiddenStates:
+    """What keeps the hidden states of a sample of the questions in the run's folder."""
+    size = cfg.diagnostics.hidden_states
+    return HiddenStates(model.hidden_states, plan.stream.edited(), plan.tokenize, folder, size, cfg.seed)

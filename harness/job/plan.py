@@ -24,6 +24,7 @@ from config.schema import (
     settings_without_effect,
 )
 from data.files import RecordFile
+from data.records import Allocate
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
@@ -37,7 +38,6 @@ from harness.run import places
 from harness.run.networks import TrainedNetwork
 from harness.run.spill import CaptureFolder
 from harness.watch.tracking import WandbMode, WandbSettings, check_wandb
-from model import Allocate
 from model_source import ModelSource, Outline, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)

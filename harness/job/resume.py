@@ -19,7 +19,7 @@ from config.schema import RunConfig, quoted
 from editor.base import Editor
 from harness.job.plan import Plan
 from harness.job.spread import load_model
-from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
+from harness.run.checkpoint import Checkpoints, Groups
 from harness.run.folder import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
@@ -197,25 +197,41 @@ class LoopState:
     """What the turns so far have left behind beside lines: edited weights, statistics, past updates, seconds spent."""
 
     def __init__(
-        self,
-        checkpoints: Mapping[str, Checkpoints],  # of "turn" and of "training"
-        folder: RunFolder,
-        model: LanguageModel,
-        editor: Editor,
-        diagnostics: TurnDiagnostics,
+        self, folder: RunFolder, model: LanguageModel, editor: Editor, diagnostics: TurnDiagnostics, keep: int
     ) -> None:
-        self.checkpoints, self.folder = checkpoints, folder
-        self.model, self.editor, self.diagnostics = model, editor, diagnostics
+        """As before the first turn; `keep` checkpoints stay."""
+        self.folder, self.model, self.editor, self.diagnostics = folder, model, editor, diagnostics
+        self.checkpoints = {kind: Checkpoints(folder.path / "checkpoints", kind, keep) for kind in ("turn", "training")}
+        self.done = 0  # turns
         self.seconds: dict[str, float] = {}  # of everything that is no turn
         self.trained = 0  # training turns that a checkpoint in the middle of meta-training has behind it ...
         self.training: dict[str, Tensor] = {}  # ... and what they left behind
 
-    def save(self, done: int) -> None:
-        """A checkpoint after `done` turns, at the lines that the last of them wrote."""
+    @property
+    def begun(self) -> bool:
+        """Whether the base model's scores lie behind it."""
+        return self.done > 0 or self.trained > 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they were loaded."""
+        return self.folder.run["model"]["fingerprint"]
+
+    def cost(self) -> dict[str, Any]:
+        """What the run took so far."""
+        return {**self.folder.cost(), "seconds": self.seconds}
+
+    def save_if_due(self, every: int, total: int) -> None:
+        """A checkpoint every so many turns and after the last of `total`; none where `every` is 0."""
+        if every and (self.done % every == 0 or self.done == total):
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint after the turns done, at the lines that the last of them wrote."""
         past, memory = self.diagnostics.state()
         masters = {name: edited.master for name, edited in self.model.edited.items()}
         groups = {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past}
-        self._save("turn", done, groups, {"diagnostics": memory})
+        self._save("turn", self.done, groups, {"diagnostics": memory})
         self.checkpoints["training"].discard_all()  # the network is in the editor's state
 
     def save_training(self, trained: int, training: Mapping[str, Tensor]) -> None:
@@ -229,36 +245,38 @@ class LoopState:
         self.checkpoints[kind].save(place, groups, {**about, **more})
         self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
 
-    def restore(self, checkpoint: Checkpoint | None, about: Mapping[str, Any]) -> int:
-        """Weights, statistics, past updates and files as the checkpoint has them, or as before the first turn.
+    def restore(self, about: Mapping[str, Any]) -> None:
+        """Weights, statistics, past updates and files as the newest checkpoint has them, or as before the first turn.
 
-        The turns done by then. ValueError, nothing being changed, for another model or another run's checkpoint.
+        ValueError, nothing being changed, for another model or another run's checkpoint.
         """
         run = self.folder.run
         require_model("model.name_or_path", run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
+        checkpoint = self.checkpoints["turn"].newest() or self.checkpoints["training"].newest()
         if checkpoint is None:
             self.folder.go_on({}, 0, about["overrides"])
             log.info("the run in %s has no checkpoint: it begins anew", self.folder.path)
-            return 0
+            return
         if checkpoint.state["run_id"] != run["run_id"]:
             raise ValueError(
                 f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run['run_id']}; take it away"
             )
         groups = checkpoint.tensors()
-        done = 0 if "training" in groups else checkpoint.place
-        self.folder.go_on(checkpoint.state["lengths"], done, about["overrides"])
-        self.seconds |= checkpoint.state["seconds"]
         if "training" in groups:
             self.trained, self.training = checkpoint.place, groups["training"]
+        else:
+            self.done = checkpoint.place
+        self.folder.go_on(checkpoint.state["lengths"], self.done, about["overrides"])
+        self.seconds |= checkpoint.state["seconds"]
+        if self.trained:
             log.info("going on after turn %d of meta-training in %s", self.trained, self.folder.path)
-            return 0
+            return
         self.model.restore(groups["model"])
         self.editor.load_state_dict(groups.get("editor", {}))
         self.diagnostics.load_state(groups.get("diagnostics", {}), checkpoint.state["diagnostics"])
-        log.info("going on after turn %d of the run in %s", done, self.folder.path)
-        return done
+        log.info("going on after turn %d of the run in %s", self.done, self.folder.path)
 
     def how_to_go_on(self, program: Sequence[str], overrides: Sequence[str]) -> str:
         """What whoever stopped the run has to type; `program` is what it was started with, up to its settings."""

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from config.schema import EditPrecision, RunConfig
-from data.records import LossTerm, LowRankUpdate, TokenSequence, Turn
+from data.records import Allocate, LossTerm, LowRankUpdate, TokenSequence, Turn, TurnCapture, WeightChange, first_rows
 from harness.job.devices import DTYPES, ask_for_the_same_bits
 from harness.job.plan import Plan
 from harness.ranks.group import Ranks, laid_out, require_gpu_each
 from harness.run import places
 from harness.run.folder import versions
-from model import Allocate, LanguageModel, TurnCapture, WeightChange, rows_of_turn
+from model import LanguageModel
 from model_source import ModelSource, locate
 
 P = TypeVar("P")
@@ -158,9 +158,10 @@ class SpreadModel(LanguageModel):
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         shares = self.shares([len(sequence.ids) for sequence in turn.sequences])
-        first_row = rows_of_turn(turn, every_token).tolist()
+        first_row = first_rows(turn.sequences, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
         losses: list[tuple[float, float]] = []  # and what each counts for
+        right = [False] * len(turn.sequences)
 
         def take(rank: int, found: tuple[TurnCapture | None, float]) -> None:
             part, weight = found
@@ -172,9 +173,12 @@ class SpreadModel(LanguageModel):
                 into.keys[there] = own.keys.to(into.keys.device)
                 into.value_grads[there] = own.value_grads.to(into.value_grads.device)
             losses.append((part.loss, weight))
+            for place, is_right in zip(shares[rank], part.right, strict=True):
+                right[place] = is_right
 
         self._gather(_capture, [(_share_of_turn(turn, share), every_token) for share in shares], take)
-        return TurnCapture(captures, math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses))
+        mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
+        return TurnCapture(captures, mean, tuple(right))
 
     # -- scoring and text
 
@@ -238,8 +242,8 @@ class SpreadModel(LanguageModel):
 
     # -- weights
 
-    def apply(self, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        done = self._every(_apply, ({name: _as_sent(update) for name, update in updates.items()}, turn))
+    def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        done = self._every(_apply, {name: _as_sent(update) for name, update in updates.items()})
         self._require_alike([checksums for _, checksums in done])
         return done[0][0]
 
@@ -353,9 +357,9 @@ def _as_sent(update: LowRankUpdate) -> LowRankUpdate:
 
 
 def _apply(
-    model: LanguageModel, part: tuple[Mapping[str, LowRankUpdate], int]
+    model: LanguageModel, updates: Mapping[str, LowRankUpdate]
 ) -> tuple[dict[str, WeightChange], dict[str, int]]:
-    return model.apply(*part), model.checksums()
+    return model.apply(updates), model.checksums()
 
 
 def _restore(model: LanguageModel, snapshot: Mapping[str, Tensor]) -> dict[str, int]:

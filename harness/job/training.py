@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from harness.job.resume import LoopState
 from harness.run.interrupt import Interrupted, Interruption
 from harness.run.networks import NetworkKeeper
 from harness.watch.console import RunProgress
-from harness.watch.diagnostics import Stopwatch, memory
+from harness.watch.diagnostics import memory
 from harness.watch.tracking import Tracker
 
 
@@ -54,9 +54,8 @@ class MetaTraining:
             raise
 
     def _step(self, turn: TrainingTurn, every: int, network: NetworkKeeper) -> float:
-        watch = Stopwatch(*self.devices)
-        step = self.trainer.turn(turn, watch.measure)
-        self.tracker.turn(self._line(turn, step, watch.seconds))
+        step = self.trainer.turn(turn)
+        self.tracker.turn(self._line(turn, step))
         self.done = turn.edits.index + 1
         ended = turn.place + 1 == turn.of
         if ended:
@@ -70,7 +69,7 @@ class MetaTraining:
         """A checkpoint of the training as it stands."""
         self.state.save_training(self.done, self.trainer.state())
 
-    def _line(self, turn: TrainingTurn, step: MetaStep, seconds: Mapping[str, float]) -> dict[str, Any]:
+    def _line(self, turn: TrainingTurn, step: MetaStep) -> dict[str, Any]:
         return {
             "turn": turn.edits.index,
             "phase": "meta_train",
@@ -79,7 +78,7 @@ class MetaTraining:
             "loss": step.edit_loss,
             "meta_loss": asdict(step.loss),
             "grad_norm": step.grad_norm,
-            "seconds": {**seconds, "total": sum(seconds.values())},
+            "seconds": {**step.seconds, "total": sum(step.seconds.values())},
             "statistics": self.editor.statistics(),
             "memory": memory(*self.devices),
         }

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from editor.base import Editor, shape_name
+from editor.base import State, shape_name
 from harness.run.checkpoint import STATE, Checkpoint, Checkpoints, DamagedError, read
 
 log = logging.getLogger(__name__)
@@ -116,12 +116,12 @@ class NetworkKeeper:
     def __init__(self, checkpoints: Checkpoints, identity: Mapping[str, Any], wanted: bool) -> None:
         self.checkpoints, self.identity, self.wanted = checkpoints, identity, wanted
 
-    def keep(self, editor: Editor, turns: int, of: int) -> None:
+    def keep(self, editor: State, turns: int, of: int) -> None:
         """The network after `turns` of the `of` turns of its training."""
         if self.wanted:
             self._save(editor, turns, of, edited=0)
 
-    def keep_late(self, editor: Editor, turns: int, edited: int) -> None:
+    def keep_late(self, editor: State, turns: int, edited: int) -> None:
         """The network whose training ended after `turns`, and that has edited since, unless it was kept at its end.
 
         Editing changes no parameter of it, but its statistics have seen the rows of the `edited` turns: from them on
@@ -139,7 +139,7 @@ class NetworkKeeper:
             edited,
         )
 
-    def _save(self, editor: Editor, turns: int, of: int, edited: int) -> None:
+    def _save(self, editor: State, turns: int, of: int, edited: int) -> None:
         state = {"identity": dict(self.identity), "turns": turns, "of": of, "edited": edited}
         self.checkpoints.save(turns, {GROUP: editor.state_dict()}, state)
 

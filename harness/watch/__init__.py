@@ -1,12 +1,11 @@
 """What a run shows while it goes on: lines and wandb, progress and tables, what each turn did."""
 
 from harness.watch.console import RunProgress, show_results
-from harness.watch.diagnostics import Stopwatch, TurnDiagnostics
+from harness.watch.diagnostics import TurnDiagnostics
 from harness.watch.tracking import Tracker
 
 __all__ = [
     "RunProgress",
-    "Stopwatch",
     "Tracker",
     "TurnDiagnostics",
     "show_results",

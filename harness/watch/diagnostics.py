@@ -6,9 +6,7 @@ import math
 import random
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,27 +16,7 @@ from torch import Tensor
 
 from data.records import LowRankUpdate, Phase, Turn
 from editor import linalg
-from editor.base import Editor
-from model import TurnCapture, WeightChange
-
-
-class Stopwatch:
-    """Seconds of each part of a turn, the devices synchronised at both ends."""
-
-    def __init__(self, *devices: torch.device) -> None:
-        self.gpus = {device for device in devices if device.type == "cuda"}
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[part] = self._now() - start
-
-    def _now(self) -> float:
-        for gpu in self.gpus:
-            torch.cuda.synchronize(gpu)
-        return time.perf_counter()
+from editor.base import Edit, Editor
 
 
 @dataclass(frozen=True)
@@ -68,15 +46,13 @@ class TurnDiagnostics:
     def line(
         self,
         turn: Turn,
-        capture: TurnCapture,
-        updates: Mapping[str, LowRankUpdate],
-        changes: Mapping[str, WeightChange],
+        edit: Edit,
         editor: Editor,
-        seconds: Mapping[str, float],
     ) -> dict[str, Any]:
+        """What `edit` did with the turn's facts."""
         if turn.phase is Phase.EDIT:
             self.edits_total += len(turn.records)
-        now = PastUpdate(turn.index, updates, {name: change.norm for name, change in changes.items()})
+        now = PastUpdate(turn.index, edit.updates, {name: change.norm for name, change in edit.changes.items()})
         cosines = [_cosines(now, before) for before in self._window]
         earlier = _cosines(now, self._earlier) if self._earlier else {}
         earlier_turn = self._earlier.turn if self._earlier else None
@@ -87,8 +63,9 @@ class TurnDiagnostics:
             "edits": len(turn.records),
             "edits_total": self.edits_total,
             "answer_tokens": sum(sequence.answer_length for sequence in turn.sequences),
-            "loss": capture.loss,
-            "seconds": {**seconds, "total": sum(seconds.values())},
+            "loss": edit.loss,
+            "seconds": {**edit.seconds, "total": sum(edit.seconds.values())},
+            **edit.details,
             "modules": {
                 name: {
                     "update_norm": change.norm,
@@ -98,7 +75,7 @@ class TurnDiagnostics:
                     "cosine_earlier": earlier.get(name),
                     "drift": change.drift,
                 }
-                for name, change in changes.items()
+                for name, change in edit.changes.items()
             },
             "earlier_turn": earlier_turn,
             "statistics": editor.statistics(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -22,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import main
-from data.records import LowRankUpdate
+from data.records import LowRankUpdate, WeightChange
 from harness.run import places
 from harness.run.folder import RunFolder
-from model import LanguageModel, WeightChange
+from model import LanguageModel
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT
 
@@ -290,8 +291,8 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["weights"].append(weights(seen["model"]))
         return seen["model"]
 
-    def applying(self: LanguageModel, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        changes = apply(self, updates, turn)
+    def applying(self: LanguageModel, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        changes = apply(self, updates)
         seen["weights"].append(weights(self))
         return changes
 
@@ -335,10 +336,11 @@ def test_a_loss_that_is_not_finite_any_more(
     commands: Commands, applied: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apply = LanguageModel.apply
+    turns = itertools.count()
 
-    def spoiling(self: LanguageModel, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        changes = apply(self, updates, turn)
-        if turn == 2:
+    def spoiling(self: LanguageModel, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        changes = apply(self, updates)
+        if next(turns) == 2:
             self.model.model.norm.weight.data.fill_(float("inf"))
             applied["weights"][-1] = weights(self)
         return changes

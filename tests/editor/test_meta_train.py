@@ -92,7 +92,7 @@ def editor_for(model: LanguageModel, make: Callable[..., HyperNetworkEditor], st
 
 def trainer_for(model: LanguageModel, editor: HyperNetworkEditor, **changes: float) -> MetaTrainer:
     values: dict[str, float] = {"meta_lr": 0.0, "loc_coef": LOC_COEF, "max_grad_norm": 1e12, **changes}
-    return MetaTrainer(model, editor, MetaSettings(**values), model.capture)
+    return MetaTrainer(model, editor, MetaSettings(**values))
 
 
 # ------------------------------------------------------------------------------------------------ the plain graph
@@ -198,7 +198,7 @@ def test_two_stages_give_the_gradient_of_one_graph(
 ) -> None:
     model = language_model(make, modules)
     editor = editor_for(model, method)
-    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0))
     step = trainer.turn(training_turn(0))
     ours = trainer.kept
 
@@ -220,7 +220,7 @@ def test_two_stages_agree_where_rows_outnumber_keys(method: Callable[..., HyperN
     """N > d_k: DeltaW is dense and the system is the d_k x d_k one."""
     model = language_model(tiny_llama, MIXED)
     editor = editor_for(model, method)
-    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0))
     turn = training_turn(0, of=1, facts=30)
     assert sum(sequence.answer_length for sequence in turn.edits.sequences) > 40
     trainer.turn(turn)
@@ -234,7 +234,7 @@ def test_a_trajectory_gives_the_gradient_of_its_plain_graphs(make: Callable[...,
     """Three turns that stay in the model, decay, regulariser; each turn answers for itself and the one before."""
     model = language_model(make, modules)
     editor = editor_for(model, rledit())
-    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0))
     totals = [trainer.turn(training_turn(index)).loss.total for index in range(3)]
     ours = trainer.kept
 
@@ -251,7 +251,7 @@ def test_the_gradient_agrees_with_finite_differences(method: Callable[..., Hyper
     """The loss of one turn, as the trainer itself measures it, along a random direction of all parameters at once."""
     model = language_model(tiny_gpt2, GPT2)
     editor = editor_for(model, method)
-    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0), model.capture)
+    trainer = Recorder(model, editor, MetaSettings(0.0, LOC_COEF, 1.0))
     trainer.turn(training_turn(1))
     gradients = trainer.kept
     generator = torch.Generator().manual_seed(0)
@@ -341,7 +341,7 @@ def test_the_model_after_training_is_the_model_before(
 def test_training_begins_with_the_original_weights() -> None:
     model = language_model(tiny_llama, LLAMA)
     editor = editor_for(model, malmen())
-    model.apply(editor.update(model.capture(training_turn(0).edits).modules, Phase.EDIT), 0)
+    model.apply(editor.update(model.capture(training_turn(0).edits).modules, Phase.EDIT))
     with pytest.raises(AssertionError, match="training would take its edits away"):
         trainer_for(model, editor)
 
@@ -362,9 +362,7 @@ def test_chunks_change_nothing() -> None:
     model = language_model(tiny_llama, LLAMA)
     kept = []
     for size in (1, 7, 512):
-        trainer = Recorder(
-            model, editor_for(model, malmen(batch_size=size)), MetaSettings(0.0, LOC_COEF, 1.0), model.capture
-        )
+        trainer = Recorder(model, editor_for(model, malmen(batch_size=size)), MetaSettings(0.0, LOC_COEF, 1.0))
         trainer.turn(training_turn(0))
         kept.append(trainer.kept)
     for gradients in kept[:2]:

@@ -90,7 +90,7 @@ def compare(make: Callable[..., Any], modules: list[str], **changes: Any) -> Sta
     for index, phase in enumerate(PHASES):
         turn = random_turn(index, phase)
         updates = editor.update(model.capture(turn).modules, phase)
-        model.apply(updates, index)
+        model.apply(updates)
         expected = reference.turn([(list(s.ids), s.answer_start) for s in turn.sequences], 5, phase is WARM_UP)
         for name in modules:
             assert relative(dense(updates[name]), expected[name]) < 1e-5, (index, name)
@@ -137,7 +137,7 @@ def test_chunks_inside_the_editor_change_nothing(make: Callable[..., Any], modul
         model = harness(make, modules)
         editor = StableEdit(model.shapes, settings(batch_size=chunk, RunningMeanStd_mode=mode), torch.device("cpu"))
         for index, phase in enumerate(PHASES):
-            model.apply(editor.update(model.capture(random_turn(index, phase)).modules, phase), index)
+            model.apply(editor.update(model.capture(random_turn(index, phase)).modules, phase))
         return model.snapshot()
 
     whole = weights(10_000)

@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from data.batches import compute_batches
-from data.records import EditRecord, LowRankUpdate, Phase, Question, TokenBatch, TokenSequence, Turn
+from data.records import (
+    EditRecord,
+    LowRankUpdate,
+    Phase,
+    Question,
+    TokenBatch,
+    TokenSequence,
+    Turn,
+    WeightChange,
+)
+from editor.base import Edit
 from harness.evaluation import evaluate
 from harness.evaluation.evaluate import RecordScore, Tally, kept_scores, sample_places, score_records, summarize
 from harness.watch.diagnostics import TurnDiagnostics
-from model import LanguageModel, TurnCapture, WeightChange
+from model import LanguageModel
 from tests.conftest import tiny_llama
 from tests.hand_made import StandIn
 
@@ -225,7 +235,7 @@ def test_cosine_of_consecutive_updates() -> None:
     cosines = []
     for update in (east, east, north):
         change = {"m": WeightChange(5.0, 4.0, 0.1)}
-        line = diagnostics.line(turn, TurnCapture({}, 1.0), {"m": update}, change, editor, {"capture": 1.0})
+        line = diagnostics.line(turn, Edit(1.0, {"m": update}, change, {"capture": 1.0}), editor)
         cosines.append(line["modules"]["m"]["cosine_previous"])
     assert cosines == [None, pytest.approx(1), pytest.approx(0)]
     assert line["edits_total"] == 3

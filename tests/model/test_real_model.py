@@ -50,7 +50,7 @@ def test_five_turns_of_released_arithmetic_agree_with_the_reference(source: Mode
     reference = Reference(slow_model.requires_grad_(False), MODULES, 1e-3, 10.0, floor=1e-6, relative_floor=False)
     start = model.snapshot()
     for turn in stream.from_turn(0):
-        model.apply(editor.update(model.capture(turn).modules, turn.phase), turn.index)
+        model.apply(editor.update(model.capture(turn).modules, turn.phase))
         sequences = [(list(sequence.ids), sequence.answer_start) for sequence in turn.sequences]
         reference.turn(sequences, 10, turn.phase is Phase.WARM_UP)
     assert editor.statistics()["1536x576"]["floored_fraction"] is not None

@@ -12,11 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config.schema import ConfigError, DiagnosticsConfig
-from data.records import Capture, EditRecord, LowRankUpdate, Phase, Question, TokenSequence, Turn
+from data.records import (
+    Capture,
+    EditRecord,
+    LowRankUpdate,
+    Phase,
+    Question,
+    TokenSequence,
+    Turn,
+    WeightChange,
+)
+from editor.base import Edit
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.run.checkpoint import write_safetensors
 from harness.watch.diagnostics import PastUpdate, TurnDiagnostics
-from model import TurnCapture, WeightChange
 from nets import LifelongNormalizer
 
 SHAPES = {"a": (7, 5), "b": (4, 5)}
@@ -50,7 +59,7 @@ def line_of(diagnostics: TurnDiagnostics, index: int) -> dict[str, Any]:
     changes = {name: WeightChange(float(delta(one).norm()), 1.0, 0.1) for name, one in updates.items()}
     turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
     editor: Any = Silent()
-    line = diagnostics.line(turn, TurnCapture({}, 1.0), updates, changes, editor, {"capture": 1.0})
+    line = diagnostics.line(turn, Edit(1.0, updates, changes, {"capture": 1.0}), editor)
     return {key: value for key, value in line.items() if key != "memory"}
 
 

@@ -1,0 +1,163 @@
+"""Gradient-capture editors: capture what the facts do inside the model, work out updates, apply them; maybe again.
+
+Letters: N rows of a turn, d_k key size, d_v value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.records import Allocate, Capture, LowRankUpdate, Turn, TurnCapture, WeightChange, first_rows
+from editor import linalg
+from editor.base import Edit, EditableModel, UpdateRule
+from editor.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """How often a turn is captured and updated, and at which positions.
+
+    The published methods have one pass. In later ones only those facts are captured and pushed further that the model,
+    as the pass before left it, does not say: an answer whose tokens are all its first choice is left alone.
+    """
+
+    passes: int = 1
+    every_token: bool = False  # captures at all positions that predict something, not only at those of the answer
+    allocate: Allocate | None = None  # where captures lie; None = in memory
+
+
+class CaptureEditor:
+    """An Editor from a rule that turns captures into updates: capture -> update -> apply, `passes` times a turn."""
+
+    def __init__(self, rule: UpdateRule, device: torch.device, settings: CaptureSettings = CaptureSettings()) -> None:
+        """`device` is where the rule computes."""
+        self.rule, self.device, self.settings = rule, device, settings
+        self.statistics, self.state_dict, self.load_state_dict = rule.statistics, rule.state_dict, rule.load_state_dict
+
+    def edit(self, model: EditableModel, turn: Turn) -> Edit:
+        """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
+        watch = Stopwatch(*model.devices, self.device)
+        todo, done = turn, _Passes()
+        while len(done.losses) < self.settings.passes and todo.sequences:
+            try:
+                todo = self._pass(model, todo, done, watch)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{_place(turn, done)}: {error}; {_weights(done)}") from error
+        return Edit(done.losses[0], done.updates(), done.changes(), watch.seconds, done.details())
+
+    def _pass(self, model: EditableModel, todo: Turn, done: _Passes, watch: Stopwatch) -> Turn:
+        """One capture, update and application; the facts that are left for the next one."""
+        with watch.measure("capture"):
+            captured = model.capture(todo, self.settings.every_token, self.settings.allocate)
+            if done.losses:
+                wrong = [place for place, right in enumerate(captured.right) if not right]
+                captured = _some_rows(captured, first_rows(todo.sequences, self.settings.every_token), wrong)
+                todo = _some_facts(todo, wrong)
+        updates: Mapping[str, LowRankUpdate] = {}
+        changes: Mapping[str, WeightChange] = {}
+        if todo.sequences:
+            with watch.measure("update"):
+                updates = self.rule.update(captured.modules, todo.phase)
+            with watch.measure("apply"):
+                changes = model.apply(updates)
+        done.add(captured.loss, len(todo.sequences), updates, changes)
+        return todo
+
+
+class _Passes:
+    """What the passes of a turn did so far."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.facts: list[int] = []  # that each pass pushed
+        self._updates: list[Mapping[str, LowRankUpdate]] = []
+        self._changes: list[Mapping[str, WeightChange]] = []
+
+    def add(
+        self,
+        loss: float,
+        facts: int,
+        updates: Mapping[str, LowRankUpdate],
+        changes: Mapping[str, WeightChange],
+    ) -> None:
+        self.losses.append(loss)
+        self.facts.append(facts)
+        if updates:
+            self._updates.append(updates)
+            self._changes.append(changes)
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """Of all passes together."""
+        return {
+            name: _together([updates[name] for updates in self._updates])
+            for name in (self._updates[0] if self._updates else ())
+        }
+
+    def changes(self) -> dict[str, WeightChange]:
+        """Of all passes together; `largest` is that of a single pass."""
+        if len(self._changes) < 2:
+            return dict(*self._changes)
+        return {
+            name: WeightChange(
+                norm=_norm(update),
+                largest=max(changes[name].largest for changes in self._changes),
+                drift=self._changes[-1][name].drift,
+            )
+            for name, update in self.updates().items()
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Facts pushed and loss before, by pass; nothing of a turn that has one."""
+        return {"passes": {"facts": self.facts, "loss": self.losses}} if len(self.losses) > 1 else {}
+
+
+def _together(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The sum of updates of one module, as factors where all are."""
+    if len(updates) == 1:
+        return updates[0]
+    lefts = [update.left for update in updates if update.left is not None]
+    if len(lefts) == len(updates):
+        return LowRankUpdate(torch.cat(lefts, dim=1), torch.cat([update.right for update in updates]))
+    return LowRankUpdate(None, torch.stack([linalg.dense((update.left, update.right)) for update in updates]).sum(0))
+
+
+def _norm(update: LowRankUpdate) -> float:
+    factors = (update.left, update.right)
+    return max(0.0, linalg.inner_product(factors, factors)) ** 0.5
+
+
+def _some_facts(turn: Turn, places: Sequence[int]) -> Turn:
+    """Each token keeps the weight in the loss that it has in the whole turn."""
+    return replace(
+        turn,
+        records=tuple(turn.records[place] for place in places) if turn.records else (),
+        sequences=tuple(turn.sequences[place] for place in places),
+        loss_weights=tuple(turn.loss_weights[place] for place in places),
+    )
+
+
+def _some_rows(
+    captured: TurnCapture,
+    first_row: Tensor,  # of each fact
+    places: Sequence[int],
+) -> TurnCapture:
+    """The rows of some of the facts."""
+    if len(places) == len(captured.right):
+        return captured
+    begin = first_row.tolist()
+    rows = torch.tensor([row for place in places for row in range(begin[place], begin[place + 1])], dtype=torch.int64)
+    modules = {name: Capture(each.keys[rows], each.value_grads[rows]) for name, each in captured.modules.items()}
+    return TurnCapture(modules, captured.loss, tuple(captured.right[place] for place in places))
+
+
+def _place(turn: Turn, done: _Passes) -> str:
+    return f"turn {turn.index}, pass {len(done.losses) + 1}" if done.losses else f"turn {turn.index}"
+
+
+def _weights(done: _Passes) -> str:
+    return "the weights are those of the pass before" if done.losses else "the weights are those of the turn before"
