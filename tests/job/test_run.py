@@ -268,7 +268,7 @@ def test_a_failed_run_takes_its_captures_along_and_says_so(
     class BrokenError(Exception):
         pass
 
-    def fail(self: LanguageModel, updates: object, turn: int) -> None:
+    def fail(self: LanguageModel, updates: object) -> None:
         assert any(path.is_file() for path in (tmp_path / "spill").rglob("*"))
         raise BrokenError("something of ours")
 
