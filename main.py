@@ -74,7 +74,7 @@ from harness.run import (
     share_terminal,
 )
 from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
-from model import LanguageModel
+from model import BESIDE_WEIGHTS, LanguageModel
 from model_source import stamp
 
 log = logging.getLogger(__name__)
@@ -214,6 +214,8 @@ def begin(
     model = load_model(cfg, plan)
     about["model"]["fingerprint"] = model.fingerprint()
     editor = build_editor(cfg, model, plan.editor_device, allocate)
+    if cfg.model_cache and model.is_wrapped:
+        raise ValueError(f"model_cache=true: {BESIDE_WEIGHTS}; leave it out")
     if plan.network is not None:
         plan.network.require({MODEL: about["model"]["fingerprint"]})
         editor.load_state_dict(plan.network.tensors())

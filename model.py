@@ -52,6 +52,8 @@ SAFELY_FINITE = 1e38
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
 
+BESIDE_WEIGHTS = "this editor keeps its edits beside the weights, so there is no model to save that has them"
+
 # Entries of a weight that are checked together.
 CHECKED = 1 << 22
 # Integer types by their size in bytes.
@@ -211,6 +213,7 @@ class LanguageModel:
         self.precise = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of losses and gradients
         self.edited = {name: EditModule(module, master) for name, module in edit_modules.items()}
         self._aside: dict[str, Tensor] | None = None  # edited weights, while the original ones are in place
+        self.is_wrapped = False  # whether an editor keeps edits beside the weights
         self.compute_tokens = compute_tokens or COMPUTE_TOKENS.get(self.device.type, COMPUTE_TOKENS["cpu"])
 
     @classmethod
@@ -636,6 +639,15 @@ class LanguageModel:
                 )
         return {name: self.edited[name].add(update) for name, update in updates.items()}
 
+    def wrap(self, name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """From now on `forward(inputs, outputs)` is what an edit module puts out, but for the `unedited` model."""
+
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output if self._aside is not None else forward(inputs[0], output)
+
+        self.edited[name].module.register_forward_hook(hook)
+        self.is_wrapped = True
+
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every edited weight, in the precision that takes the updates."""
         return {name: edited.master.clone() for name, edited in self.edited.items()}
@@ -692,8 +704,11 @@ class LanguageModel:
     def export(self, folder: Path) -> None:
         """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent.
 
-        ValueError, nothing being left behind, where something stands there or the disk refuses.
+        ValueError, nothing being left behind, where something stands there or the disk refuses, and where weights
+        are not all there is to it.
         """
+        if self.is_wrapped:
+            raise ValueError(f"{folder}: {BESIDE_WEIGHTS}")
         with _written_or_refused(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -98,6 +98,10 @@ class EditableModel(Protocol):
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
         """Add the updates to the weights of the edit modules: all of them, or, with a FloatingPointError, none."""
+        ...
+
+    def wrap(self, name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """From now on `forward(inputs, outputs)` is what an edit module puts out: for edits beside the weights."""
         ...
 
     def snapshot(self) -> dict[str, Tensor]: ...

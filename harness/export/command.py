@@ -30,7 +30,7 @@ from harness.job.outputs import require_writable
 from harness.run.checkpoint import Checkpoint, Checkpoints
 from harness.run.folder import TRAINING, read_run
 from harness.run.places import CACHE
-from model import LanguageModel
+from model import BESIDE_WEIGHTS, LanguageModel
 from model_source import ModelSource, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ def export(chosen: argparse.Namespace) -> str:
     """The model as a checkpoint of the run has it, whole or as a delta."""
     run = read_run(chosen.run)
     checkpoint, when = find_checkpoint(chosen.run, run, chosen.turn)
+    if not checkpoint.state["in_weights"]:
+        raise ValueError(f"{chosen.run}: {BESIDE_WEIGHTS}")
     model = base_of(run, chosen.model)
     for name, master in checkpoint.of_group("model"):
         model.edited[name].restore(master)

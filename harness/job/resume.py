@@ -231,7 +231,7 @@ class LoopState:
         past, memory = self.diagnostics.state()
         masters = {name: edited.master for name, edited in self.model.edited.items()}
         groups = {"model": masters, "editor": self.editor.state_dict(), "diagnostics": past}
-        self._save("turn", self.done, groups, {"diagnostics": memory})
+        self._save("turn", self.done, groups, {"diagnostics": memory, "in_weights": not self.model.is_wrapped})
         self.checkpoints["training"].discard_all()  # the network is in the editor's state
 
     def save_training(self, trained: int, training: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,155 @@
+"""Runs of editors beyond the shipped ones: several updates a turn, and none at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from data.records import Phase, Turn
+from editor.base import Edit, EditableModel
+from editor.registry import EDITORS
+from harness.export.command import main as export
+from tests.commands import MODULES, Commands, Run
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    lr: float
+
+
+class Memory(nn.Module):
+    """Beside the weights: an edit module's output is moved by what the facts' gradients add up to."""
+
+    Settings: ClassVar = MemorySettings
+
+    def __init__(self, model: EditableModel, settings: MemorySettings, device: torch.device) -> None:
+        super().__init__()
+        self.step = settings.lr
+        self.register_buffer("moved", torch.zeros(model.shapes[MODULES[0]][1]))
+        model.wrap(MODULES[0], lambda _inputs, output: output + self.moved)
+
+    def edit(self, model: EditableModel, turn: Turn) -> Edit:
+        captured = model.capture(turn)
+        self.moved -= self.step * captured.modules[MODULES[0]].value_grads.sum(0)
+        return Edit(captured.loss, {}, {}, {"remember": 0.25})
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        return {"memory": {"norm": float(self.moved.norm())}}
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EDITORS, "stableedit", Memory)
+
+
+EVERYTHING = ("evaluation.every=2", "evaluation.retention=1", "checkpoint_every=2", "evaluation.generation=2")
+
+
+@pytest.mark.usefixtures("memory")
+def test_an_editor_that_changes_no_weight(run: Commands) -> None:
+    whole = run(*EVERYTHING, "model.lr=50", run="whole")
+    lines = whole.lines("turns.jsonl")
+    assert [line["phase"] for line in lines] == ["warm_up"] * 3 + ["edit"] * 4
+    assert all(line["modules"] == {} and line["seconds"]["remember"] == 0.25 for line in lines)
+    assert all(line["loss"] > 0 and line["statistics"]["memory"]["norm"] > 0 for line in lines)
+    results = whole.json("results.json")
+    assert results["cost"]["seconds_per_turn"] == {"remember": 0.25, "total": 0.25}
+    assert results["final"]["ES"] != results["base"]["ES"]
+    assert results["base"]["ES"] == run("model.lr=1e-6", run="other").json("results.json")["base"]["ES"]
+    assert results["final"]["LS_agree"]["mean"] < 1  # the base model's words were taken without the memory
+    assert results["retention"]["ES"]["by_age"].keys() >= {"0", "1"}
+
+
+@pytest.mark.usefixtures("memory")
+def test_it_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(*EVERYTHING, "model.lr=50", run="whole")
+    edit = Memory.edit
+
+    def stopped(self: Memory, model: EditableModel, turn: Turn) -> Edit:
+        if turn.index == 3:
+            raise FloatingPointError("stopped")
+        return edit(self, model, turn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "edit", stopped)
+        run.refused(*EVERYTHING, "model.lr=50", run="broken")
+    resumed = run(*EVERYTHING, "model.lr=50", "resume=auto", f"hydra.run.dir={run.folder / 'broken'}", run="broken")
+    assert resumed.scores() == whole.scores()
+
+
+@pytest.mark.usefixtures("memory")
+def test_it_cannot_be_exported_as_plain_weights(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    message = run.refused("model_cache=true")
+    assert "model_cache=true: this editor keeps its edits beside the weights" in message
+    done = run("checkpoint_every=2", run="done")
+    with pytest.raises(SystemExit) as end:
+        export([str(done.folder), "--to", str(run.folder / "model")])
+    assert "keeps its edits beside the weights" in str(end.value.code)
+    assert not (run.folder / "model").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several updates a turn
+
+
+def turns_of(run: Run) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory")}
+            for line in run.lines("turns.jsonl")]  # fmt: skip
+
+
+def test_several_passes(run: Commands) -> None:
+    """Each turn's line says what each pass pushed; one pass says nothing of passes."""
+    one, three = run(*EVERYTHING, run="one"), run(*EVERYTHING, "editor.passes=3", run="three")
+    assert all("passes" not in line for line in one.lines("turns.jsonl"))
+    lines = three.lines("turns.jsonl")
+    assert all(1 < len(line["passes"]["facts"]) <= 3 for line in lines)
+    assert lines[0]["loss"] == one.lines("turns.jsonl")[0]["loss"] == lines[0]["passes"]["loss"][0]
+    assert lines[-1]["modules"][MODULES[0]]["cosine_previous"] is not None
+    assert three.json("results.json")["final"]["ES"]["mean"] > one.json("results.json")["final"]["ES"]["mean"]
+    # every pass's rows are in the statistics, two modules sharing them
+    rows = sum(line["answer_tokens"] for line in lines)
+    assert 2 * rows < lines[-1]["statistics"]["40x24"]["n"] <= 2 * 3 * rows
+
+
+def test_several_passes_go_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    from editor.stableedit import StableEdit
+
+    line = (*EVERYTHING, "editor.passes=3", "diagnostics.previous=2")
+    whole = run(*line, run="whole")
+    update, seen = StableEdit.update, []
+
+    def stopped(self: StableEdit, captures: Mapping[str, Any], phase: Phase) -> Any:
+        seen.append(phase)
+        if len(seen) == 12:
+            raise FloatingPointError("stopped in the middle of a turn")
+        return update(self, captures, phase)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableEdit, "update", stopped)
+        run.refused(*line, run="broken")
+    resumed = run(*line, f"resume={run.folder / 'broken'}", run="broken")
+    assert turns_of(resumed) == turns_of(whole)
+    assert resumed.scores() == whole.scores()
+
+
+def test_captures_of_several_passes_may_lie_on_disk(run: Commands, tmp_path: Path) -> None:
+    memory, disk = (run("editor.passes=3", f"editor.cache_dir={where}", run=name)
+                    for name, where in (("memory", "null"), ("disk", tmp_path / "spill")))  # fmt: skip
+    assert turns_of(memory) == turns_of(disk)
+    assert json.dumps(memory.scores()) == json.dumps(disk.scores())
+
+
+def test_networks_are_trained_through_the_same_door(run: Commands) -> None:
+    """With one pass, as published, whatever the passes of the edits are."""
+    settings = ("editor=malmen", "editor.rank=4", "editor.n_blocks=1", "editor.held_out_turns=1", "model.lr=0.01")
+    one, two = run(*settings, run="one"), run(*settings, "editor.passes=2", run="two")
+    trained = [[line for line in turns_of(each) if line["phase"].startswith("meta")] for each in (one, two)]
+    assert trained[0] == trained[1] != []
+    assert turns_of(one) != turns_of(two)
