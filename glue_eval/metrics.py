@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.intervals import bootstrap_interval
+
 Metrics = dict[str, dict[str, float | int]]
 
 
@@ -67,16 +69,11 @@ def summary(
     resamples: int,
     seed: int,
 ) -> Metrics:
-    """Each metric with its 95% percentile bootstrap interval over rows.
-
-    Resampling rows with replacement draws the counts from a multinomial, which is exact and needs no rows.
-    """
-    rows = int(counts.sum())
-    drawn = np.random.default_rng(seed).multinomial(rows, counts.ravel() / rows, size=resamples)
-    drawn = drawn.reshape(resamples, *counts.shape)
-    return {name: _interval(measure(counts), measure(drawn), rows) for name, measure in METRICS.items()}
-
-
-def _interval(value: np.ndarray, resampled: np.ndarray, rows: int) -> dict[str, float | int]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"mean": float(value), "low": float(low), "high": float(high), "n": rows}
+    """Each metric with its 95% percentile bootstrap interval over rows."""
+    found: Metrics = {}
+    for name, metric in METRICS.items():
+        mean = float(metric(counts))
+        measure = lambda drawn, metric=metric: metric(drawn.reshape(-1, *counts.shape))  # noqa: E731
+        low, high = bootstrap_interval(mean, counts.ravel(), measure, resamples, seed)
+        found[name] = {"mean": mean, "low": low, "high": high, "n": int(counts.sum())}
+    return found

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.disk import sync
+from data.intervals import bootstrap_interval
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.evaluation.generation import Generation, matches
@@ -91,16 +92,13 @@ class Tally:
         self.counts[value if self._digits is None else float(f"{value:.{self._digits}g}")] += 1
 
     def summary(self, resamples: int, seed: int) -> Score:
-        """Mean and 95% percentile bootstrap over records.
-
-        Resampling n records with replacement draws the histogram from a multinomial, which is exact and costs nothing.
-        """
+        """Mean and 95% percentile bootstrap over records."""
         values = np.array(sorted(self.counts))
         counts = np.array([self.counts[value] for value in values])
-        n = int(counts.sum())
-        means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
-        low, high = np.percentile(means, [2.5, 97.5])
-        return {"mean": self.total / n, "low": float(low), "high": float(high), "n": n}
+        n = self.counts.total()
+        mean = self.total / n
+        low, high = bootstrap_interval(mean, counts, lambda drawn: drawn @ values / n, resamples, seed)
+        return {"mean": mean, "low": low, "high": high, "n": n}
 
 
 def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summary:

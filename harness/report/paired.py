@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.intervals import blocks, bootstrap_interval
+
 RESAMPLES: Final = 10_000  # of the bootstrap, and sign flips of the test: what they tell of p ends at 1 / 10,001
-CELLS: Final = 4_000_000  # numbers drawn at once
 
 Column = tuple[np.ndarray, np.ndarray]  # (rows of the data file, sorted, each once; a number of each)
 Scores = dict[str, Column]  # of one run
@@ -86,10 +87,12 @@ def paired_difference(
 def _mean(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float, float, int]:
     """(mean, low, high, records). Records take few values, so the bootstrap draws their histogram, a multinomial."""
     values, n_each = np.unique(np.stack([_rounded(sums), counts]), axis=1, return_counts=True)  # (2, values)
-    rng, n = np.random.default_rng(seed), len(sums)
-    drawn = np.concatenate([rng.multinomial(n, n_each / n, size=size) @ values.T for size in _blocks(n_each)])
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    return float(sums.sum() / counts.sum()), float(low), float(high), n
+    mean = float(sums.sum() / counts.sum())
+    return mean, *bootstrap_interval(mean, n_each, lambda drawn: _ratio(drawn @ values.T), RESAMPLES, seed), len(sums)
+
+
+def _ratio(totals: np.ndarray) -> np.ndarray:  # (R, 2) -> (R,)
+    return totals[:, 0] / totals[:, 1]
 
 
 def _sign_flip_p(sums: np.ndarray, rng: np.random.Generator) -> float:
@@ -97,7 +100,7 @@ def _sign_flip_p(sums: np.ndarray, rng: np.random.Generator) -> float:
     sizes, n_each = np.unique(np.abs(_rounded(sums)), return_counts=True)
     observed = abs(sums.sum()) - 1e-9  # rounding must not make a tie a miss
     reached = 0
-    for block in _blocks(sizes):
+    for block in blocks(RESAMPLES, len(sizes)):
         flipped = (2 * rng.binomial(n_each, 0.5, size=(block, len(n_each))) - n_each) @ sizes
         reached += int((np.abs(flipped) >= observed).sum())
     return (1 + reached) / (1 + RESAMPLES)
@@ -106,12 +109,6 @@ def _sign_flip_p(sums: np.ndarray, rng: np.random.Generator) -> float:
 def _rounded(values: np.ndarray) -> np.ndarray:
     """2/3 - 1/3 and 1/3 - 0 are the same difference."""
     return np.round(values, 12)
-
-
-def _blocks(values: np.ndarray) -> Iterable[int]:
-    """`RESAMPLES` in blocks of at most `CELLS` numbers."""
-    size = max(1, min(RESAMPLES, CELLS // len(values)))
-    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -176,6 +176,17 @@ def test_bins_of_a_continuum_keep_memory_and_hardly_move_an_interval() -> None:
     assert (one["low"], one["high"]) == pytest.approx((other["low"], other["high"]), rel=0.03)
 
 
+@pytest.mark.parametrize("value", [1 / 3, 0.1, 0.7])
+def test_an_interval_holds_its_mean_where_all_records_score_alike(value: float) -> None:
+    """Their mean may be summed in another order than those of the resamples."""
+    for n in range(1, 60):
+        tally = Tally()
+        for _ in range(n):
+            tally.add(value)
+        found = tally.summary(50, 0)
+        assert found["low"] <= found["mean"] <= found["high"]
+
+
 def test_intervals_cover_the_truth() -> None:
     """Of intervals over 100 draws with mean 0.3, about 95% hold 0.3."""
     covered = 0
