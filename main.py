@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 from dataclasses import fields
@@ -232,9 +233,9 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
     with (
         state.folder,
         Tracker(state.folder, wandb_settings(cfg.tracker)) as tracker,
-        RunProgress() as progress,
         Interruption() as interruption,
     ):
+        progress = RunProgress()
         score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
         hidden = make_hidden_states(cfg, plan, model, state.folder.path)
         try:
@@ -307,10 +308,14 @@ def save_model(cfg: RunConfig, state: LoopState, interruption: Interruption) -> 
 
 
 def draw(path: Path) -> None:
-    """The report of a finished run."""
-    from harness.report import write_report  # matplotlib takes a second
+    """The report of a finished run, which stays finished where its report fails."""
+    try:
+        from harness.report import write_report  # matplotlib takes a second
 
-    log.info("the report is %s", write_report([path]))
+        log.info("the report is %s", write_report([path]))
+    except Exception as error:
+        again = f"python -m harness.report {shlex.quote(str(path))}"
+        log.warning("no report: %s; the run is whole, and %s draws it again", error, again, exc_info=True)
 
 
 def is_due(every: int, done: int, stream: EditStream) -> bool:

@@ -451,12 +451,18 @@ class LanguageModel:
         return context_length_of(self.model.config)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        watch: Callable[[int], object] = lambda _: None,
+    ) -> list[list[int]]:
         """Greedy continuation of each prompt of token ids, special tokens included.
 
         It stops before the model's own end token, after `max_new_tokens`, and where the context is full. Token for
         token what transformers' `generate` writes for one prompt at a time, unless two tokens are as likely up to
-        rounding. Raises ValueError for a prompt without tokens or longer than the context.
+        rounding. `watch(n)` is told of n more tokens that are written or will not be, `max_new_tokens` a prompt in
+        all. Raises ValueError for a prompt without tokens or longer than the context.
         """
         self._check_lengths([len(prompt) for prompt in prompts])
         room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
@@ -471,6 +477,7 @@ class LanguageModel:
                         written[member].append(token)
                     if token in ends or step == room[member]:
                         running.discard(member)
+                watch(len(read.members) * (1 if running else max_new_tokens - step + 1))
                 if not running:
                     break
                 self._read_on(read, tokens[:, None])

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from rich.progress import Progress, TaskID
 
 from data.disk import LFS_HEAD, sha256_of
+from data.progress import Bar, progress_bar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SPARE_BYTES = 64 << 20  # left free on the disk: a file system filled to the last byte breaks other programs
 LONGEST_WAIT_S = 60.0
+SHORT = 3.0  # seconds of a download that need no bar
 
 
 class FetchError(RuntimeError):
@@ -96,9 +97,8 @@ def discard(part: Path) -> None:
 class Downloader:
     """Brings a Remote to a file and checks its size and hash; goes on where an earlier try stopped."""
 
-    def __init__(self, client: httpx.Client, progress: Progress, backoff_s: float = 1.0, tries: int = 5) -> None:
+    def __init__(self, client: httpx.Client, backoff_s: float = 1.0, tries: int = 5) -> None:
         self._client = client
-        self._progress = progress
         self._backoff_s = backoff_s
         self._tries = tries
 
@@ -137,11 +137,8 @@ class Downloader:
 
     def _transfer(self, remote: Remote, part: Path) -> bool:
         """Whether the file was put together from more than one answer."""
-        task = self._progress.add_task(part.name.removesuffix(".part"), total=remote.size)
-        try:
-            return self._retrying(remote.url, lambda: self._attempt(remote, part, task), lambda: size_of(part))
-        finally:
-            self._progress.remove_task(task)
+        with progress_bar(part.name.removesuffix(".part"), remote.size, "B", scale=True, delay=SHORT) as bar:
+            return self._retrying(remote.url, lambda: self._attempt(remote, part, bar), lambda: size_of(part))
 
     def _retrying(self, url: str, attempt: Callable[[], T], grown_to: Callable[[], int]) -> T:
         failures, best = 0, grown_to()
@@ -177,7 +174,7 @@ class Downloader:
         same_bytes = remote.sha256 is not None and saved.get("sha256") == remote.sha256
         return (size_of(part) if etag or same_bytes else 0), etag
 
-    def _attempt(self, remote: Remote, part: Path, task: TaskID) -> bool:
+    def _attempt(self, remote: Remote, part: Path, bar: Bar) -> bool:
         offset, etag = self._resume_point(remote, part)
         if offset and offset == remote.size:
             return True
@@ -190,17 +187,18 @@ class Downloader:
             start, total = _check_answer(response, remote, offset, part)
             check_space(part.parent, (total or 0) - start)
             _save_validator(response, remote, part)
-            self._progress.update(task, total=total, completed=start)
-            self._write(response, part, start, task)
+            bar.restart(total, start)
+            self._write(response, part, start, bar)
         if total is not None and size_of(part) != total:
             raise TransientError(f"{size_of(part)} of {total} bytes arrived")
         return start > 0
 
-    def _write(self, response: httpx.Response, part: Path, start: int, task: TaskID) -> None:
+    @staticmethod
+    def _write(response: httpx.Response, part: Path, start: int, bar: Bar) -> None:
         with part.open("ab" if start else "wb") as file:  # start is 0 or the size of the part
             for chunk in response.iter_raw():
                 file.write(chunk)
-                self._progress.advance(task, len(chunk))
+                bar.advance(len(chunk))
             file.flush()
             os.fsync(file.fileno())
 

@@ -25,14 +25,6 @@ import ijson
 import pyarrow
 import pyarrow.parquet as parquet
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from data.catalogue import FILES, HOSTS, DataFile, HubSource, UrlSource
@@ -394,46 +386,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _ConsoleHandler(logging.Handler):
-    """Log lines above the progress bars, never wrapped: a URL stays in one piece."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def run(arguments: argparse.Namespace, console: Console) -> int:
+def run(arguments: argparse.Namespace) -> int:
     files, hosts = select_files(arguments.datasets), parse_hosts(arguments.endpoint)
     if arguments.list:
-        console.print(list_files(files, arguments.to))
+        Console(width=None if sys.stdout.isatty() else 160).print(list_files(files, arguments.to))
         return 0
     settings = Settings(arguments.to, hosts, arguments.force)
-    with open_client() as client, _progress(console) as progress:
-        return 1 if prepare(files, settings, Downloader(client, progress)) else 0
+    with open_client() as client:
+        return 1 if prepare(files, settings, Downloader(client)) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all there, 1 a file could not be had, 2 a wrong argument, 130 interrupted."""
     parsed = _parser().parse_args(arguments)
-    console = Console(stderr=not parsed.list, width=None if sys.stderr.isatty() else 160)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", handlers=[_ConsoleHandler(console)])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports every request at INFO
     try:
-        return run(parsed, console)
+        return run(parsed)
     except ValueError as error:
         log.error("%s", error)
         return 2

@@ -20,14 +20,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from data.progress import progress_bar
 from glue_eval.rows import HUB
 from glue_eval.score import evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
 from harness.run.places import CACHE
 from model import LanguageModel
 from model_source import ModelSource, context_length, load_tokenizer, locate
-
-log = logging.getLogger(__name__)
 
 CAPTION = "accuracy with its 95% interval, F1 weighted by label"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -111,7 +110,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         limit=chosen.limit,
     )
     model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=chosen.device)
-    results = evaluate_tasks(model, prepared, watch=lambda task, rows: log.info("%s: %d rows scored", task, rows))
+    with progress_bar("scoring", sum(len(task.prompts) for task in prepared), "rows") as bar:
+        results = evaluate_tasks(model, prepared, watch=lambda task, rows: bar.advance(rows, task))
     return {"model": chosen.model, "fingerprint": model.fingerprint(), "tasks": results}
 
 

@@ -13,7 +13,7 @@ from data.disk import write_atomically
 from glue_eval.score import PreparedTask, evaluate_tasks
 from harness.run import places
 from harness.run.folder import canonical_json
-from harness.watch.console import RunProgress
+from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 from model import LanguageModel
 

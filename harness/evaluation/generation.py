@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data.progress import progress_bar
 from data.records import EditRecord, Question
 from data.stream import most_tokens, questions_of, tokenize
 from model import LanguageModel
 
 PromptForm = Literal["raw", "chat"]
 
+SHORT = 3.0  # seconds of writing that need no bar
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -44,7 +46,9 @@ class Generation:
 
     def texts(self, model: LanguageModel, questions: Sequence[Question]) -> list[str]:
         """What the model writes after each prompt, up to its own end or the budget."""
-        written = model.generate(self.prompts(questions), self.max_new_tokens)
+        tokens = len(questions) * self.max_new_tokens
+        with progress_bar("writing answers", tokens, "tokens", delay=SHORT) as bar:
+            written = model.generate(self.prompts(questions), self.max_new_tokens, bar.advance)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 
     def prompts(self, questions: Sequence[Question]) -> list[list[int]]:

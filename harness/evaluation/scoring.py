@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.progress import Bar
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
 from harness.run.folder import Stage
-from harness.watch.console import Bar, RunProgress
+from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together

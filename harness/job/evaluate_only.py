@@ -14,7 +14,8 @@ from harness.job.spread import load_model
 from harness.run import places
 from harness.run.folder import RunFolder
 from harness.run.interrupt import end_if_asked
-from harness.watch.console import RunProgress, show_results
+from harness.watch.console import show_results
+from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 from model_source import ModelSource, load_tokenizer, locate
 
@@ -43,7 +44,8 @@ def evaluate_only(
         earlier.run["model"] = about["model"]
         earlier.go_on({}, 0, about["overrides"])
     run_folder = earlier or RunFolder.create(folder, **about)
-    with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker, RunProgress() as progress:
+    with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker:
+        progress = RunProgress()
         seconds: dict[str, float] = {}
         score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, seconds)
         results: dict[str, Any] = {"base": score("base", 0, cache)}

@@ -186,10 +186,14 @@ class SpreadModel(LanguageModel):
         costs = [sequence.answer_start for sequence in sequences]
         return torch.stack(self._in_order(_hidden_states, sequences, costs))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, watch: Callable[[int], object] = lambda _: None
+    ) -> list[list[int]]:
         self._check_lengths([len(prompt) for prompt in prompts])  # by their places here, not in a share
         costs = [len(prompt) + max_new_tokens for prompt in prompts]
-        return self._in_order(partial(_generate, max_new_tokens=max_new_tokens), prompts, costs)
+        texts = self._in_order(partial(_generate, max_new_tokens=max_new_tokens), prompts, costs)
+        watch(len(prompts) * max_new_tokens)
+        return texts
 
     def label_log_probs(
         self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]

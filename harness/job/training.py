@@ -14,8 +14,8 @@ from editor.meta_train import MetaStep, MetaTrainer
 from harness.job.resume import LoopState
 from harness.run.interrupt import Interrupted, Interruption
 from harness.run.networks import NetworkKeeper
-from harness.watch.console import RunProgress
 from harness.watch.diagnostics import memory
+from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 
 

@@ -11,10 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import is_share, order
-from harness.watch.console import FORMS, SCORES, duration
+from harness.watch.console import FORMS, SCORES
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }

@@ -1,31 +1,18 @@
-"""What a run shows while it works and when it is done: progress bars, and the result table.
-
-On a terminal the bars are drawn on stderr, and log records appear above them. Anywhere else (a file, a pipe, a batch
-system's log) progress is plain log lines, now and then, without control characters.
-"""
+"""What a run says of its scores when it is done: the result table."""
 
 from __future__ import annotations
 
-import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Protocol, Self, TextIO, cast
+from typing import Any, Final, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
-from rich.file_proxy import FileProxy
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-log = logging.getLogger(__name__)
-
-LOG_SHARE: Final = 0.1  # of the work between two log lines, where there is no terminal ...
-LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter
+from data.progress import duration
 
 SCORES: Final = {
     "ES": "efficacy",
@@ -43,173 +30,6 @@ FORMS: Final = {
     "forgetting": "",
 }
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
-
-
-class Bar(Protocol):
-    """Progress of one piece of work."""
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` units are done; `note` is shown beside the bar until the next one."""
-
-
-class _LiveBar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self._progress.update(self._task, advance=n, note=note)
-
-
-class _LogBar:
-    def __init__(self, what: str, total: int, unit: str, done: int, clock: Callable[[], float]) -> None:
-        self._what, self._total, self._unit, self._clock = what, total, unit, clock
-        self._done = self._start = self._said = done
-        self._started = self._said_at = clock()
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self._done += n
-        now = self._clock()
-        first = self._said == self._start
-        due = self._done - self._said >= LOG_SHARE * self._total or now - self._said_at >= LOG_SECONDS
-        if first or due or self._done >= self._total:
-            self._said, self._said_at = self._done, now
-            log.info("%s", self._line(now - self._started, note))
-
-    def _line(self, elapsed: float, note: str) -> str:
-        parts = [f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"]
-        if note:
-            parts.append(note)
-        per_unit = elapsed / (self._done - self._start)
-        if self._done < self._total:
-            parts.append(f"{duration(per_unit * (self._total - self._done))} left")
-        else:
-            parts.append(f"done in {duration(elapsed)}")
-        return ", ".join(parts)
-
-
-class TurnBar:
-    """Progress over the turns of a stream, with the edits made so far and what the turns are for."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-
-    def advance(self, *, edits_total: int, phase: str) -> None:
-        """A turn is done; `edits_total` edits are in the model since the run began."""
-        self._bar.advance(1, f"{edits_total:,} edits, {phase.replace('_', '-')}")
-
-
-class RunProgress:
-    """The progress of a run, as a context manager; bars are opened inside it.
-
-    `stream` (stderr) decides: a terminal gets bars, anything else log lines.
-    """
-
-    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream or sys.stderr
-        self._clock = clock
-        self._progress: Progress | None = None
-        self._exit = ExitStack()
-
-    def __enter__(self) -> Self:
-        if not self._stream.isatty():
-            return self
-        console = Console(file=self._stream, force_terminal=True)
-        if console.is_dumb_terminal:  # it can't move its cursor
-            return self
-        self._progress = self._exit.enter_context(_live_progress(console))
-        self._exit.enter_context(_logs_above(console, self._stream))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exit.close()
-        self._progress = None
-
-    @contextmanager
-    def turns(self, total: int, *, done: int = 0) -> Iterator[TurnBar]:
-        """A bar over `total` turns, `done` of which a resumed run has behind it."""
-        with self._bar("editing", total, "turns", done, keep=True) as bar:
-            yield TurnBar(bar)
-
-    @contextmanager
-    def training(self, total: int, *, done: int = 0) -> Iterator[Bar]:
-        """A bar over the turns that train an editor's network."""
-        with self._bar("training the editor", total, "turns", done, keep=True) as bar:
-            yield bar
-
-    @contextmanager
-    def evaluation(self, what: str, total: int, *, unit: str = "questions") -> Iterator[Bar]:
-        """A bar over an evaluation, `what` as in "base model"; on a terminal it goes away when it is done."""
-        with self._bar(f"evaluating {what}", total, unit, 0, keep=False) as bar:
-            yield bar
-
-    @contextmanager
-    def _bar(self, what: str, total: int, unit: str, done: int, *, keep: bool) -> Iterator[Bar]:
-        if self._progress is None:
-            yield _LogBar(what, total, unit, done, self._clock)
-            return
-        task = self._progress.add_task(what, total=total, completed=done, unit=unit, note="")
-        try:
-            yield _LiveBar(self._progress, task)
-        finally:
-            self._progress.stop_task(task)
-            if not keep:
-                self._progress.remove_task(task)
-
-
-def _live_progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        expand=True,
-        # stdout may be a file while stderr is a terminal: what is written there must still go there
-        redirect_stdout=sys.stdout.isatty(),
-        speed_estimate_period=600,  # turns take seconds to minutes, and an evaluation may lie between two
-    )
-
-
-@contextmanager
-def _logs_above(console: Console, stream: TextIO) -> Iterator[None]:
-    """Log handlers hold the terminal they were made with, so replacing sys.stderr does not reach them: hand them one
-    that prints above the bars, and give theirs back at the end."""
-    originals = {id(s) for s in (stream, sys.__stderr__, sys.__stdout__) if s is not None and s.isatty()}
-    originals |= {id(_behind_proxy(s)) for s in (sys.stderr, sys.stdout) if s.isatty()}
-    changed = [(handler, handler.stream) for handler in _stream_handlers() if id(handler.stream) in originals]
-    for handler, own in changed:
-        handler.setStream(cast(TextIO, FileProxy(console, own)))
-    try:
-        yield
-    finally:
-        for handler, own in changed:
-            handler.setStream(own)
-
-
-def _behind_proxy(stream: Any) -> Any:
-    return stream.rich_proxied_file if isinstance(stream, FileProxy) else stream
-
-
-def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
-    named = logging.root.manager.loggerDict.values()
-    for logger in (logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))):
-        yield from (handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler))
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.25 s, 42 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:

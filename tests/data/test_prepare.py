@@ -20,7 +20,6 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from rich.progress import Progress
 
 from data import catalogue, download, prepare
 from data.catalogue import FILES, DataFile, HubSource, UrlSource
@@ -140,7 +139,7 @@ def client() -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def loader(client: httpx.Client) -> Downloader:
-    return Downloader(client, Progress(disable=True), backoff_s=0.001, tries=3)
+    return Downloader(client, backoff_s=0.001, tries=3)
 
 
 @pytest.fixture
@@ -314,7 +313,7 @@ def test_a_busy_server_is_asked_again(server, loader, settings, status) -> None:
 def test_waits_double_and_the_server_may_name_its_own(server, client, settings, monkeypatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(download.time, "sleep", waits.append)
-    patient = Downloader(client, Progress(disable=True), backoff_s=1.0, tries=4)
+    patient = Downloader(client, backoff_s=1.0, tries=4)
     server.routes["/f.json"] = Route(statuses=[503] * 3)
     prepare_file(_file(UNPINNED), settings, patient)
     server.routes["/g.json"] = Route(statuses=[429], headers={"Retry-After": "7"})

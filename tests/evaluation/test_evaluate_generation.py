@@ -100,7 +100,7 @@ class Parrot(StandIn):
     def answer_logits(self, batch: Any) -> torch.Tensor:
         return torch.nn.functional.one_hot((batch.targets + 1) % 260, 260).float()
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, _watch: Any) -> list[list[int]]:
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         self.asked += texts
         return [self.tokenizer(self.said[text])["input_ids"][:max_new_tokens] for text in texts]

@@ -16,7 +16,7 @@ from harness.evaluation.evaluate import PROTOCOLS, Evaluation
 from harness.evaluation.retention import RetentionPlan
 from harness.evaluation.scoring import Scoring
 from harness.run.folder import RunFolder
-from harness.watch.console import RunProgress
+from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker, WandbSettings
 from tests.hand_made import StandIn
 

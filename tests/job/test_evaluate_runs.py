@@ -94,9 +94,9 @@ def test_a_second_run_reads_texts_and_perplexity_of_the_base_from_the_cache(
     asked: list[int] = []
     generate = LanguageModel.generate
 
-    def counting(self: LanguageModel, prompts: Any, budget: int) -> list[list[int]]:
+    def counting(self: LanguageModel, prompts: Any, *how: Any) -> list[list[int]]:
         asked.append(len(prompts))
-        return generate(self, prompts, budget)
+        return generate(self, prompts, *how)
 
     monkeypatch.setattr(LanguageModel, "generate", counting)
     first = run(*EVERYTHING, run="first")

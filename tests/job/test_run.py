@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+import harness.report
 import main
 from config.compose import CONFIG_DIR
 from data import DATASETS
@@ -65,6 +66,28 @@ def test_a_run_ends_with_its_report(run: Commands) -> None:
     assert "data:image/png;base64," in (done.folder / "report.html").read_text(encoding="utf-8")
     assert {"scores.png", "updates.png", "time.png"} <= {path.name for path in done.folder.iterdir()}
     assert f"the report is {done.folder / 'report.html'}" in (done.folder / "main.log").read_text(encoding="utf-8")
+
+
+def test_records_that_all_score_alike_are_drawn(run: Commands) -> None:
+    run.write("eval", [zsre_row(1) for _ in range(40)])
+    done = run("num_seq=13", "diagnostics.report=true")
+    scores = done.json("results.json")
+    assert all(score["low"] <= score["mean"] <= score["high"] for score in scores["final"].values())
+    assert (done.folder / "scores.png").is_file()
+
+
+def test_a_report_that_fails_is_a_warning_of_a_finished_run(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Path:
+        raise ValueError("'xerr' must not contain negative values")
+
+    monkeypatch.setattr(harness.report, "write_report", fail)
+    done = run("num_seq=2", "diagnostics.report=true")
+    assert done.json("run.json")["status"] == "finished"
+    log = (done.folder / "main.log").read_text(encoding="utf-8")
+    assert "WARNING" in log
+    assert "'xerr' must not contain negative values" in log
+    assert "Traceback" in log
+    assert f"python -m harness.report {done.folder}" in log
 
 
 def test_each_turn_has_its_line(run: Commands) -> None:

@@ -1,34 +1,17 @@
-"""The result table fits 80 columns and hides nothing; progress is bars on a terminal and clean lines elsewhere."""
+"""The result table fits 80 columns and hides nothing."""
 
 from __future__ import annotations
 
 import io
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.watch.console import RunProgress, duration, show_results
+from harness.watch.console import show_results
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")  # everything below space but the line feed
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def score(mean: float, width: float = 0.02, n: int = 1000) -> dict[str, Any]:
@@ -124,97 +107,3 @@ def test_what_is_missing_is_left_out() -> None:
     text = shown({"final": {"ES": score(0.5)}})
     assert "turns" not in text
     assert "GS" not in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.25, "0.25 s"), (42, "42 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7805, "2 h 10 min")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-# --- progress ------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_progress_is_a_few_clean_log_lines(caplog: pytest.LogCaptureFixture) -> None:
-    stream, clock = io.StringIO(), Clock()
-    with caplog.at_level(logging.INFO), RunProgress(stream, clock=clock) as progress, progress.turns(200) as bar:
-        for turn in range(200):
-            clock.now += 2.0
-            bar.advance(edits_total=100 * (turn + 1), phase="warm_up" if turn < 20 else "edit")
-    lines = caplog.messages
-    assert stream.getvalue() == ""
-    assert lines[0] == "editing: 1 of 200 turns, 100 edits, warm-up, 6 min 38 s left"  # 199 turns of 2 s
-    assert lines[-1] == "editing: 200 of 200 turns, 20,000 edits, edit, done in 6 min 40 s"
-    assert 10 <= len(lines) <= 13
-
-
-def test_slow_turns_are_reported_by_time(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    with caplog.at_level(logging.INFO), RunProgress(io.StringIO(), clock=clock) as p, p.turns(20_000) as bar:
-        for turn in range(100):
-            clock.now += 30.0
-            bar.advance(edits_total=turn, phase="edit")
-    assert 45 <= len(caplog.messages) <= 55
-
-
-def test_a_resumed_run_judges_its_speed_by_its_own_turns(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    with caplog.at_level(logging.INFO), RunProgress(io.StringIO(), clock=clock) as p, p.turns(100, done=90) as bar:
-        clock.now += 3.0
-        bar.advance(edits_total=9100, phase="edit")
-    assert caplog.messages == ["editing: 91 of 100 turns, 9,100 edits, edit, 27 s left"]
-
-
-@pytest.fixture
-def terminal_log() -> Iterator[tuple[Terminal, logging.Logger]]:
-    """A logger whose handler was made, as Hydra makes it, before the bars: it holds the terminal itself."""
-    terminal, logger = Terminal(), logging.getLogger("tests.console.terminal")
-    handler = logging.StreamHandler(terminal)
-    logger.addHandler(handler)
-    yield terminal, logger
-    logger.removeHandler(handler)
-
-
-def test_log_records_do_not_tear_the_bar(terminal_log: tuple[Terminal, logging.Logger]) -> None:
-    terminal, logger = terminal_log
-    with RunProgress(terminal) as progress, progress.turns(3) as bar:
-        for turn in range(3):
-            bar.advance(edits_total=1000 * (turn + 1), phase="edit")
-            logger.warning("record %d", turn)
-        with progress.evaluation("turn 3", 10) as evaluation:
-            evaluation.advance(10)
-    plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.getvalue())
-    lines = [line.strip() for line in re.split(r"[\r\n]", plain) if line.strip()]
-    assert {f"record {turn}" for turn in range(3)} <= set(lines)  # each alone on its line
-    assert re.fullmatch(r"editing ━+ 3/3 turns 3,000 edits, edit +\d:\d\d:\d\d", lines[-1])
-    assert "\x1b[2K" in terminal.getvalue()
-
-
-def test_log_handlers_get_their_stream_back_also_after_an_error(terminal_log: tuple[Terminal, logging.Logger]) -> None:
-    terminal, logger = terminal_log
-    handler = logger.handlers[0]
-    assert isinstance(handler, logging.StreamHandler)
-    seen = []
-
-    def crash() -> None:
-        with RunProgress(terminal) as progress, progress.turns(3):
-            seen.append(handler.stream)
-            raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"):
-        crash()
-    assert seen != [terminal]
-    assert handler.stream is terminal
-
-
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    terminal = Terminal()
-    with caplog.at_level(logging.INFO), RunProgress(terminal) as progress, progress.evaluation("base model", 4) as bar:
-        bar.advance(4)
-    assert terminal.getvalue() == ""
-    assert caplog.messages[0].startswith("evaluating base model: 4 of 4 questions")

@@ -1,0 +1,133 @@
+"""Progress of long work: a bar on a terminal and in a notebook, a log line now and then anywhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Final, Protocol
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
+
+LOG_SHARE: Final = 0.1  # of the work between two log lines ...
+LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter ...
+LEAST_SECONDS: Final = 10.0  # ... but never less than this
+IN_NOTEBOOK: Final = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+
+
+class Bar(Protocol):
+    """Progress of one piece of work."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` units are done; `note` is shown beside the bar until the next one."""
+
+    def restart(self, total: int | None, done: int) -> None:
+        """Begin again, with `done` of `total` units behind it."""
+
+
+@contextmanager
+def progress_bar(
+    what: str,
+    total: int | None,  # None: not known
+    unit: str,
+    *,
+    done: int = 0,  # by an earlier run
+    keep: bool = False,  # on the terminal when the work is done
+    scale: bool = False,  # 1.2M rather than 1,200,000
+    delay: float = 0.0,  # seconds: work that takes less passes unsaid
+) -> Iterator[Bar]:
+    """A bar on stderr, below the log lines; where bars cannot be drawn, log lines in its place."""
+    if not _can_draw():
+        yield _LoggedBar(what, total, unit, done, scale, delay)
+        return
+    with (
+        logging_redirect_tqdm(_loggers_on_console()),
+        _DrawnBar(
+            desc=what,
+            total=total,
+            unit=f" {unit}",
+            initial=done,
+            leave=keep,
+            unit_scale=scale,
+            delay=delay,
+            dynamic_ncols=True,
+            smoothing=0,  # turns take seconds to minutes, and an evaluation may lie between two
+        ) as bar,
+    ):
+        yield bar
+
+
+def _can_draw() -> bool:
+    """A terminal that cannot move its cursor gets lines, as a file does."""
+    return IN_NOTEBOOK or (sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"))
+
+
+def _loggers_on_console() -> list[logging.Logger]:
+    """All loggers, not the root alone: libraries give theirs handlers of their own."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    return [one for one in loggers if isinstance(one, logging.Logger) and any(map(_writes_to_console, one.handlers))]
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+
+
+class _DrawnBar(tqdm):
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.set_postfix_str(note, refresh=False)
+        self.update(n)
+
+    def restart(self, total: int | None, done: int) -> None:
+        self.reset(total)
+        self.initial = self.n = self.last_print_n = done  # what is there already says nothing about the speed
+
+
+class _LoggedBar:
+    def __init__(self, what: str, total: int | None, unit: str, done: int, scale: bool, delay: float) -> None:
+        self._what, self._unit = what, unit
+        self._number = tqdm.format_sizeof if scale else "{:,}".format
+        self._silent_until = monotonic() + delay
+        self._said_at = self._silent_until - LOG_SECONDS  # the first line is due at once
+        self.restart(total, done)
+
+    def restart(self, total: int | None, done: int) -> None:
+        self._total = total
+        self._done = self._said = self._start = done
+        self._started = monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        now = monotonic()
+        waited = now - self._said_at
+        much = self._total is None or self._done - self._said >= LOG_SHARE * self._total
+        due = waited >= LOG_SECONDS or (much and waited >= LEAST_SECONDS) or self._done == self._total
+        if due and now >= self._silent_until:
+            self._said, self._said_at = self._done, now
+            log.info("%s", self._line(now - self._started, note))
+
+    def _line(self, elapsed: float, note: str) -> str:
+        of = "" if self._total is None else f" of {self._number(self._total)}"
+        parts = [f"{self._what}: {self._number(self._done)}{of} {self._unit}", *([note] if note else [])]
+        if self._done == self._total:
+            parts.append(f"done in {duration(elapsed)}")
+        elif self._total is not None:
+            parts.append(f"{duration(elapsed / (self._done - self._start) * (self._total - self._done))} left")
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.25 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
