@@ -18,6 +18,21 @@ class AnswerTokens(Enum):
     separate = "separate"
 
 
+class PromptForm(Enum):
+    """How a question is put to the model: as it stands, as published; in the chat template; as "Q: ...", "A:"."""
+
+    raw = "raw"
+    chat = "chat"
+    qa = "qa"
+
+
+class AnswerEnd(Enum):
+    """What follows an answer: nothing, as published, or the token at which the model ends a text by itself."""
+
+    none = "none"
+    eos = "eos"
+
+
 @dataclass
 class DatasetConfig(Section):
     """Which facts, and how many enter together."""
@@ -36,6 +51,8 @@ class DatasetConfig(Section):
     eval_mhop: bool = False
     """Score multi-hop questions too, where the data holds them."""
     answer_tokens: AnswerTokens = AnswerTokens.joint
+    prompt_form: PromptForm = PromptForm.raw
+    answer_end: AnswerEnd = AnswerEnd.none
     shuffle: bool = False
     """Edit in an order drawn from the seed, not in the order of the file."""
     num_warm_up: int | None = None

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from config.schema.checks import Section, at_least, device, filled
 from config.schema.dataset import DatasetConfig, WikiBigEditConfig
 from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
-from config.schema.evaluation import EvaluationConfig, GlueConfig, Prompt
+from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig
 
@@ -153,6 +153,6 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:
         lines.append("glue.* has no effect with downstream_eval_steps=0")
-    if run.evaluation.prompt is not Prompt.raw and not run.evaluation.generation:
+    if run.evaluation.prompt is not None and not run.evaluation.generation:
         lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
     return lines
