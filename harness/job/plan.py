@@ -29,7 +29,7 @@ from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.generation import Generation, PromptForm
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data, warms_up
+from harness.job.data import open_data
 from harness.job.devices import devices
 from harness.job.networks import plan_network, plan_training
 from harness.ranks.group import Ranks
@@ -106,7 +106,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
         num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up if warms_up(cfg) else None,  # without effect, as the user was told
+        num_warm_up=cfg.dataset.num_warm_up if cfg.warms_up() else 0,
         preheat_mode=cfg.editor.preheat_mode.name,
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,

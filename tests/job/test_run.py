@@ -245,6 +245,18 @@ def test_warm_up_stands_where_it_is_asked_for(run: Commands, mode: str, phases: 
     assert set(done.json("run.json")["inputs"]) == ({"eval"} if mode == "none" else {"eval", "train"})
 
 
+def test_zero_warm_up_turns_are_the_run_without_warm_up(run: Commands) -> None:
+    """The training file is not opened, and no score or statistic differs."""
+    without = run("editor.preheat_mode=none", run="without")
+    (run.folder / "train.json").unlink()
+    done = run("num_seq_zsre=0")
+    assert done.phases() == "eeee"
+    assert list(done.json("run.json")["inputs"]) == ["eval"]
+    assert done.scores() == without.scores()
+    statistics = [[line["statistics"] for line in one.lines("turns.jsonl")] for one in (done, without)]
+    assert statistics[0] == statistics[1]
+
+
 def test_warm_up_turns_are_all_there_is_unless_said(run: Commands) -> None:
     assert run("num_seq=1").phases() == "wwwe"
 
