@@ -118,6 +118,8 @@ BAD_FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "row that is null": (rows_with(0, None), ("row 0", "null")),
     "no rows": ([], ("no rows",)),
     "empty": ("", ("is empty",)),
+    "100,000 brackets": ("[" * 100_000, ("more than 100 deep", "mend or fetch")),
+    "a deep field": (rows_with(9, {**zsre_row(9), "junk": json.loads("[" * 200 + "]" * 200)}), ("more than 100 deep",)),
     "a page": ("<!DOCTYPE html><html>Not found</html>", ("neither a JSON array nor JSON Lines",)),
     "another data set": ([{"prompt": "a", "ans": "b"}] * 12, ("row 0", "prompt, ans")),
     "one object of lists": ({"src": ["a"], "ans": ["b"]}, ("row 0",)),
