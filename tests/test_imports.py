@@ -18,7 +18,8 @@ ROOMS = ("benchmarks", "config", "data", "editor", "glue_eval", "harness", "test
 MAY_IMPORT = {
     # room: what it may import beside the standard library; `name.*` = the modules below it too. The first row counts.
     "config/schema/*.py": "hydra.* omegaconf.* config.schema.*",
-    "config/compose.py": "hydra.* omegaconf.* yaml config.schema",
+    "config/compose.py": "hydra.* omegaconf.* yaml config.help config.schema",
+    "config/help.py": "hydra.* omegaconf",
     "data/records.py": "torch",
     "data/disk.py": "",
     "data/dataset.py": "data.records",
