@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "data/batches.py": "numpy torch data.records",
     "data/stream.py": "numpy data.*",
     "data/training.py": "numpy data.*",
+    "data/repeats.py": "numpy data.records",
     "data/files.py": "datasets.* ijson pyarrow.* data.*",
     "data/catalogue.py": "",
     "data/download.py": "httpx rich.* data.disk",

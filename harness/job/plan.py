@@ -24,6 +24,7 @@ from config.schema import (
     settings_without_effect,
 )
 from data.files import RecordFile
+from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
@@ -113,6 +114,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         seed=cfg.seed,
         shuffle=cfg.dataset.shuffle,
     )
+    if cfg.evaluate is None:
+        warn_of_repeats(stream, files["eval"].path)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
     training = plan_training(cfg, files, as_tokens)
     network = plan_network(cfg, model_outline.shapes)
@@ -155,6 +158,20 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         passage=passage,
         ranks=ranks,
     )
+
+
+def warn_of_repeats(stream: EditStream, file: Path) -> None:
+    """Say which facts to edit say the same, or contradict each other."""
+    facts = stream.edited()
+    found = find_repeats(facts)
+    if found.repeats or found.contradictions:
+        log.warning(
+            "file %s: of the %s facts to edit, %s; each counts in the scores, and of two that contradict each other "
+            "only one can hold: take one of them out",
+            file,
+            f"{len(facts):,}",
+            found,
+        )
 
 
 @contextlib.contextmanager
