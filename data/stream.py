@@ -197,7 +197,8 @@ class EditStream:
     """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
 
     `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
-    turns there are. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its file's order.
+    turns there are, 0 none of them. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its
+    file's order.
     Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
     together with preheat_mode=none.
     """

@@ -18,7 +18,8 @@ ROOMS = ("benchmarks", "config", "data", "editor", "glue_eval", "harness", "test
 MAY_IMPORT = {
     # room: what it may import beside the standard library; `name.*` = the modules below it too. The first row counts.
     "config/schema/*.py": "hydra.* omegaconf.* config.schema.*",
-    "config/compose.py": "hydra.* omegaconf.* yaml config.schema",
+    "config/compose.py": "hydra.* omegaconf.* yaml config.help config.schema",
+    "config/help.py": "hydra.* omegaconf",
     "data/records.py": "torch",
     "data/disk.py": "",
     "data/prompts.py": "",
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "data/batches.py": "numpy torch data.records",
     "data/stream.py": "numpy data.*",
     "data/training.py": "numpy data.*",
+    "data/repeats.py": "numpy data.records",
     "data/files.py": "datasets.* ijson pyarrow.* data.*",
     "data/catalogue.py": "",
     "data/download.py": "httpx rich.* data.disk",

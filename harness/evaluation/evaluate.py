@@ -153,7 +153,10 @@ def score_records(
     generation: Generation | None = None,
     generated: Container[int] = (),  # places whose answers are generated too
 ) -> Iterator[RecordScore]:
-    """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
+    """Score every probe a record has, in the order of the records; a probe it lacks is left out.
+
+    FloatingPointError where the model's logits are not finite.
+    """
     stream = iter(records)
     while block := list(islice(stream, BLOCK * model.hands)):
         probes = [
@@ -185,6 +188,9 @@ def _teacher_forced(
     tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
     shares = model.shares([len(sequence.ids) for sequence in sequences])
     answered = model.each(_answer, [_asked(share, sequences, tokens, base) for share in shares])
+    if broken := sum(part.broken for part in answered):
+        asked = sum(sequence.answer_length for sequence in sequences)
+        raise FloatingPointError(f"the logits are not finite at {broken} of {asked} answer tokens: nothing to score")
     hits = dict(zip(chain(*shares), chain(*(part.hits for part in answered)), strict=True))
     moved: list[RecordShift | None] = []
     if locality and local:
@@ -208,6 +214,7 @@ class _Asked:
 class _Answered:
     hits: list[list[bool]]  # of each sequence's answer tokens, whether they are the first choice
     local: Seen | None  # at the answer tokens of locality questions; None where there were none
+    broken: int = 0  # answer tokens whose logits are not finite
 
 
 def _asked(
@@ -226,9 +233,12 @@ def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
     rows = _rows_of(asked.local, lengths)
     base = asked.base and asked.base.to(model.device)
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
+    broken = torch.zeros((), dtype=torch.int64, device=model.device)  # stays there: read once, not every batch
     seen: list[tuple[Tensor, Seen]] = []
     for at, logits, targets in _answer_logits(model, asked.sequences):
-        hits[at.to(model.device)] = logits.argmax(-1) == targets.to(model.device)
+        first = logits.argmax(-1)  # of a row with a nan, that one
+        broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
+        hits[at.to(model.device)] = first == targets.to(model.device)
         ours = rows[at] >= 0
         if ours.any():
             mine = rows[at[ours]]
@@ -236,9 +246,9 @@ def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
             seen.append((mine, found.to(torch.device("cpu"))))
     by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:
-        return _Answered(by_sequence, None)
+        return _Answered(by_sequence, None, int(broken))
     order = torch.cat([mine for mine, _ in seen]).argsort()
-    return _Answered(by_sequence, cat([found for _, found in seen])[order])
+    return _Answered(by_sequence, cat([found for _, found in seen])[order], int(broken))
 
 
 def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

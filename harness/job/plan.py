@@ -27,12 +27,13 @@ from config.schema import (
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate
+from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data, warms_up
+from harness.job.data import open_data
 from harness.job.devices import devices
 from harness.job.networks import plan_network, plan_training
 from harness.ranks.group import Ranks
@@ -110,7 +111,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
         num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up if warms_up(cfg) else None,  # without effect, as the user was told
+        num_warm_up=cfg.dataset.num_warm_up if cfg.warms_up() else 0,
         preheat_mode=cfg.editor.preheat_mode.name,
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
@@ -118,6 +119,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         shuffle=cfg.dataset.shuffle,
         form=form,
     )
+    if cfg.evaluate is None:
+        warn_of_repeats(stream, files["eval"].path)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, as_tokens)
     network = plan_network(cfg, model_outline.shapes)
@@ -162,6 +165,20 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         passage=passage,
         ranks=ranks,
     )
+
+
+def warn_of_repeats(stream: EditStream, file: Path) -> None:
+    """Say which facts to edit say the same, or contradict each other."""
+    facts = stream.edited()
+    found = find_repeats(facts)
+    if found.repeats or found.contradictions:
+        log.warning(
+            "file %s: of the %s facts to edit, %s; each counts in the scores, and of two that contradict each other "
+            "only one can hold: take one of them out",
+            file,
+            f"{len(facts):,}",
+            found,
+        )
 
 
 @contextlib.contextmanager
