@@ -12,28 +12,23 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import fields
-from enum import Enum
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line, waiting_for_choices
-from config.schema import RunConfig, Token, to_run_config
+from config.schema import RunConfig, to_run_config
 from data.records import Allocate
 from data.stream import EditStream
-from editor.base import Editor
-from editor.capture import CaptureEditor, CaptureSettings
+from editor.capture import CaptureEditor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
-from editor.registry import EDITORS, build
 from harness.evaluation import Downstream, Scoring
 from harness.job import (
     Held,
@@ -42,6 +37,7 @@ from harness.job import (
     Plan,
     asked_too_late,
     base_cache,
+    build_editor,
     capture_memory,
     check_export,
     earlier_run,
@@ -57,6 +53,7 @@ from harness.job import (
     network_keeper,
     plan_downstream,
     require_weights,
+    settings_of,
     wandb_settings,
 )
 from harness.ranks import joined, program_of
@@ -75,7 +72,7 @@ from harness.run import (
     share_terminal,
 )
 from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
-from model import BESIDE_WEIGHTS, LanguageModel
+from model import BESIDE_WEIGHTS
 from model_source import stamp
 
 log = logging.getLogger(__name__)
@@ -337,20 +334,6 @@ def roots_of_runs() -> list[Path]:
 def is_shared(part: str) -> bool:
     """Whether a part of a path is the same for all runs: it names no time, no choice and no number of a job."""
     return "${" not in part.replace("${oc.env:", "")
-
-
-def build_editor(cfg: RunConfig, model: LanguageModel, device: torch.device, allocate: Allocate | None) -> Editor:
-    """The editor that the configuration names, with its settings."""
-    kind = EDITORS[cfg.editor.name]
-    capture = CaptureSettings(cfg.editor.passes, cfg.editor.token is Token.all, allocate)
-    return build(kind, model, settings_of(kind.Settings, cfg), device, capture)
-
-
-def settings_of(kind: Any, cfg: RunConfig) -> Any:
-    """A dataclass of an editor's settings, each under the name that users type; `seed` is the run's."""
-    typed = {"seed": cfg.seed, **vars(cfg.editor)}
-    values = {key: value.name if isinstance(value, Enum) else value for key, value in typed.items()}
-    return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
 
 
 def hydra_files(composed: DictConfig) -> dict[str, str]:

@@ -235,6 +235,17 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+def end_tokens(source: ModelSource) -> list[int]:
+    """The tokens at which the model ends a text by itself, known before its weights are; none where it never does."""
+    config = _config(source)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except OSError:  # it has no such file
+        generation = transformers.GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers: int) -> Outline:
     """Build the model without memory, on the meta device, and find the edit modules in it.
 

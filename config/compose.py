@@ -36,6 +36,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from config.help import register_help
 from config.schema import ConfigError, quoted, register, to_run_config
 
 CONFIG_DIR = Path(__file__).resolve().parent
@@ -63,6 +64,7 @@ def check_command_line(argv: Sequence[str]) -> None:
     out of range pass: whoever looks for a mistake may look at it.
     """
     register()
+    register_help()
     flags = _flags(argv)
     if flags is None:
         return

@@ -20,6 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
 from data.disk import LFS_HEAD, sha256_of, whole_or_absent, write_atomically
+from data.nesting import NestingError, ShallowJSON
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
@@ -241,9 +242,14 @@ def _rows(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         is_array = _first_byte(file) == b"["
         try:
-            for value in ijson.items(file, "item" if is_array else "", multiple_values=not is_array, use_float=True):
+            prefix, source = "item" if is_array else "", ShallowJSON(file)
+            for value in ijson.items(source, prefix, multiple_values=not is_array, use_float=True):
                 yield value
                 index += 1
+        except NestingError as error:
+            raise ValueError(
+                f"file {path}: {error}, and a row needs a handful; mend or fetch the file again"
+            ) from error
         except ijson.JSONError as error:
             raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
 

@@ -40,6 +40,7 @@ from data.download import (
     open_client,
     size_of,
 )
+from data.nesting import NestingError, ShallowJSON
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
         body = file.tell()
         is_array = file.read(512).lstrip().startswith(b"[")
         file.seek(body)
-        yield from ijson.items(file, "item" if is_array else "", multiple_values=not is_array, use_float=True)
+        prefix, source = "item" if is_array else "", ShallowJSON(file)
+        yield from ijson.items(source, prefix, multiple_values=not is_array, use_float=True)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -77,7 +79,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise FetchError(f"{path}, row {row_number}: not an object but {type(row).__name__}")
             yield row
             row_number += 1
-    except (ijson.JSONError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (ijson.JSONError, UnicodeDecodeError, NestingError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:120]
         raise FetchError(f"{path}, after row {row_number}: broken or cut off ({reason})") from error
 

@@ -50,10 +50,14 @@ class EditRecord:
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A question as token ids: the prompt, then from `answer_start` to the end the answer."""
+    """A question as token ids: the prompt, then from `answer_start` on the answer, with what ends it."""
 
     ids: tuple[int, ...]
     answer_start: int
+    end_tokens: int = 0  # of the answer's, those at its tail that say nothing but that it ends
+
+    def without_end(self) -> TokenSequence:
+        return TokenSequence(self.ids[: len(self.ids) - self.end_tokens], self.answer_start)
 
     @property
     def answer_length(self) -> int:

@@ -6,12 +6,14 @@ Nothing here keeps a place in the data: turn i is a function of the seed and i, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from functools import partial
+from typing import Literal, overload
 
 import numpy as np
 
+from data.prompts import RAW, PromptForm, Tokenizer
 from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 
 logger = logging.getLogger(__name__)
@@ -36,23 +38,14 @@ WARM_UP_POSITIONS = {
 }
 
 
-class Tokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer."""
-
-    @property
-    def is_fast(self) -> bool: ...
-
-    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
-
-    def num_special_tokens_to_add(self, pair: bool = False) -> int: ...
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Tokenising
 
 
-def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens: AnswerTokens) -> list[TokenSequence]:
-    """Token ids of each prompt and its answer, the answer being the tail: no EOS, no chat template.
+def tokenize(
+    questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens: AnswerTokens, form: PromptForm = RAW
+) -> list[TokenSequence]:
+    """Token ids of each prompt, in its form, and of its answer, which is the tail.
 
     `joint` tokenises prompt + " " + answer at once, with the tokenizer's special tokens, and the answer starts at the
     first token that holds a character of it. So a BPE token with its leading space is an answer token; a token of
@@ -69,7 +62,7 @@ def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens:
     if not questions:
         return []
     cut = {"joint": _tokenize_joint, "separate": _tokenize_separate}[answer_tokens]
-    sequences = cut(questions, tokenizer)
+    sequences = cut([(form.text(question.prompt), question.answer) for question in questions], tokenizer, form)
     for question, sequence in zip(questions, sequences, strict=True):
         if not 0 < sequence.answer_start < len(sequence.ids):
             missing = "answer" if sequence.answer_start else "prompt"
@@ -77,19 +70,42 @@ def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens:
                 f"the tokenizer makes no token of the {missing} in prompt {question.prompt!r}, answer "
                 f"{question.answer!r}: change the row, or the model's tokenizer"
             )
+    if form.end is not None:
+        return [TokenSequence((*each.ids, form.end), each.answer_start, end_tokens=1) for each in sequences]
     return sequences
 
 
-def _tokenize_joint(questions: Sequence[Question], tokenizer: Tokenizer) -> list[TokenSequence]:
+def prompt_ids(questions: Sequence[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
+    """Token ids of prompts in their form, without answers: what a model goes on from when it answers by itself."""
+    return _prompt_ids([form.text(question) for question in questions], tokenizer, form)
+
+
+def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
+    if form.brings_special_tokens:
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    encoded = tokenizer(texts, return_special_tokens_mask=True)
+    columns = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [ids[: _text_end(special)] for ids, special in columns]
+
+
+def _tokenize_joint(
+    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
+    tokenizer: Tokenizer,
+    form: PromptForm,
+) -> list[TokenSequence]:
     if not tokenizer.is_fast:
         raise ValueError(
             f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
             "offsets: set dataset.answer_tokens=separate"
         )
-    heads = [q.prompt if q.prompt[-1:].isspace() else q.prompt + " " for q in questions]
-    texts = [head + q.answer for head, q in zip(heads, questions, strict=True)]
+    heads = [prompt if prompt[-1:].isspace() else prompt + " " for prompt, _ in pairs]
+    texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
     encoded = tokenizer(
-        texts, return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
+        texts,
+        add_special_tokens=not form.brings_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
     )
     return [
         _cut_at_character(ids[: _text_end(special)], offsets, len(head))
@@ -105,15 +121,15 @@ def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: in
     return TokenSequence(tuple(ids), min(start, len(ids)))
 
 
-def _tokenize_separate(questions: Sequence[Question], tokenizer: Tokenizer) -> list[TokenSequence]:
-    prompts = tokenizer([q.prompt for q in questions], return_special_tokens_mask=True)
-    answers = tokenizer([" " + q.answer for q in questions], add_special_tokens=False)
-    sequences = []
-    columns = zip(prompts["input_ids"], prompts["special_tokens_mask"], answers["input_ids"], strict=True)
-    for prompt_ids, special, answer_ids in columns:
-        head = prompt_ids[: _text_end(special)]
-        sequences.append(TokenSequence((*head, *answer_ids), len(head)))
-    return sequences
+def _tokenize_separate(
+    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
+    tokenizer: Tokenizer,
+    form: PromptForm,
+) -> list[TokenSequence]:
+    gap = "" if form.after[-1:].isspace() else " "
+    prompts = _prompt_ids([prompt for prompt, _ in pairs], tokenizer, form)
+    answers = tokenizer([gap + answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    return [TokenSequence((*head, *ids), len(head)) for head, ids in zip(prompts, answers, strict=True)]
 
 
 def _text_end(special: list[int]) -> int:
@@ -181,7 +197,8 @@ class EditStream:
     """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
 
     `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
-    turns there are. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its file's order.
+    turns there are, 0 none of them. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its
+    file's order.
     Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
     together with preheat_mode=none.
     """
@@ -200,9 +217,10 @@ class EditStream:
         answer_tokens: AnswerTokens,
         seed: int,
         shuffle: bool = False,
+        form: PromptForm = RAW,
     ) -> None:
         self.n_edits, self.batch_size = n_edits, batch_size
-        self._tokenizer, self._answer_tokens = tokenizer, answer_tokens
+        self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
         self.num_turns = _count_turns(len(edits), n_edits, num_turns)
         self.num_warm_up = _count_warm_up(len(warm_up), n_edits, num_warm_up, preheat_mode)
         self.warm_up_start = WARM_UP_POSITIONS[preheat_mode](self.num_turns)
@@ -220,7 +238,7 @@ class EditStream:
             raise IndexError(f"turn {index} of a stream of {len(self)} turns")
         phase, rows = self._rows_of(index)
         records = tuple(rows)
-        sequences = tokenize([record.edit for record in records], self._tokenizer, self._answer_tokens)
+        sequences = self._tokenize([record.edit for record in records])
         weights = mini_batch_weights(sequences, self.batch_size)
         return Turn(index, phase, records, tuple(sequences), weights)
 
@@ -312,6 +330,7 @@ def check_context(
     answer_tokens: AnswerTokens,
     file: str,
     most: int | None = None,
+    form: PromptForm = RAW,
 ) -> None:
     """ValueError, naming file, row, tokens and limit, for the first question longer than the model's context.
 
@@ -319,14 +338,15 @@ def check_context(
     questions with more bytes than the context has room for are tokenised at all. Where no question can have more than
     `most` tokens, and the context has room for these, no record is read.
     """
-    added = tokenizer.num_special_tokens_to_add() + 2  # the space between, and one that SentencePiece puts in front
+    # the space between, and one that SentencePiece puts in front
+    added = tokenizer.num_special_tokens_to_add() + 2 + form.most_added
     if most is not None and most + added <= context_length:
         return
     for record in records:
         for protocol, question in questions_of(record).items():
             if most_tokens(question) + added <= context_length:
                 continue
-            tokens = len(tokenize([question], tokenizer, answer_tokens)[0].ids)
+            tokens = len(tokenize([question], tokenizer, answer_tokens, form)[0].ids)
             if tokens > context_length:
                 raise ValueError(
                     f"file {file}, row {record.index}: {protocol} is {tokens} tokens long, the model's context is "

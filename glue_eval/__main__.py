@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         results = run(chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split()).replace('model.name_or_path=', '--model ')}")
     Console().print(as_table(results["tasks"]))
     if chosen.output:

@@ -103,6 +103,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise ValueError(
                     f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno}); a row stands on one line"
                 ) from error
+            except RecursionError as error:
+                raise ValueError(
+                    f"{path}, line {number}: brackets nest too deep; mend the row or take it out"
+                ) from error
 
 
 def _hub_rows(task: Task) -> tuple[str, list[tuple[str, Any]]]:

@@ -7,6 +7,7 @@ it; what is none of the answers is wrong, and counted.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -124,7 +125,11 @@ def _evaluate(model: LanguageModel, prepared: PreparedTask, resamples: int, seed
     start = time.perf_counter()
     rows, task = prepared.rows, prepared.rows.task
     labels = [example.label for example in rows.asked]
-    likeliest = most_likely(model, prepared.prompts)
+    try:
+        likeliest = most_likely(model, prepared.prompts)
+    except FloatingPointError as error:
+        remedy = "look at the model's weights, or edit with a smaller editor.lr"
+        raise FloatingPointError(f"task {task.name}: {error}: nothing to score; {remedy}") from error
     texts = written(model, prepared.prompts)
     said = [parse_answer(text, task.answers) for text in texts]
     kinds = len(task.answers)
@@ -147,9 +152,14 @@ def _evaluate(model: LanguageModel, prepared: PreparedTask, resamples: int, seed
 
 
 def most_likely(model: LanguageModel, prompts: Sequence[Prompt]) -> list[int]:
-    """The answer whose tokens have the highest mean log-probability, the first of several; a place in the task's."""
+    """The answer whose tokens have the highest mean log-probability, the first of several; a place in the task's.
+
+    FloatingPointError where one has none.
+    """
     scores = model.label_log_probs([prompt.ids for prompt in prompts], [prompt.answers for prompt in prompts])
     means = [[total / tokens for total, tokens in answers] for answers in scores]
+    if broken := sum(any(map(math.isnan, answers)) for answers in means):
+        raise FloatingPointError(f"the log-probabilities are not numbers on {broken} of {len(means)} rows")
     return [answers.index(max(answers)) for answers in means]
 
 

@@ -11,7 +11,9 @@ from config.schema.checks import (
     quoted,
 )
 from config.schema.dataset import (
+    AnswerEnd,
     AnswerTokens,
+    PromptForm,
     SyntheticConfig,
 )
 from config.schema.door import (
@@ -43,6 +45,7 @@ from config.schema.tracker import (
 )
 
 __all__ = [
+    "AnswerEnd",
     "AnswerTokens",
     "ClosedFormConfig",
     "ConfigError",
@@ -51,6 +54,7 @@ __all__ = [
     "Half",
     "HyperNetworkConfig",
     "PreheatMode",
+    "PromptForm",
     "RLEditConfig",
     "RunConfig",
     "RunningMeanStdMode",

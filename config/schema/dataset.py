@@ -18,6 +18,21 @@ class AnswerTokens(Enum):
     separate = "separate"
 
 
+class PromptForm(Enum):
+    """How a question is put to the model: as it stands, as published; in the chat template; as "Q: ...", "A:"."""
+
+    raw = "raw"
+    chat = "chat"
+    qa = "qa"
+
+
+class AnswerEnd(Enum):
+    """What follows an answer: nothing, as published, or the token at which the model ends a text by itself."""
+
+    none = "none"
+    eos = "eos"
+
+
 @dataclass
 class DatasetConfig(Section):
     """Which facts, and how many enter together."""
@@ -36,14 +51,18 @@ class DatasetConfig(Section):
     eval_mhop: bool = False
     """Score multi-hop questions too, where the data holds them."""
     answer_tokens: AnswerTokens = AnswerTokens.joint
+    prompt_form: PromptForm = PromptForm.raw
+    answer_end: AnswerEnd = AnswerEnd.none
     shuffle: bool = False
     """Edit in an order drawn from the seed, not in the order of the file."""
     num_warm_up: int | None = None
     """Warm-up turns; the group points it at num_seq_zsre or num_seq_wikibigedit, which users set. null = 20, or all
-    there is."""
+    there is; 0 = no warm-up."""
 
     has_sample: ClassVar[bool] = True
     """Rows ship with the project, so the paths may stay null."""
+    warm_up_key: ClassVar[str] = "num_seq_zsre"
+    """The key of the root that the group points num_warm_up at."""
 
     def mistakes(self) -> list[str]:
         return [
@@ -51,7 +70,6 @@ class DatasetConfig(Section):
             *at_least("dataset.batch_size", self.batch_size, 1, "it counts the facts a mini-batch"),
             *filled("dataset.train_path", self.train_path),
             *filled("dataset.valid_path", self.valid_path),
-            *at_least("dataset.num_warm_up", self.num_warm_up, 1, "editor.preheat_mode=none means no warm-up"),
             *self._multi_hop_mistakes(),
         ]
 
@@ -76,6 +94,8 @@ class DatasetConfig(Section):
 @dataclass
 class WikiBigEditConfig(DatasetConfig):
     """The data set with personas and multi-hop questions."""
+
+    warm_up_key: ClassVar[str] = "num_seq_wikibigedit"
 
     def holds_multi_hop(self) -> bool:
         return True

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from config.schema.checks import Section, at_least, filled
-
-
-class Prompt(Enum):
-    """How the model is asked when it generates: the prompt as it stands, or in its tokenizer's chat template."""
-
-    raw = "raw"
-    chat = "chat"
+from config.schema.dataset import PromptForm
 
 
 @dataclass
@@ -27,7 +20,8 @@ class EvaluationConfig(Section):
     """Records, of those scored, that are scored by greedy generation too: a number, `all`, or 0 (also written off)."""
     max_new_tokens: int = 16
     """Tokens that the model may generate, whatever the length of the answer."""
-    prompt: Prompt = Prompt.raw
+    prompt: PromptForm | None = None
+    """Form in which a model that answers by itself is asked; null = that of the facts, dataset.prompt_form."""
     retention: int = 0
     """Records of each edit turn that are scored after it and again after 1, 2, 4, 8, ... more turns; 0 = off."""
     perplexity: str = "passage"

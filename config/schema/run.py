@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from config.schema.checks import Section, at_least, device, filled
-from config.schema.dataset import DatasetConfig, WikiBigEditConfig
+from config.schema.dataset import DatasetConfig
 from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
-from config.schema.evaluation import EvaluationConfig, GlueConfig, Prompt
+from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig
 
@@ -32,9 +32,9 @@ class RunConfig(Section):
     num_seq: int | None = None
     """Edit turns; null = every full turn in the data."""
     num_seq_zsre: int | None = None
-    """Warm-up turns of every data set but wikibigedit; null = 20, or all there is."""
+    """Warm-up turns of every data set but wikibigedit; null = 20, or all there is; 0 = no warm-up."""
     num_seq_wikibigedit: int | None = None
-    """Warm-up turns of wikibigedit; null = 20, or all there is."""
+    """Warm-up turns of wikibigedit; null = 20, or all there is; 0 = no warm-up."""
     model_device: str = "auto"
     """Where the language model runs: auto, cpu, cuda or cuda:N; auto = a GPU where there is one."""
     editor_device: str = "auto"
@@ -62,18 +62,23 @@ class RunConfig(Section):
             *root_mistakes(vars(self)),
             *device_mistakes(self),
             *made_facts_mistakes(self),
+            *warm_up_mistakes(self),
             *training_data_mistakes(self),
         ]
+
+    def warms_up(self) -> bool:
+        """Whether turns of the training file come before the facts to edit, or among them."""
+        return self.editor.preheat_mode is not PreheatMode.none and self.dataset.num_warm_up != 0
 
 
 def root_mistakes(values: Mapping[str, Any]) -> list[str]:
     """Values of the root that are out of range."""
-    all_turns, no_warm_up = "null takes every full turn in the data", "editor.preheat_mode=none means no warm-up"
+    all_turns, no_warm_up = "null takes every full turn in the data", "0 means no warm-up"
     return [
         *_seed_mistakes(values["seed"]),
         *at_least("num_seq", values["num_seq"], 1, all_turns),
-        *at_least("num_seq_zsre", values["num_seq_zsre"], 1, no_warm_up),
-        *at_least("num_seq_wikibigedit", values["num_seq_wikibigedit"], 1, no_warm_up),
+        *at_least("num_seq_zsre", values["num_seq_zsre"], 0, no_warm_up),
+        *at_least("num_seq_wikibigedit", values["num_seq_wikibigedit"], 0, no_warm_up),
         *device("model_device", values["model_device"]),
         *device("editor_device", values["editor_device"]),
         *filled("evaluate", values["evaluate"]),
@@ -107,16 +112,27 @@ def made_facts_mistakes(run: RunConfig) -> list[str]:
     return [f"num_seq={run.num_seq}: takes {needed} facts, dataset.facts={facts} are made; {remedy}"] * (needed > facts)
 
 
+def warm_up_mistakes(run: RunConfig) -> list[str]:
+    """A number of warm-up turns that is out of range, or none where a setting needs some before the first edit."""
+    key, turns, preheat = run.dataset.warm_up_key, run.dataset.num_warm_up, run.editor.preheat_mode
+    mistakes = []
+    if turns != getattr(run, key):  # the root speaks for the key that users set
+        mistakes += at_least("dataset.num_warm_up", turns, 0, "0 means no warm-up")
+    setting = run.editor.needs_warm_up() if run.evaluate is None else None
+    if setting and preheat is not PreheatMode.start:
+        mistakes.append(f"{setting} with editor.preheat_mode={preheat.name}: set editor.preheat_mode=start")
+    if setting and turns == 0:
+        mistakes.append(f"{setting} with {key}=0, no warm-up: set {key} to 1 or more, or to null")
+    return mistakes
+
+
 def training_data_mistakes(run: RunConfig) -> list[str]:
-    """Warm-up that a setting needs and does not get; warm-up or meta-training that has no data."""
+    """Warm-up or meta-training that has no data."""
     if run.evaluate is not None:
         return []  # nothing is edited
     preheat, mistakes = run.editor.preheat_mode, []
-    setting = run.editor.needs_warm_up()
-    if setting and preheat is not PreheatMode.start:
-        mistakes.append(f"{setting} with editor.preheat_mode={preheat.name}: set editor.preheat_mode=start")
     if run.dataset.train_path is None and not run.dataset.has_sample:
-        if preheat is not PreheatMode.none:
+        if run.warms_up():
             reason = f"warm-up turns (editor.preheat_mode={preheat.name})"
             mistakes.append(f"dataset.train_path=null: {reason} need it; set it, or editor.preheat_mode=none")
         if isinstance(run.editor, HyperNetworkConfig) and run.editor.trains():
@@ -135,12 +151,13 @@ def settings_without_effect(run: RunConfig) -> list[str]:
             "model_cache": run.model_cache,
         }
         return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
-    no_warm_up = run.editor.preheat_mode is PreheatMode.none
+    preheat, turns, used = run.editor.preheat_mode, run.dataset.num_warm_up, run.dataset.warm_up_key
     lines = []
-    if no_warm_up and run.dataset.num_warm_up is not None:
-        lines.append(f"{run.dataset.num_warm_up} warm-up turns have no effect with editor.preheat_mode=none")
-    keys = ("num_seq_zsre", "num_seq_wikibigedit")
-    used, unused = reversed(keys) if isinstance(run.dataset, WikiBigEditConfig) else keys
+    if preheat is PreheatMode.none and turns:
+        lines.append(f"{turns} warm-up turns have no effect with editor.preheat_mode=none")
+    if preheat not in (PreheatMode.none, PreheatMode.start) and turns == 0:
+        lines.append(f"editor.preheat_mode={preheat.name} has no effect with {used}=0")
+    unused = next(key for key in ("num_seq_zsre", "num_seq_wikibigedit") if key != used)
     if getattr(run, unused) is not None:
         lines.append(
             f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
@@ -153,6 +170,6 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:
         lines.append("glue.* has no effect with downstream_eval_steps=0")
-    if run.evaluation.prompt is not Prompt.raw and not run.evaluation.generation:
+    if run.evaluation.prompt is not None and not run.evaluation.generation:
         lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
     return lines

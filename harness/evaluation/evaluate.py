@@ -31,13 +31,13 @@ from model import LanguageModel
 
 # What each probe of a record is called in the papers: efficacy, generalisation, specificity, personas, multi-hop.
 PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", "multi_hop": "MS"}
-# What is said of a probe beside its token accuracy: all tokens right; the generated text is the answer, contains it;
-# first choices as the base model's, and KL(base || edited) in nats.
-FORMS = ("", "_seq", "_gen", "_contains", "_agree", "_kl")
+# What is said of a probe beside its token accuracy: all tokens right; these and the end after them; the generated text
+# is the answer, contains it; first choices as the base model's, and KL(base || edited) in nats.
+FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
 # Records that a process scores together: enough for tight length buckets, few enough to forget.
 BLOCK = 128
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 2
+SCORES_FORMAT = 3
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -53,7 +53,8 @@ class RecordScore:
     index: int  # row of the data file
     protocol: str  # ES, GS, ...
     correct: int  # answer tokens that are the model's first choice, teacher-forced
-    tokens: int
+    tokens: int  # without the end of the answer
+    ended: bool | None = None  # all of them are right, and then the end; None where answers have none
     agree: int | None = None  # of locality: answer tokens at which the base model's first choice is this model's too
     kl: float | None = None  # mean over answer tokens of KL(base || edited), which lies in [kl, kl + kl_error]
     kl_error: float | None = None
@@ -68,6 +69,8 @@ class RecordScore:
         """Each of `FORMS` that this probe has, and its value."""
         yield "", self.correct / self.tokens
         yield "_seq", float(self.correct == self.tokens)
+        if self.ended is not None:
+            yield "_end", float(self.ended)
         if self.exact is not None and self.contains is not None:
             yield "_gen", float(self.exact)
             yield "_contains", float(self.contains)
@@ -148,7 +151,10 @@ def score_records(
     generation: Generation | None = None,
     generated: Container[int] = (),  # places whose answers are generated too
 ) -> Iterator[RecordScore]:
-    """Score every probe a record has, in the order of the records; a probe it lacks is left out."""
+    """Score every probe a record has, in the order of the records; a probe it lacks is left out.
+
+    FloatingPointError where the model's logits are not finite.
+    """
     stream = iter(records)
     while block := list(islice(stream, BLOCK * model.hands)):
         probes = [
@@ -157,32 +163,40 @@ def score_records(
             for field, question in questions_of(record).items()
             if field in protocols and (field == "locality" or place not in locality_only)
         ]
-        sequences = tokenize([probe.question for probe in probes])
-        correct, moved = _teacher_forced(model, probes, sequences, locality)
+        sequences = [
+            sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
+            for probe, sequence in zip(probes, tokenize([probe.question for probe in probes]), strict=True)
+        ]
+        hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
         for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
             name, said = protocols[probe.field], {**moved.get(i, {}), **texts.get(i, {})}
-            yield RecordScore(probe.place, probe.record.index, name, correct[i], sequence.answer_length, **said)
+            tokens = sequence.answer_length - sequence.end_tokens
+            ended = all(hits[i]) if sequence.end_tokens else None
+            yield RecordScore(probe.place, probe.record.index, name, sum(hits[i][:tokens]), tokens, ended, **said)
 
 
 def _teacher_forced(
     model: LanguageModel, probes: Sequence[_Probe], sequences: Sequence[TokenSequence], locality: Locality | None
-) -> tuple[list[int], dict[int, dict[str, Any]]]:
-    """Of each probe its right answer tokens, and of locality probes what was said in comparison with the base model."""
+) -> tuple[list[list[bool]], dict[int, dict[str, Any]]]:
+    """Of each probe which answer tokens are right; of locality probes what was said beside the base model."""
     local = [i for i, probe in enumerate(probes) if probe.field == "locality"] if locality else []
     places, lengths = [probes[i].place for i in local], [sequences[i].answer_length for i in local]
     base = locality.base(places, lengths) if locality and local else None
     tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
     shares = model.shares([len(sequence.ids) for sequence in sequences])
     answered = model.each(_answer, [_asked(share, sequences, tokens, base) for share in shares])
-    correct = dict(zip(chain(*shares), chain(*(part.correct for part in answered)), strict=True))
+    if broken := sum(part.broken for part in answered):
+        asked = sum(sequence.answer_length for sequence in sequences)
+        raise FloatingPointError(f"the logits are not finite at {broken} of {asked} answer tokens: nothing to score")
+    hits = dict(zip(chain(*shares), chain(*(part.hits for part in answered)), strict=True))
     moved: list[RecordShift | None] = []
     if locality and local:
         order = torch.cat([tokens[i] for share in shares for i in share if i in tokens])
         seen = [part.local for part in answered if part.local is not None]
         moved = locality.close(places, lengths, cat(seen)[order.argsort()])
     said = {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in zip(local, moved, strict=True) if m}
-    return [correct[i] for i in range(len(probes))], said
+    return [hits[i] for i in range(len(probes))], said
 
 
 @dataclass(frozen=True)
@@ -196,8 +210,9 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Answered:
-    correct: list[int]  # answer tokens, by sequence
+    hits: list[list[bool]]  # of each sequence's answer tokens, whether they are the first choice
     local: Seen | None  # at the answer tokens of locality questions; None where there were none
+    broken: int = 0  # answer tokens whose logits are not finite
 
 
 def _asked(
@@ -216,19 +231,22 @@ def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
     rows = _rows_of(asked.local, lengths)
     base = asked.base and asked.base.to(model.device)
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
+    broken = torch.zeros((), dtype=torch.int64, device=model.device)  # stays there: read once, not every batch
     seen: list[tuple[Tensor, Seen]] = []
     for at, logits, targets in _answer_logits(model, asked.sequences):
-        hits[at.to(model.device)] = logits.argmax(-1) == targets.to(model.device)
+        first = logits.argmax(-1)  # of a row with a nan, that one
+        broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
+        hits[at.to(model.device)] = first == targets.to(model.device)
         ours = rows[at] >= 0
         if ours.any():
             mine = rows[at[ours]]
             found = look(logits[ours.to(model.device)], base and base[mine.to(model.device)])
             seen.append((mine, found.to(torch.device("cpu"))))
-    correct = [int(part.sum()) for part in hits.cpu().split(lengths)]
+    by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:
-        return _Answered(correct, None)
+        return _Answered(by_sequence, None, int(broken))
     order = torch.cat([mine for mine, _ in seen]).argsort()
-    return _Answered(correct, cat([found for _, found in seen])[order])
+    return _Answered(by_sequence, cat([found for _, found in seen])[order], int(broken))
 
 
 def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -255,7 +273,7 @@ def _generated(
     asked = [i for i, probe in enumerate(probes) if probe.place in places]
     if generation is None or not asked:
         return {}
-    texts = generation.texts(model, [probes[i].question for i in asked])
+    texts = generation.texts(model, [probes[i].question.prompt for i in asked])
     judged = {i: (text, *matches(text, probes[i].question.answer)) for i, text in zip(asked, texts, strict=True)}
     return {i: {"text": text, "exact": exact, "contains": has} for i, (text, exact, has) in judged.items()}
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from data.progress import progress_bar
-from data.records import EditRecord, Question
-from data.stream import most_tokens, questions_of, tokenize
+from data.prompts import PromptForm
+from data.records import EditRecord
+from data.stream import most_tokens, prompt_ids, questions_of
 from model import LanguageModel
-
-PromptForm = Literal["raw", "chat"]
 
 SHORT = 3.0  # seconds of writing that need no bar
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -21,66 +20,41 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Generation:
-    """How the model is asked, and how much it may write.
-
-    `form`: the prompt as it stands, with the tokenizer's special tokens, or as a user's message in the chat template of
-    the tokenizer. `sample` records are asked, None = all that are scored. ValueError for a form the tokenizer lacks.
-    """
+    """How the model is asked, and how much it may write; `sample` records are asked, None = all that are scored."""
 
     tokenizer: Any
     form: PromptForm
     max_new_tokens: int  # whatever the length of the answer
     sample: int | None
 
-    def __post_init__(self) -> None:
-        if self.form == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(
-                "evaluation.prompt=chat: the model's tokenizer has no chat template; set evaluation.prompt=raw, "
-                "or choose an instruction-tuned model"
-            )
-
     def identity(self) -> list[Any]:
         """All that can change a text, beside model and tokenizer."""
-        template = self.tokenizer.chat_template if self.form == "chat" else None
-        return [self.form, template, self.max_new_tokens, self.sample]
+        return [asdict(self.form), self.max_new_tokens, self.sample]
 
-    def texts(self, model: LanguageModel, questions: Sequence[Question]) -> list[str]:
+    def texts(self, model: LanguageModel, questions: Sequence[str]) -> list[str]:
         """What the model writes after each prompt, up to its own end or the budget."""
-        tokens = len(questions) * self.max_new_tokens
+        prompts = prompt_ids(questions, self.tokenizer, self.form)
+        tokens = len(prompts) * self.max_new_tokens
         with progress_bar("writing answers", tokens, "tokens", delay=SHORT) as bar:
-            written = model.generate(self.prompts(questions), self.max_new_tokens, bar.advance)
+            written = model.generate(prompts, self.max_new_tokens, bar.advance)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 
-    def prompts(self, questions: Sequence[Question]) -> list[list[int]]:
-        """Token ids of the prompts alone: how an answer is cut into tokens has no part in them."""
-        if self.form == "chat":
-            return [self._chat(question.prompt) for question in questions]
-        return [list(s.ids[: s.answer_start]) for s in tokenize(questions, self.tokenizer, "separate")]
-
-    def _chat(self, prompt: str) -> list[int]:
-        message = [{"role": "user", "content": prompt}]
-        return list(
-            self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
-
     def check(self, records: Iterable[EditRecord], context_length: int, file: str) -> None:
-        """ValueError, naming file and row, for the first prompt that the chat template makes longer than the context.
+        """ValueError, naming file and row, for the first prompt that its form makes longer than the context.
 
         Raw prompts are no longer than the questions, which `data.stream.check_context` has seen.
         """
-        if self.form == "raw":
-            return
-        added = len(self._chat(""))
-        for record in records:
+        added = self.form.most_added
+        for record in records if added else ():
             for protocol, question in questions_of(record).items():
                 if most_tokens(question) + added <= context_length:
                     continue
-                tokens = len(self._chat(question.prompt))
+                tokens = len(prompt_ids([question.prompt], self.tokenizer, self.form)[0])
                 if tokens > context_length:
                     raise ValueError(
                         f"file {file}, row {record.index}: the prompt of {protocol} is {tokens} tokens long in the "
-                        f"chat template, the model's context is {context_length}; shorten or remove the row, or set "
-                        "evaluation.prompt=raw"
+                        f"form it is asked in, the model's context is {context_length}; shorten or remove the row, or "
+                        "set evaluation.prompt=raw"
                     )
 
 

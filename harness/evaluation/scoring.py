@@ -18,6 +18,7 @@ from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together
+BASE = "the base model"
 SECONDS: dict[Stage, str] = {"base": "scoring_base", "eval": "scoring_on_the_way", "final": "scoring_final"}
 
 
@@ -37,9 +38,13 @@ class Scoring:
     def __call__(self, stage: Stage, done: int, cache: Path | None = None) -> Summary:
         """Score the base model, or the facts that the first `done` turns of the stream wrote."""
         upto = None if stage == "base" else done
-        what = "the base model" if stage == "base" else f"after turn {done}"
+        what = BASE if stage == "base" else f"after turn {done}"
         count = self.evaluation.count(upto)
-        with self._timed(SECONDS[stage]), self.progress.evaluation(what, count, unit="records") as bar:
+        with (
+            _finite(what),
+            self._timed(SECONDS[stage]),
+            self.progress.evaluation(what, count, unit="records") as bar,
+        ):
             summary = self.evaluation.run(upto, partial(self._watch, stage, bar), cache)
             self._write()
         self.tracker.scores(done, summary, stage)
@@ -60,7 +65,7 @@ class Scoring:
         places = self.evaluation.retention.due(done)
         if not places:
             return
-        with self._timed("scoring_retention"):
+        with _finite(f"after turn {done}"), self._timed("scoring_retention"):
             scores = self._kept("retention", done, self.evaluation.retained(places))
             summary = self._summary((f"{score.protocol}_age{age}", _share(score)) for age, score in scores)
         self.tracker.scores(done, summary, "retention")
@@ -133,6 +138,16 @@ class Scoring:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def _finite(what: str) -> Iterator[None]:
+    """Says what was scored where its numbers are not finite, and the way out."""
+    try:
+        yield
+    except FloatingPointError as error:
+        remedy = "look at its weights, or set model.half=fp32" if what == BASE else "set a smaller editor.lr"
+        raise FloatingPointError(f"evaluating {what}: {error}; {remedy}") from error
 
 
 def _share(score: RecordScore) -> float:

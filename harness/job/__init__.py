@@ -1,5 +1,6 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
+from harness.job.build import build_editor, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.networks import network_keeper
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "asked_too_late",
     "base_cache",
+    "build_editor",
     "capture_memory",
     "check_export",
     "earlier_run",
@@ -31,5 +33,6 @@ __all__ = [
     "network_keeper",
     "plan_downstream",
     "require_weights",
+    "settings_of",
     "wandb_settings",
 ]

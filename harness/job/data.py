@@ -6,7 +6,6 @@ from pathlib import Path
 
 from config.schema import (
     HyperNetworkConfig,
-    PreheatMode,
     RunConfig,
 )
 from data import DATASETS
@@ -20,7 +19,7 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
     dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
     paths = {"eval": cfg.dataset.valid_path}
-    if warms_up(cfg) or trains(cfg):
+    if cfg.warms_up() or trains(cfg):
         paths["train"] = cfg.dataset.train_path
     return {
         split: open_records(
@@ -36,11 +35,6 @@ def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) ->
     if path is None and facts is not None:
         return made_file(dataset, split, facts, places.CACHE / "made")
     return resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample")
-
-
-def warms_up(cfg: RunConfig) -> bool:
-    """Whether turns of the training file come before the facts to edit, or among them."""
-    return cfg.editor.preheat_mode is not PreheatMode.none
 
 
 def trains(cfg: RunConfig) -> bool:

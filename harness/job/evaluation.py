@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 from config.schema import (
@@ -47,7 +48,7 @@ def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
         "tokenizer": plan.tokenizer_hash,
         "data": plan.files["eval"].sha256,
         "reading": [FORMAT, cfg.dataset.name, cfg.dataset.field_map(), cfg.seed],
-        "questions": [cfg.dataset.answer_tokens.name, cfg.dataset.eval_mhop],
+        "questions": [cfg.dataset.answer_tokens.name, asdict(plan.form), cfg.dataset.eval_mhop],
         "records": [cfg.dataset.shuffle, len(plan.stream.edited()), sample, on_the_way],
         "generation": plan.generation and plan.generation.identity(),
         "passage": plan.passage and [plan.passage.sha256, plan.passage.window],

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from config.schema import (
+    AnswerEnd,
     PreheatMode,
     RunConfig,
     Token,
@@ -24,13 +25,15 @@ from config.schema import (
     settings_without_effect,
 )
 from data.files import RecordFile
+from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate
+from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
-from harness.evaluation.generation import Generation, PromptForm
+from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data, warms_up
+from harness.job.data import open_data
 from harness.job.devices import devices
 from harness.job.networks import plan_network, plan_training
 from harness.ranks.group import Ranks
@@ -38,7 +41,7 @@ from harness.run import places
 from harness.run.networks import TrainedNetwork
 from harness.run.spill import CaptureFolder
 from harness.watch.tracking import WandbMode, WandbSettings, check_wandb
-from model_source import ModelSource, Outline, load_tokenizer, locate, outline
+from model_source import ModelSource, Outline, end_tokens, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Plan:
     network: TrainedNetwork | None  # None: it takes up none
     tokenizer: Any
     tokenize: Tokenize
+    form: PromptForm  # of the facts
     source: ModelSource
     outline: Outline
     device: torch.device
@@ -100,20 +104,24 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
     tokenizer = load_tokenizer(source)
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
+    form = plan_form(cfg, tokenizer, source)
     stream = EditStream(
         files["eval"],
         files.get("train", ()),
         n_edits=cfg.dataset.n_edits,
         batch_size=cfg.dataset.batch_size,
         num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up if warms_up(cfg) else None,  # without effect, as the user was told
+        num_warm_up=cfg.dataset.num_warm_up if cfg.warms_up() else 0,
         preheat_mode=cfg.editor.preheat_mode.name,
         tokenizer=tokenizer,
         answer_tokens=answer_tokens,
         seed=cfg.seed,
         shuffle=cfg.dataset.shuffle,
+        form=form,
     )
-    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens)
+    if cfg.evaluate is None:
+        warn_of_repeats(stream, files["eval"].path)
+    as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, as_tokens)
     network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
@@ -128,6 +136,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
                     answer_tokens=answer_tokens,
                     file=str(files[split].path),
                     most=files[split].most_tokens,
+                    form=form,
                 )
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
@@ -147,6 +156,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         network=network,
         tokenizer=tokenizer,
         tokenize=as_tokens,
+        form=form,
         source=source,
         outline=model_outline,
         device=device,
@@ -155,6 +165,20 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         passage=passage,
         ranks=ranks,
     )
+
+
+def warn_of_repeats(stream: EditStream, file: Path) -> None:
+    """Say which facts to edit say the same, or contradict each other."""
+    facts = stream.edited()
+    found = find_repeats(facts)
+    if found.repeats or found.contradictions:
+        log.warning(
+            "file %s: of the %s facts to edit, %s; each counts in the scores, and of two that contradict each other "
+            "only one can hold: take one of them out",
+            file,
+            f"{len(facts):,}",
+            found,
+        )
 
 
 @contextlib.contextmanager
@@ -179,13 +203,30 @@ def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
     return WandbSettings(cast(WandbMode, cfg.wandb.name), cfg.project, cfg.entity, cfg.group, tuple(cfg.tags))
 
 
+def plan_form(cfg: RunConfig, tokenizer: Any, source: ModelSource) -> PromptForm:
+    """How facts are put to the model. ValueError where the model has no end to teach."""
+    end = None
+    if cfg.dataset.answer_end is AnswerEnd.eos:
+        ends = end_tokens(source)
+        if not ends:
+            raise ValueError(
+                "dataset.answer_end=eos: the model has no token at which it ends a text (no eos_token_id in its "
+                "generation_config.json or config.json); set dataset.answer_end=none"
+            )
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]  # of a chat model, that of a turn
+    return prompt_form(tokenizer, cast(FormName, cfg.dataset.prompt_form.name), end, "dataset.prompt_form")
+
+
 def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:
     """How answers are generated, None where none are."""
     settings = cfg.evaluation
     if not settings.generation:
         return None
     sample = settings.generation if isinstance(settings.generation, int) else None
-    return Generation(tokenizer, cast(PromptForm, settings.prompt.name), settings.max_new_tokens, sample)
+    asked = settings.prompt or cfg.dataset.prompt_form
+    option = "dataset.prompt_form" if settings.prompt is None else "evaluation.prompt"
+    form = prompt_form(tokenizer, cast(FormName, asked.name), option=option)
+    return Generation(tokenizer, form, settings.max_new_tokens, sample)
 
 
 def plan_passage(cfg: RunConfig, tokenizer: Any, context_length: int | None) -> Passage | None:

@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
     """ValueError, naming the file, where it is no JSON; a run that starts just now has an empty run.json."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
 
 
@@ -148,7 +148,7 @@ def read_lines(path: Path, *, may_be_cut: bool) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 found = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if may_be_cut and not line.endswith("\n"):
                     return
                 raise ValueError(f"{path}, line {number}: is no JSON ({one_line(error)})") from error

@@ -158,7 +158,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: holds no run (no run.json); name the folder of a run") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'run.json'}: cannot be read ({one_line(error)})") from error
 
 

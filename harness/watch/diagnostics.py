@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import resource
@@ -14,9 +15,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from data.records import LowRankUpdate, Phase, Turn
+from data.records import LowRankUpdate, Phase, Turn, WeightChange
 from editor import linalg
 from editor.base import Edit, Editor
+
+log = logging.getLogger(__name__)
+
+OUTWEIGHED = 1.0  # ||W_t - W_0|| / ||W_0||: beyond it there is more of the edits than of the weights they edit
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class TurnDiagnostics:
         self.devices = devices
         self.previous, self.seed = previous, seed
         self.edits_total = 0
+        self._warned = False
         self._window: list[PastUpdate] = []  # newest first
         self._earlier: PastUpdate | None = None
 
@@ -57,6 +63,7 @@ class TurnDiagnostics:
         earlier = _cosines(now, self._earlier) if self._earlier else {}
         earlier_turn = self._earlier.turn if self._earlier else None
         self._remember(now)
+        self._warn(turn.index, edit.changes)
         return {
             "turn": turn.index,
             "phase": turn.phase.value,
@@ -81,6 +88,21 @@ class TurnDiagnostics:
             "statistics": editor.statistics(),
             "memory": memory(*self.devices),
         }
+
+    def _warn(self, turn: int, changes: Mapping[str, WeightChange]) -> None:
+        """Once, where the edits outweigh the weights that they edit."""
+        drifts = {name: change.drift for name, change in changes.items() if change.drift is not None}
+        name = max(drifts, key=drifts.__getitem__, default=None)
+        if name is None or drifts[name] <= OUTWEIGHED or self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "turn %d: the edits have moved %s by %.3g times the norm of its own weights (||W_t - W_0|| / ||W_0||): it "
+            "is more edits than model; set a smaller editor.lr",
+            turn,
+            name,
+            drifts[name],
+        )
 
     def _remember(self, now: PastUpdate) -> None:
         """The window moves on; what leaves it takes the earlier one's place with the chance that keeps all alike.

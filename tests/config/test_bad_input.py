@@ -119,6 +119,8 @@ BAD_FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "row that is null": (rows_with(0, None), ("row 0", "null")),
     "no rows": ([], ("no rows",)),
     "empty": ("", ("is empty",)),
+    "100,000 brackets": ("[" * 100_000, ("more than 100 deep", "mend or fetch")),
+    "a deep field": (rows_with(9, {**zsre_row(9), "junk": json.loads("[" * 200 + "]" * 200)}), ("more than 100 deep",)),
     "a page": ("<!DOCTYPE html><html>Not found</html>", ("neither a JSON array nor JSON Lines",)),
     "another data set": ([{"prompt": "a", "ans": "b"}] * 12, ("row 0", "prompt, ans")),
     "one object of lists": ({"src": ["a"], "ans": ["b"]}, ("row 0",)),
@@ -320,16 +322,75 @@ def check_ended(commands: Commands, applied: dict[str, Any], turns: int) -> None
     assert turns == 0 or not torch.equal(now[f"{MODULES[0]}.weight"], applied["weights"][0][f"{MODULES[0]}.weight"])
 
 
-def test_a_loss_that_is_not_finite(commands: Commands, applied: dict[str, Any]) -> None:
-    """A model with a hole in it."""
+def test_a_loss_that_is_not_finite(
+    commands: Commands, applied: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with a hole in it, which the base model's scores, from the cache, say nothing of."""
+    commands(run="before")
+    load = LanguageModel.load
+
+    def breaking(*args: Any, **options: Any) -> LanguageModel:
+        model = load(*args, **options)
+        fingerprint = model.fingerprint()
+        monkeypatch.setattr(model, "fingerprint", lambda: fingerprint)
+        model.model.model.norm.weight.data[3] = float("nan")
+        applied["weights"] = [weights(model)]
+        return model
+
+    monkeypatch.setattr(LanguageModel, "load", breaking)
+    check(commands.refused(), "turn 0", "the loss is nan", "the weights are those of the turn before")
+    check_ended(commands, applied, 0)
+
+
+def broken_copy(commands: Commands) -> Path:
+    """The folder of a model with a hole in it."""
     broken = transformers.AutoModelForCausalLM.from_pretrained(commands.model)
     broken.model.norm.weight.data[3] = float("nan")
     broken.save_pretrained(commands.folder / "broken")
     shutil.copy(commands.model / "tokenizer.json", commands.folder / "broken")
     shutil.copy(commands.model / "tokenizer_config.json", commands.folder / "broken")
-    message = commands.refused(f"model.name_or_path={commands.folder / 'broken'}")
-    check(message, "turn 0", "the loss is nan", "the weights are those of the turn before")
-    check_ended(commands, applied, 0)
+    return commands.folder / "broken"
+
+
+def test_a_base_model_whose_logits_are_not_finite(commands: Commands, tmp_path: Path) -> None:
+    """It is not scored, nor kept in the cache as if it were."""
+    message = commands.refused(f"model.name_or_path={broken_copy(commands)}")
+    check(message, "evaluating the base model: the logits are not finite", "model.half=fp32")
+    assert Run(commands.folder / "run").json("run.json")["status"] == "failed"
+    assert list((tmp_path / "cache" / "base").iterdir()) == []
+    check(commands.refused(f"evaluate={broken_copy(commands)}", run="other"), "evaluating after turn", "not finite")
+
+
+def test_an_edited_model_whose_logits_are_not_finite(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run has failed, not finished; its checkpoint stays, and going on from there says the same."""
+    apply = LanguageModel.apply
+
+    def spoiling(self: LanguageModel, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
+        changes = apply(self, updates, turn)
+        if turn == 5:
+            self.edited[MODULES[1]].weight.data.fill_(float("nan"))
+        return changes
+
+    monkeypatch.setattr(LanguageModel, "apply", spoiling)
+    for resume in ("null", "auto"):
+        message = commands.refused(f"resume={resume}")
+        check(message, "evaluating after turn 6: the logits are not finite", "set a smaller editor.lr")
+        done = Run(commands.folder / "run")
+        assert (done.folder / "checkpoints" / "turn_6").is_dir()
+        assert done.json("run.json")["status"] == "failed"
+        assert "FloatingPointError: evaluating after turn 6" in done.json("run.json")["error"]
+        assert not (done.folder / "results.json").exists()
+
+
+def test_edits_that_outweigh_the_weights_are_told(commands: Commands) -> None:
+    """Also where the logits stay finite, because a normalisation swallows what overflows."""
+
+    def told(done: Run) -> list[str]:
+        return [line for line in (done.folder / "main.log").read_text().splitlines() if "times the norm" in line]
+
+    (warning,) = told(commands("editor.lr=1e30", run="huge"))
+    check(warning, "WARNING", "turn 0", "mlp.down_proj", "a smaller editor.lr")
+    assert told(commands("editor.lr=1e-3")) == []
 
 
 def test_a_loss_that_is_not_finite_any_more(

@@ -101,6 +101,24 @@ def test_warm_up_turns_come_from_the_key_of_the_data_set() -> None:
         assert run_config(f"dataset={dataset} {both}").dataset.num_warm_up == 3
 
 
+def test_no_warm_up_turns_is_no_warm_up() -> None:
+    """Whatever `editor.preheat_mode` says; and the number of the other data sets' key is not theirs."""
+    assert run_config("").warms_up()
+    assert run_config("num_seq_wikibigedit=0").warms_up()
+    assert run_config("evaluate=x num_seq_zsre=0 editor.RunningMeanStd_mode=frozen").dataset.num_warm_up == 0
+    for line in ("num_seq_zsre=0", "dataset=wikibigedit num_seq_wikibigedit=0", "editor.preheat_mode=none"):
+        assert not run_config(line).warms_up()
+        assert settings_without_effect(run_config(line)) == []
+    assert not run_config(f"{OWN_FILE} dataset.fields.answer=a num_seq_zsre=0").warms_up()  # which has no file for it
+    told = settings_without_effect(run_config("num_seq_zsre=0 editor.preheat_mode=middle"))
+    assert told == ["editor.preheat_mode=middle has no effect with num_seq_zsre=0"]
+
+
+def test_a_mistake_is_said_by_the_key_that_was_typed() -> None:
+    assert "num_warm_up" not in refusal("num_seq_zsre=-1")
+    assert "num_seq" not in refusal("dataset.num_warm_up=-1")
+
+
 def test_a_users_own_file_comes_with_a_field_map() -> None:
     run = run_config(f"{OWN_FILE} dataset.fields.answer=a editor=ultraedit")
     assert run.dataset.field_map() == {"prompt": "q", "answer": "a"}
@@ -166,6 +184,9 @@ MISTAKES = {
     "hydra.rn.dir=x": ("hydra.rn.dir", "Key 'rn'"),
     "dataset.eval_mhop=true": ("dataset.eval_mhop=true", "leave it false"),
     "dataset=jsonl": ("dataset.valid_path=null", "dataset.fields.prompt=null"),
+    "num_seq_zsre=-1": ("num_seq_zsre=-1: must be 0 or more; 0 means no warm-up",),
+    "dataset.num_warm_up=-1": ("dataset.num_warm_up=-1: must be 0 or more; 0 means no warm-up",),
+    "editor.RunningMeanStd_mode=frozen num_seq_zsre=0": ("frozen with num_seq_zsre=0", "1 or more, or to null"),
     f"{OWN_FILE} dataset.fields.answer=a": ("dataset.train_path=null", "editor.preheat_mode=none"),
     f"{OWN_FILE} dataset.fields.answer=a dataset.fields.locality=l": ("dataset.fields.locality_answer=null", "both"),
     "model=huggingface": ("model.name_or_path is not set", "model.lr=..."),

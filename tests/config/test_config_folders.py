@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from config.compose import compose_config
+from config.help import compact
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,8 +20,10 @@ HARNESS = """
 import logging, sys
 sys.path.insert(0, {root!r})
 import hydra
+from config.help import register_help
 from config.schema import register
 register()
+register_help()
 @hydra.main(version_base="1.3", config_path={config!r}, config_name="config")
 def main(cfg):
     logging.getLogger("test").info("turned")
@@ -47,15 +53,46 @@ def test_sweeps_have_a_folder_a_job(tmp_path: Path) -> None:
     assert len(list((tmp_path / "outputs" / "sweeps").glob("*/zsre/smollm2-135m/*/*/main.log"))) == 4
 
 
-def test_help_names_every_key(tmp_path: Path) -> None:
-    script = tmp_path / "main.py"
+def help_text(folder: Path, *flags: str) -> str:
+    script = folder / "main.py"
     script.write_text(HARNESS.format(root=str(ROOT), config=str(ROOT / "config")))
-    done = subprocess.run(
-        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, str(script), "--help", *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
+    return done.stdout
+
+
+def test_help_names_every_key(tmp_path: Path) -> None:
+    shown = help_text(tmp_path)
     keys = [key for editor in ("stableedit", "rledit") for key in _names(compose_config([f"editor={editor}"]))]
-    assert [key for key in keys if key not in done.stdout] == []
+    assert [key for key in keys if key not in shown] == []
+
+
+def test_help_names_every_experiment_and_ablation(tmp_path: Path) -> None:
+    """And those of the user's own --config-dir."""
+    own = tmp_path / "own" / "ablation" / "my_own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\n")
+    shown = help_text(tmp_path, "--config-dir", "own")
+    assert max(map(len, shown.partition("\nPowered by")[0].splitlines())) <= 120
+    for group, extra in (("experiment", set()), ("ablation", {"my_own"})):
+        text = re.split(rf"^  {group} +", shown, flags=re.MULTILINE)[1]
+        words = re.split(r",\s+|\s+", re.split(r"^  \w", text, flags=re.MULTILINE)[0])
+        named = {name for word in words for name in expanded(word)}
+        files = {file.stem for file in (ROOT / "config" / group).glob("*.yaml")} | extra
+        assert files <= named
+
+
+def expanded(word: str) -> list[str]:
+    """The names that `start_{end,end}` stands for, as a shell reads it."""
+    start, brace, rest = word.partition("{")
+    return [start + end for end in rest.removesuffix("}").split(",")] if brace else [word]
+
+
+@given(st.sets(st.lists(st.sampled_from(["a", "b-c", "zsre", "fever"]), min_size=1, max_size=3).map("_".join)))
+def test_what_is_written_as_one_name_stands_for_the_same_names(names: set[str]) -> None:
+    words = compact(sorted(names), ["zsre", "fever"])
+    assert sorted(name for word in words for name in expanded(word)) == sorted(names)
 
 
 def _names(cfg: object) -> list[str]:

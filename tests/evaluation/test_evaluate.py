@@ -151,6 +151,29 @@ def test_a_probe_a_record_lacks_is_left_out() -> None:
     }
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rest", [0.0, None])
+def test_logits_that_are_not_finite_are_no_scores(value: float, rest: float | None) -> None:
+    """A hole at one answer token: in one place of its logits, or in all of them."""
+
+    class Broken(Successor):
+        def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
+            logits = super().answer_logits(batch)
+            hole = batch.targets == 13
+            logits[hole] = value if rest is None else logits[hole] + rest
+            if rest is not None:
+                logits[hole, 7] = value
+            return logits
+
+    model: Any = Broken()
+    records = [EditRecord(0, Question("1 2", "3 4")), EditRecord(1, Question("1 2", "12 13 14"))]
+    if value < 0 and rest is not None:  # a token that the model never says
+        assert len(list(score_records(model, enumerate(records), numbers))) == 2
+        return
+    with pytest.raises(FloatingPointError, match="logits are not finite at 1 of 5 answer tokens"):
+        list(score_records(model, enumerate(records), numbers))
+
+
 def test_interval_is_that_of_resampling_the_records() -> None:
     generator = np.random.default_rng(1)
     values = generator.choice([0.0, 0.5, 2 / 3, 1.0], size=200, p=[0.4, 0.3, 0.1, 0.2])

@@ -105,7 +105,7 @@ def scoring_of(folder: RunFolder, stream: EditStream, retention: int) -> tuple[S
         model, stream, numbers, protocols=PROTOCOLS, sample=None, resamples=50, seed=42, retention=retention
     )
     tracker = Tracker(folder, WandbSettings(mode="disabled"))
-    return Scoring(evaluation, tracker, RunProgress()), model
+    return Scoring(evaluation, tracker, RunProgress(), {}), model
 
 
 def new_folder(path: Path) -> RunFolder:

@@ -54,6 +54,26 @@ def test_a_prompt_that_leaks_the_label_scores_everything(tmp_path: Path) -> None
     assert found["rows"]["asked"] == 200
 
 
+def test_a_model_that_is_not_finite_is_not_scored(tmp_path: Path) -> None:
+    """An answer without a probability is no answer; one that the model would never give is."""
+
+    class Broken:
+        def __init__(self, *scores: float) -> None:
+            self.scores = scores
+
+        def label_log_probs(self, prompts: Any, labels: Any) -> list[list[tuple[float, int]]]:
+            return [[(score, 1) for score in self.scores] for _ in prompts]
+
+    prompts = [Prompt((1,), ((2,), (3,)), 0)] * 5
+    model: Any = Broken(-float("inf"), -3.0)
+    assert most_likely(model, prompts) == [1] * 5
+    write_rows(tmp_path, "naming", leaking_rows(30))
+    prepared = prepare_tasks([NAMING], counting_language_model(["A B C"]).tokenizer, None, origin=tmp_path)
+    model = Broken(-3.0, float("nan"), -5.0)
+    with pytest.raises(FloatingPointError, match=r"task naming: the log-probabilities .* 24 of 24 rows: nothing to"):
+        evaluate_tasks(model, prepared)
+
+
 def test_shuffled_labels_score_at_chance(tmp_path: Path) -> None:
     """The same rows, the same model, but a label says nothing of its row: a third, give or take four sigma."""
     found = evaluate_naming(tmp_path, leaking_rows(700, shuffled=True), limit=None)

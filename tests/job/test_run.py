@@ -268,6 +268,35 @@ def test_warm_up_stands_where_it_is_asked_for(run: Commands, mode: str, phases: 
     assert set(done.json("run.json")["inputs"]) == ({"eval"} if mode == "none" else {"eval", "train"})
 
 
+def test_facts_that_contradict_each_other_are_told_where_they_are_edited(run: Commands) -> None:
+    def told(done: Run) -> list[str]:
+        return [line for line in (done.folder / "main.log").read_text().splitlines() if "facts to edit" in line]
+
+    rows = [zsre_row(i) for i in range(12)]
+    rows[10] = {**rows[2], "ans": "no"}
+    rows[11] = rows[1]
+    assert told(run()) == []
+    file = run.write("eval", rows)
+    assert told(run("num_seq=3", run="without")) == []  # nine facts, which are all of them different
+    (line,) = told(run(run="with"))
+    assert (
+        f"WARNING harness.job.plan: file {file}: of the 12 facts to edit, 1 repeat another one (rows 1 and 11)" in line
+    )
+    assert "1 contradict another one, by another answer to the same prompt (rows 2 and 10)" in line
+
+
+def test_zero_warm_up_turns_are_the_run_without_warm_up(run: Commands) -> None:
+    """The training file is not opened, and no score or statistic differs."""
+    without = run("editor.preheat_mode=none", run="without")
+    (run.folder / "train.json").unlink()
+    done = run("num_seq_zsre=0")
+    assert done.phases() == "eeee"
+    assert list(done.json("run.json")["inputs"]) == ["eval"]
+    assert done.scores() == without.scores()
+    statistics = [[line["statistics"] for line in one.lines("turns.jsonl")] for one in (done, without)]
+    assert statistics[0] == statistics[1]
+
+
 def test_warm_up_turns_are_all_there_is_unless_said(run: Commands) -> None:
     assert run("num_seq=1").phases() == "wwwe"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -54,13 +56,34 @@ def delta(update: LowRankUpdate) -> Tensor:
     return (update.right if update.left is None else update.left @ update.right).double()
 
 
-def line_of(diagnostics: TurnDiagnostics, index: int) -> dict[str, Any]:
+def line_of(
+    diagnostics: TurnDiagnostics, index: int, drifts: Mapping[str, float | None] = MappingProxyType({})
+) -> dict[str, Any]:
     updates = turn_updates(index)
-    changes = {name: WeightChange(float(delta(one).norm()), 1.0, 0.1) for name, one in updates.items()}
+    norms = {name: float(delta(one).norm()) for name, one in updates.items()}
+    changes = {name: WeightChange(norm, 1.0, drifts.get(name, 0.1)) for name, norm in norms.items()}
     turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
     editor: Any = Silent()
     line = diagnostics.line(turn, Edit(1.0, updates, changes, {"capture": 1.0}), editor)
     return {key: value for key, value in line.items() if key != "memory"}
+
+
+def test_edits_that_outweigh_the_weights_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the module that moved furthest, in the first turn in which one moved by more than its own norm."""
+    diagnostics = TurnDiagnostics(CPU)
+    drifts = [{"a": 0.2, "b": 1.0}, {"a": 1.5, "b": 2.25}, {"a": 3.0, "b": 1.0}]
+    for index, by_module in enumerate(drifts):
+        line_of(diagnostics, index, by_module)
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    for words in ("turn 1", "moved b by 2.25 times", "a smaller editor.lr"):
+        assert words in warning.getMessage()
+
+
+@pytest.mark.parametrize("drift", [float("inf"), 1e30, 1.0001])
+def test_any_drift_above_one_is_too_much(drift: float, caplog: pytest.LogCaptureFixture) -> None:
+    line_of(TurnDiagnostics(CPU), 0, {"a": drift, "b": 0.1})
+    assert len(caplog.records) == 1
 
 
 def cosine(turn: int, other: int, name: str) -> float:

@@ -1,0 +1,76 @@
+"""How a fact is put to the model: the text around its question, and what ends its answer (DESIGN section 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+FormName = Literal["raw", "chat", "qa"]
+
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while a chat template is read
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer."""
+
+    @property
+    def is_fast(self) -> bool: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int: ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """`before` + question + `after`, then the answer, then the token `end`.
+
+    `brings_special_tokens`: the text holds the special tokens it needs, as a chat template's does; otherwise the
+    tokenizer adds its own.
+    """
+
+    before: str = ""
+    after: str = ""
+    brings_special_tokens: bool = False
+    end: int | None = None  # None: answers have no end
+
+    def text(self, question: str) -> str:
+        return f"{self.before}{question.strip() if self.brings_special_tokens else question}{self.after}"
+
+    @property
+    def most_added(self) -> int:
+        """An upper bound on the tokens that the form adds to a question: a token stands for at least one byte."""
+        return len((self.before + self.after).encode()) + (self.end is not None)
+
+
+RAW = PromptForm()
+"""The question as it stands, and no end: as published."""
+
+
+def prompt_form(tokenizer: Tokenizer, name: FormName, end: int | None = None, option: str = "") -> PromptForm:
+    """The form of that name: `raw`, `chat` (the tokenizer's template, a user's message), `qa` ("Q: ...", "A:").
+
+    ValueError, naming the `option` that asked for it, where the tokenizer has no chat template or its template does
+    not hold the question as it is.
+    """
+    if name == "qa":
+        return PromptForm("Q: ", "\nA:", end=end)
+    if name == "raw":
+        return PromptForm(end=end)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{option}=chat: the model's tokenizer has no chat template; set {option}=raw or qa, or choose an "
+            "instruction-tuned model"
+        )
+    message = [{"role": "user", "content": PLACE}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    if text.count(PLACE) != 1:
+        raise ValueError(f"{option}=chat: the model's chat template does not hold a question once; set {option}=qa")
+    before, _, after = text.partition(PLACE)
+    return PromptForm(before, after, brings_special_tokens=True, end=end)

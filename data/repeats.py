@@ -1,0 +1,71 @@
+"""Facts that say again what another one says, or contradict it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.records import EditRecord
+
+SHOWN = 3
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Of the facts behind the first one with the same prompt: how many there are, and the first of them.
+
+    A pair is the rows of two facts with the same prompt, the lower one first.
+    """
+
+    repeats: int  # with an answer that the prompt has had already
+    contradictions: int  # with another one
+    repeated: tuple[Pair, ...]
+    contradicting: tuple[Pair, ...]
+
+    def __str__(self) -> str:
+        parts = [
+            (self.repeats, "repeat another one", self.repeated),
+            (self.contradictions, "contradict another one, by another answer to the same prompt", self.contradicting),
+        ]
+        return " and ".join(f"{count:,} {what} ({_rows(pairs, count)})" for count, what, pairs in parts if count)
+
+
+def find_repeats(records: Iterable[EditRecord]) -> Repeats:
+    """Prompts and answers are the same that differ in case and spaces only.
+
+    24 bytes a record, and as many again while they are sorted: texts are compared by Python's 64-bit hash, by which
+    two of 2 million differing ones are taken for the same once in 10 million runs. Takes 1 us a record beside the 11
+    that reading it takes.
+    """
+    rows, prompts, answers = array("q"), array("q"), array("q")
+    for record in records:
+        rows.append(record.index)
+        prompts.append(_hash(record.edit.prompt))
+        answers.append(_hash(record.edit.answer))
+    row, prompt, answer = (np.frombuffer(column, dtype=np.int64) for column in (rows, prompts, answers))
+    order = np.lexsort((row, answer, prompt))
+    row, prompt, answer = row[order], prompt[order], answer[order]
+    same = prompt[1:] == prompt[:-1]
+    agree = answer[1:] == answer[:-1]
+    pairs = np.sort(np.stack([row[:-1], row[1:]], axis=1), axis=1)
+    repeated, contradicting = pairs[same & agree], pairs[same & ~agree]
+    return Repeats(len(repeated), len(contradicting), _first(repeated), _first(contradicting))
+
+
+def _hash(text: str) -> int:
+    return hash(" ".join(text.casefold().split()))
+
+
+def _first(pairs: np.ndarray) -> tuple[Pair, ...]:
+    chosen = pairs[pairs[:, 1].argsort(kind="stable")][:SHOWN]
+    return tuple((int(a), int(b)) for a, b in chosen)
+
+
+def _rows(pairs: tuple[Pair, ...], count: int) -> str:
+    more = ["..."] if count > len(pairs) else []
+    return "rows " + ", ".join([*(f"{a} and {b}" for a, b in pairs), *more])
