@@ -138,6 +138,8 @@ def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The scores of a line of records.jsonl, in percent of 1; KL, which is no share, is not tested."""
     yield "", line["correct"] / line["tokens"]
     yield "_seq", float(line["correct"] == line["tokens"])
+    if "ended" in line:
+        yield "_end", float(line["ended"])
     if "agree" in line:
         yield "_agree", line["agree"] / line["tokens"]
     for field, form in (("exact", "_gen"), ("contains", "_contains")):

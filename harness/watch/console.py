@@ -24,6 +24,7 @@ SCORES: Final = {
 FORMS: Final = {
     "": "",
     "seq": "all tokens",
+    "end": "and stops",
     "gen": "generated",
     "contains": "",  # says it itself
     "agree": "as base",
