@@ -265,6 +265,7 @@ def edit(
             retained = score.retained()
             downstream(model, tracker, progress, done)
             hidden.keep("edited")
+            score.examples(plan.examples)
             results = {
                 "base": base,
                 "final": final,

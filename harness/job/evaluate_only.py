@@ -48,6 +48,7 @@ def evaluate_only(
         seconds = score.seconds
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
+            texts = None if plan.examples is None else plan.examples.texts(model)
             del model, score  # to make room for the other
             edited = load_model(cfg, plan, source)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
@@ -57,6 +58,7 @@ def evaluate_only(
             score = Scoring(evaluation, tracker, progress)
             score.seconds = seconds
             results["final"] = score("final", len(plan.stream))
+            score.examples(plan.examples, texts)
         results["cost"] = {"seconds": seconds}
         tracker.results(results)
     show_results(results, run_folder.path)

@@ -1,4 +1,4 @@
-"""What a run shows while it works and when it is done: progress bars, and the result table.
+"""What a run shows while it works and when it is done: progress bars, the result table, and examples.
 
 On a terminal the bars are drawn on stderr, and log records appear above them. Anywhere else (a file, a pipe, a batch
 system's log) progress is plain log lines, now and then, without control characters.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TextIO, cast
+from unicodedata import category
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
@@ -21,6 +24,8 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from harness.run.folder import read_examples
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,8 @@ FORMS: Final = {
     "agree": "as base",
     "forgetting": "",
 }
+PROBES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
+EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
@@ -213,11 +220,40 @@ def duration(seconds: float) -> str:
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
-    """Print the result table and where the run lies; where `stream` (stdout) is no terminal, 80 columns, no colour."""
+    """Print the result table, the run's examples and where it lies.
+
+    Where `stream` (stdout) is no terminal, in 80 columns and without colour.
+    """
     stream = stream or sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
     console.print(result_table(results))
+    if examples := read_examples(run_folder):
+        console.print(example_table(examples))
     console.print(Text(f"  run folder   {run_folder}"), soft_wrap=True)  # never cut or broken: it will be copied
+
+
+def example_table(examples: Sequence[Mapping[str, Any]]) -> Table:
+    """What was wanted, and what the model wrote before and after its edits; each text is cut to its column."""
+    table = Table(box=SIMPLE, padding=0, expand=True, title=" what the model says", title_justify="left")
+    table.title_style = "italic"
+    for heading, share in {"question": 5, "wanted": 2, "base model": 3, "edited model": 3}.items():
+        table.add_column(heading, ratio=share, no_wrap=True, overflow="ellipsis")
+    for probe, group in groupby(examples, key=itemgetter("probe")):
+        table.add_section()
+        table.add_row(Text(PROBES[probe], style="italic"))
+        for one in group:
+            table.add_row(*(as_said(" ".join(one[key].split())) for key in EXAMPLE_TEXTS))
+    return table
+
+
+def printable(text: str) -> str:
+    """A model's words, without what a terminal would take for commands."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def as_said(text: str) -> Text:
+    """The same as a cell of a table, without blanks around it; where nothing was said, that."""
+    return Text(printable(text).strip()) if text.strip() else Text("(nothing)", style="italic")
 
 
 def result_table(results: Mapping[str, Any]) -> Group:
