@@ -112,6 +112,11 @@ def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
         return _without_hydra(_compose(hydra, CONFIG_NAME, overrides))
 
 
+def choices_of(group: str) -> list[str]:
+    """The choices of a group of config/."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 

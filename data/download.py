@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 SPARE_BYTES = 64 << 20  # left free on the disk: a file system filled to the last byte breaks other programs
 LONGEST_WAIT_S = 60.0
-SHORT = 3.0  # seconds of a download that need no bar
 
 
 class FetchError(RuntimeError):
@@ -137,7 +136,7 @@ class Downloader:
 
     def _transfer(self, remote: Remote, part: Path) -> bool:
         """Whether the file was put together from more than one answer."""
-        with progress_bar(part.name.removesuffix(".part"), remote.size, "B", scale=True, delay=SHORT) as bar:
+        with progress_bar(part.name.removesuffix(".part"), remote.size, "B", scale=True, quiet=True) as bar:
             return self._retrying(remote.url, lambda: self._attempt(remote, part, bar), lambda: size_of(part))
 
     def _retrying(self, url: str, attempt: Callable[[], T], grown_to: Callable[[], int]) -> T:

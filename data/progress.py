@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -18,17 +18,8 @@ log = logging.getLogger(__name__)
 LOG_SHARE: Final = 0.1  # of the work between two log lines ...
 LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter ...
 LEAST_SECONDS: Final = 10.0  # ... but never less than this
+QUIET_SECONDS: Final = 3.0  # before a bar is drawn of work that is often short
 IN_NOTEBOOK: Final = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-
-
-class Bar(Protocol):
-    """Progress of one piece of work."""
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` units are done; `note` is shown beside the bar until the next one."""
-
-    def restart(self, total: int | None, done: int) -> None:
-        """Begin again, with `done` of `total` units behind it."""
 
 
 @contextmanager
@@ -39,23 +30,24 @@ def progress_bar(
     *,
     done: int = 0,  # by an earlier run
     keep: bool = False,  # on the terminal when the work is done
-    scale: bool = False,  # 1.2M rather than 1,200,000
-    delay: float = 0.0,  # seconds: work that takes less passes unsaid
+    scale: bool = False,  # 1.2MB rather than 1,200,000 B
+    quiet: bool = False,  # nothing is said of the first seconds, which are often all it takes
 ) -> Iterator[Bar]:
     """A bar on stderr, below the log lines; where bars cannot be drawn, log lines in its place."""
+    unit = unit if scale else f" {unit}"
     if not _can_draw():
-        yield _LoggedBar(what, total, unit, done, scale, delay)
+        yield _LoggedBar(what, total, unit, done, scale, quiet)
         return
     with (
         logging_redirect_tqdm(_loggers_on_console()),
         _DrawnBar(
             desc=what,
             total=total,
-            unit=f" {unit}",
+            unit=unit,
             initial=done,
             leave=keep,
             unit_scale=scale,
-            delay=delay,
+            delay=QUIET_SECONDS if quiet else 0,
             dynamic_ncols=True,
             smoothing=0,  # turns take seconds to minutes, and an evaluation may lie between two
         ) as bar,
@@ -70,30 +62,30 @@ def _can_draw() -> bool:
 
 def _loggers_on_console() -> list[logging.Logger]:
     """All loggers, not the root alone: libraries give theirs handlers of their own."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    return [one for one in loggers if isinstance(one, logging.Logger) and any(map(_writes_to_console, one.handlers))]
-
-
-def _writes_to_console(handler: logging.Handler) -> bool:
-    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+    found = [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers = [one for one in found if isinstance(one, logging.Logger)]
+    console = (sys.stdout, sys.stderr)
+    return [one for one in loggers if any(getattr(handler, "stream", None) in console for handler in one.handlers)]
 
 
 class _DrawnBar(tqdm):
     def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` units are done; `note` is shown beside the bar until the next one."""
         self.set_postfix_str(note, refresh=False)
         self.update(n)
 
     def restart(self, total: int | None, done: int) -> None:
+        """Begin again, with `done` of `total` units behind it."""
         self.reset(total)
         self.initial = self.n = self.last_print_n = done  # what is there already says nothing about the speed
 
 
 class _LoggedBar:
-    def __init__(self, what: str, total: int | None, unit: str, done: int, scale: bool, delay: float) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, done: int, scale: bool, quiet: bool) -> None:
         self._what, self._unit = what, unit
         self._number = tqdm.format_sizeof if scale else "{:,}".format
-        self._silent_until = monotonic() + delay
-        self._said_at = self._silent_until - LOG_SECONDS  # the first line is due at once
+        self._quiet_until = monotonic() + LEAST_SECONDS * quiet
+        self._said_at = self._quiet_until - LOG_SECONDS  # the first line is due at once
         self.restart(total, done)
 
     def restart(self, total: int | None, done: int) -> None:
@@ -107,18 +99,21 @@ class _LoggedBar:
         waited = now - self._said_at
         much = self._total is None or self._done - self._said >= LOG_SHARE * self._total
         due = waited >= LOG_SECONDS or (much and waited >= LEAST_SECONDS) or self._done == self._total
-        if due and now >= self._silent_until:
+        if due and now >= self._quiet_until:
             self._said, self._said_at = self._done, now
             log.info("%s", self._line(now - self._started, note))
 
     def _line(self, elapsed: float, note: str) -> str:
         of = "" if self._total is None else f" of {self._number(self._total)}"
-        parts = [f"{self._what}: {self._number(self._done)}{of} {self._unit}", *([note] if note else [])]
+        parts = [f"{self._what}: {self._number(self._done)}{of}{self._unit}", *([note] if note else [])]
         if self._done == self._total:
             parts.append(f"done in {duration(elapsed)}")
         elif self._total is not None:
             parts.append(f"{duration(elapsed / (self._done - self._start) * (self._total - self._done))} left")
         return ", ".join(parts)
+
+
+Bar: TypeAlias = _DrawnBar | _LoggedBar
 
 
 def duration(seconds: float) -> str:

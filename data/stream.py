@@ -81,6 +81,8 @@ def prompt_ids(questions: Sequence[str], tokenizer: Tokenizer, form: PromptForm)
 
 
 def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
+    if not texts:
+        return []
     if form.brings_special_tokens:
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     encoded = tokenizer(texts, return_special_tokens_mask=True)
@@ -98,7 +100,7 @@ def _tokenize_joint(
             f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
             "offsets: set dataset.answer_tokens=separate"
         )
-    heads = [prompt if prompt[-1:].isspace() else prompt + " " for prompt, _ in pairs]
+    heads = [prompt if prompt[-1:].isspace() else prompt + form.gap for prompt, _ in pairs]
     texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
     encoded = tokenizer(
         texts,
@@ -126,7 +128,7 @@ def _tokenize_separate(
     tokenizer: Tokenizer,
     form: PromptForm,
 ) -> list[TokenSequence]:
-    gap = "" if form.after[-1:].isspace() else " "
+    gap = "" if form.after[-1:].isspace() else form.gap
     prompts = _prompt_ids([prompt for prompt, _ in pairs], tokenizer, form)
     answers = tokenizer([gap + answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     return [TokenSequence((*head, *ids), len(head)) for head, ids in zip(prompts, answers, strict=True)]

@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "harness/job/*.py": "torch config.schema data.* editor.* glue_eval.* harness.* model model_source",
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model model_source",
-    "harness/ask/*.py": "torch transformers.* rich.* data.records harness.* model model_source",
+    "harness/ask/*.py": "torch transformers.* rich.* config.* data.prompts harness.* model model_source",
     "harness/__init__.py": "",
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
     "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model model_source",

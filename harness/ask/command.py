@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def as_typed(error: Exception) -> str:
     """In one line, with the options of this command for the keys of a run."""
     line = " ".join(str(error).split())
-    return line.replace("model.name_or_path=", "--model ").replace("evaluation.prompt=", "--prompt ")
+    return line.replace("model.name_or_path=", "--model ").replace("--prompt=", "--prompt ")
 
 
 class _Parser(argparse.ArgumentParser):

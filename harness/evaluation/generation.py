@@ -14,7 +14,6 @@ from data.records import EditRecord
 from data.stream import most_tokens, prompt_ids, questions_of
 from model import LanguageModel
 
-SHORT = 3.0  # seconds of writing that need no bar
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -35,7 +34,7 @@ class Generation:
         """What the model writes after each prompt, up to its own end or the budget."""
         prompts = prompt_ids(questions, self.tokenizer, self.form)
         tokens = len(prompts) * self.max_new_tokens
-        with progress_bar("writing answers", tokens, "tokens", delay=SHORT) as bar:
+        with progress_bar("writing answers", tokens, "tokens", quiet=True) as bar:
             written = model.generate(prompts, self.max_new_tokens, bar.advance)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 

@@ -211,16 +211,13 @@ def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
 
 def plan_form(cfg: RunConfig, tokenizer: Any, source: ModelSource) -> PromptForm:
     """How facts are put to the model. ValueError where the model has no end to teach."""
-    end = None
-    if cfg.dataset.answer_end is AnswerEnd.eos:
-        ends = end_tokens(source)
-        if not ends:
-            raise ValueError(
-                "dataset.answer_end=eos: the model has no token at which it ends a text (no eos_token_id in its "
-                "generation_config.json or config.json); set dataset.answer_end=none"
-            )
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]  # of a chat model, that of a turn
-    return prompt_form(tokenizer, cast(FormName, cfg.dataset.prompt_form.name), end, "dataset.prompt_form")
+    ends = end_tokens(source) if cfg.dataset.answer_end is AnswerEnd.eos else []
+    if cfg.dataset.answer_end is AnswerEnd.eos and not ends:
+        raise ValueError(
+            "dataset.answer_end=eos: the model has no token at which it ends a text (no eos_token_id in its "
+            "generation_config.json or config.json); set dataset.answer_end=none"
+        )
+    return prompt_form(tokenizer, cast(FormName, cfg.dataset.prompt_form.name), ends, "dataset.prompt_form")
 
 
 def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:

@@ -88,11 +88,8 @@ def _mean(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, f
     """(mean, low, high, records). Records take few values, so the bootstrap draws their histogram, a multinomial."""
     values, n_each = np.unique(np.stack([_rounded(sums), counts]), axis=1, return_counts=True)  # (2, values)
     mean = float(sums.sum() / counts.sum())
-    return mean, *bootstrap_interval(mean, n_each, lambda drawn: _ratio(drawn @ values.T), RESAMPLES, seed), len(sums)
-
-
-def _ratio(totals: np.ndarray) -> np.ndarray:  # (R, 2) -> (R,)
-    return totals[:, 0] / totals[:, 1]
+    low, high = bootstrap_interval(mean, n_each, lambda drawn: np.divide(*(drawn @ values.T).T), RESAMPLES, seed)
+    return mean, low, high, len(sums)
 
 
 def _sign_flip_p(sums: np.ndarray, rng: np.random.Generator) -> float:
@@ -113,12 +110,9 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for being several (Holm 1979): the chance of any false alarm among them stays at the level."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    order = np.argsort(p_values)
+    scaled = np.arange(len(order), 0, -1) * np.array(p_values)[order]
+    return list(np.maximum.accumulate(scaled.clip(max=1.0))[order.argsort()].tolist())
 
 
 def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:

@@ -134,13 +134,14 @@ def test_no_questions_and_wrong_ones(done: Path) -> None:
 
 
 def test_questions_are_put_as_the_run_puts_them(commands: Commands, done: Path, tmp_path: Path) -> None:
-    """`dataset.prompt_form` where the run has it, else `evaluation.prompt`; --prompt has the last word."""
+    """`evaluation.prompt` where the run has one, else `dataset.prompt_form`; --prompt has the last word."""
     as_put = expected(commands.model, commands.folder / "whole", [f"Q: {q}\nA:" for q in QUESTIONS])
     answers = [(one.base, one.edited) for one in as_put]
     copy = tmp_path / "run"
     shutil.copytree(done, copy)
     run = read_run(copy)
-    assert open_edited(copy).form == run["config"]["evaluation"]["prompt"] == "raw"
+    assert run["config"]["evaluation"]["prompt"] is None
+    assert open_edited(copy).form == run["config"]["dataset"]["prompt_form"] == "raw"
     run["config"]["dataset"]["prompt_form"] = "qa"
     (copy / "run.json").write_text(json.dumps(run))
     for opened in (

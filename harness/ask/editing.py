@@ -1,0 +1,69 @@
+"""Facts into a model from Python, without a command line: the plan, the editor and the turns of a run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from config.compose import choices_of, compose_config
+from config.schema import quoted, to_run_config
+from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
+from harness.job import build_editor, load_model, make_plan
+from harness.ranks import joined
+from harness.watch import RunProgress
+
+FACTS_A_TURN = 100  # as published
+
+
+def edit(
+    model: str,
+    facts: Iterable[Mapping[str, str]],
+    editor: str = "stableedit",
+    settings: Sequence[str] = (),
+) -> EditedModel:
+    """A model with the facts written into it, ready to be asked; nothing is written to disk.
+
+    `model` is a preset of config/model, or the folder or Hugging Face name of any causal language model, which needs
+    a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt` and an `answer`. `settings` are those of the
+    command line. Up to 100 facts are one turn; more of them are turns of `dataset.n_edits`, which must share them out
+    evenly. ValueError, in one line, for what is wrong with any of them, before a weight is read.
+    """
+    rows = [_row(place, fact) for place, fact in enumerate(facts)]
+    if not rows:
+        raise ValueError("facts: there are none; give a list of {'prompt': ..., 'answer': ...}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "facts.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        cfg = to_run_config(compose_config([*_choices(model, editor, path, len(rows)), *settings]))
+        plan = make_plan(cfg, joined())
+        if len(plan.stream.edited()) < len(rows):
+            raise ValueError(
+                f"facts: {len(rows)} are not full turns of dataset.n_edits={cfg.dataset.n_edits}; "
+                "set dataset.n_edits to a number that divides them"
+            )
+        edited = load_model(cfg, plan)
+        chosen = build_editor(cfg, edited, plan.editor_device)
+        with RunProgress().turns(len(plan.stream)) as bar:
+            for turn in plan.stream.from_turn(0):
+                chosen.edit(edited, turn)
+                bar.advance(edits_total=len(plan.stream.edited(turn.index + 1)), phase=turn.phase.value)
+    asked = cfg.evaluation.prompt or cfg.dataset.prompt_form
+    return EditedModel(edited, edited, f"{model} with {len(rows)} facts", asked.name, MAX_NEW_TOKENS)
+
+
+def _row(place: int, fact: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in ("prompt", "answer") if not str(fact.get(name) or "").strip()]
+    if missing:
+        raise ValueError(f"fact {place} has no {missing[0]}: give it one, {{'prompt': ..., 'answer': ...}}")
+    return {"prompt": fact["prompt"], "answer": fact["answer"]}
+
+
+def _choices(model: str, editor: str, path: Path, facts: int) -> list[str]:
+    """What the command line of such a run says."""
+    preset = model in choices_of("model")
+    chosen = [f"model={model}"] if preset else ["model=huggingface", f"model.name_or_path={quoted(model)}"]
+    fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer")]
+    size = f"dataset.n_edits={min(facts, FACTS_A_TURN)}"
+    return [*chosen, f"editor={editor}", "dataset=jsonl", f"dataset.valid_path={quoted(str(path))}", size, *fields]

@@ -1,0 +1,66 @@
+"""A model edited from Python: the same weights as the command line's, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.ask import edit, open_edited
+from tests.commands import MODULES, Commands
+
+FACTS = [{"prompt": f"Who keeps box {i}?", "answer": f"number {7 * i % 10}"} for i in range(6)]
+SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.lr=0.1", "editor.preheat_mode=none")
+
+
+@pytest.fixture
+def folder(run: Commands) -> str:
+    """The tiny model's, with the caches of this test."""
+    return str(run.model)
+
+
+def test_it_is_the_run_of_the_command_line(run: Commands, folder: str, tmp_path: Path) -> None:
+    settings = [*SETTINGS, "dataset.n_edits=3", "editor.passes=2"]
+    edited = edit(folder, FACTS, settings=settings)
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
+    fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer")]
+    done = run(
+        *settings, "dataset=jsonl", f"dataset.valid_path={tmp_path / 'facts.jsonl'}", "dataset.batch_size=10", *fields
+    )
+    there = open_edited(done.folder)
+    for name, module in there.language_model.edited.items():
+        assert torch.equal(edited.language_model.edited[name].master, module.master)
+        assert not torch.equal(module.master, module.original)
+    questions = [fact["prompt"] for fact in FACTS]
+    assert edited.ask(questions) == there.ask(questions)
+    assert edited.model.get_submodule(MODULES[0]).weight is edited.language_model.edited[MODULES[0]].weight
+
+
+def test_another_editor_and_few_facts_in_one_turn(folder: str) -> None:
+    edited = edit(folder, FACTS, editor="ultraedit", settings=SETTINGS)
+    assert not edited.language_model.is_original()
+    assert [one.question for one in edited.ask(["Who keeps box 1?"])] == ["Who keeps box 1?"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "settings", "line"),
+    [
+        ([], [], "facts: there are none"),
+        ([FACTS[0], {"prompt": "Who?"}], [], "fact 1 has no answer"),
+        ([{"prompt": " ", "answer": "x"}], [], "fact 0 has no prompt"),
+        (FACTS, ["dataset.n_edits=4"], "6 are not full turns of dataset.n_edits=4"),
+        (FACTS, ["editor.passes=0"], "editor.passes=0"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_read(
+    folder: str, monkeypatch: pytest.MonkeyPatch, facts: list[dict[str, str]], settings: list[str], line: str
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("harness.ask.editing.load_model", never)
+    with pytest.raises(ValueError, match=line):
+        edit(folder, facts, settings=[*SETTINGS, *settings])
