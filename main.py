@@ -260,6 +260,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
             retained = score.retained()
             downstream(model, tracker, progress, state.done)
             hidden.keep("edited")
+            score.examples(plan.examples)
             results = {"base": base, "final": final, **retained, "cost": state.cost()}
             tracker.results(results)
             save_model(cfg, state, interruption)

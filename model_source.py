@@ -293,6 +293,11 @@ def context_length(source: ModelSource) -> int | None:
     return context_length_of(_config(source))
 
 
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The precision of the files at `source`, from the model's configuration; float32 where that names none."""
+    return _config(source).dtype or torch.float32
+
+
 def _config(source: ModelSource) -> Any:
     with _explained(source):
         return transformers.AutoConfig.from_pretrained(

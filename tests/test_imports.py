@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "harness/run/launching.py": "",
     "harness/run/lock.py": "",
     "harness/run/__init__.py": "harness.run.*",
-    "harness/watch/console.py": "rich.* data.progress",
+    "harness/watch/console.py": "rich.* data.progress harness.run.*",
     "harness/watch/progress.py": "data.progress",
     "harness/watch/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/watch/tracking.py": "wandb.* data.records harness.run.*",
@@ -70,6 +70,7 @@ MAY_IMPORT = {
     "harness/ranks/*.py": "torch harness.run.* harness.ranks.*",
     "harness/evaluation/downstream.py": "data.disk glue_eval.* harness.run.* harness.watch.* model",
     "harness/evaluation/evaluate.py": "numpy torch.* model data data.* harness.evaluation.*",
+    "harness/evaluation/examples.py": "model data.* harness.evaluation.*",
     "harness/evaluation/generation.py": "model data.*",
     "harness/evaluation/hidden.py": "torch safetensors.* data.* harness.evaluation.* harness.run.*",
     "harness/evaluation/locality.py": "torch safetensors.*",
@@ -80,6 +81,7 @@ MAY_IMPORT = {
     "harness/job/*.py": "torch config.schema data.* editor.* glue_eval.* harness.* model model_source",
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model model_source",
+    "harness/ask/*.py": "torch transformers.* rich.* data.records harness.* model model_source",
     "harness/__init__.py": "",
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
     "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model model_source",
@@ -99,7 +101,7 @@ KNOWN_TO = {
     # outside packages that have one door
     "wandb": ("harness/watch/tracking.py",),
     # command lines set its logging up
-    "transformers": ("model_source.py", "main.py", "glue_eval/__main__.py", "harness/export/command.py"),
+    "transformers": ("model_source.py", "main.py", "glue_eval/__main__.py", "harness/*/command.py"),
     "hydra": ("config/*", "main.py"),
     "omegaconf": ("config/*", "main.py"),
     "datasets": ("data/files.py", "glue_eval/*"),

@@ -12,9 +12,11 @@ import torch
 from config.compose import check_command_line
 from data.records import Capture, Phase
 from editor import linalg
+from tests.commands import Commands
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EDITOR = README.partition("## Your own editor")[2]
 COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", README.replace("\\\n", " "), flags=re.M)
 
 
@@ -31,7 +33,7 @@ def test_there_are_commands_to_try() -> None:
 
 def test_the_editor_of_the_readme_edits() -> None:
     """Its step is the descent step it claims to be, and it composes from the YAML beside it."""
-    code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
+    code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[0]
     room: dict[str, type] = {}
     exec(compile(code, "README.md", "exec"), room)
     keys, grads = torch.randn(5, 4), torch.randn(5, 3)
@@ -41,11 +43,23 @@ def test_the_editor_of_the_readme_edits() -> None:
 
 
 def test_the_table_of_editors_is_the_one_shown() -> None:
-    """The README's second block is two lines to add to editor/registry.py, in its own form."""
-    shown = re.findall(r"```python\n(.*?)```", README, flags=re.S)[1].strip().splitlines()
+    """The second block of that section is two lines to add to editor/registry.py, in its own form."""
+    shown = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[1].strip().splitlines()
     assert shown == ["from editor.plain import Plain", "", '    "plain": Plain,']
     theirs = (ROOT / "editor" / "registry.py").read_text(encoding="utf-8").splitlines()
     assert {"from editor.mend import MEND", '    "mend": MEND,'} <= set(theirs)
+
+
+def test_an_edited_model_opens_from_python(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of the README, with the folder of a run put in."""
+    done = run("num_seq=1", "num_seq_zsre=1")
+    capsys.readouterr()
+    code = re.findall(r"```python\n(.*?)```", README.partition("## From Python")[2], flags=re.S)[0]
+    assert code.count('"RUN"') == 1
+    exec(compile(code.replace('"RUN"', repr(str(done.folder))), "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    for said in ("What is the capital of France? | ", "Who wrote Faust? | ", "The capital of France is"):
+        assert said in out
 
 
 def test_a_new_editor_composes(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ class EvaluationConfig(Section):
     """Tokens that the model may generate, whatever the length of the answer."""
     prompt: PromptForm | None = None
     """Form in which a model that answers by itself is asked; null = that of the facts, dataset.prompt_form."""
+    examples: int = 4
+    """Records, drawn from the seed, that the run ends with: what is wanted, and what the model wrote before and after;
+    0 = none."""
     retention: int = 0
     """Records of each edit turn that are scored after it and again after 1, 2, 4, 8, ... more turns; 0 = off."""
     perplexity: str = "passage"
@@ -42,6 +45,7 @@ class EvaluationConfig(Section):
             *at_least("evaluation.sample", self.sample, 1, "null scores all records"),
             *_generation_mistakes(self.generation),
             *at_least("evaluation.max_new_tokens", self.max_new_tokens, 1, "evaluation.generation=off for none"),
+            *at_least("evaluation.examples", self.examples, 0, "0 keeps none"),
             *at_least("evaluation.retention", self.retention, 0, "0 turns it off"),
             *filled("evaluation.perplexity", self.perplexity),
             *at_least("evaluation.perplexity_window", self.perplexity_window, 2),

@@ -170,6 +170,7 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:
         lines.append("glue.* has no effect with downstream_eval_steps=0")
-    if run.evaluation.prompt is not None and not run.evaluation.generation:
-        lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with evaluation.generation=off")
+    if run.evaluation.prompt is not None and not (run.evaluation.generation or run.evaluation.examples):
+        why = "evaluation.generation=off and evaluation.examples=0"
+        lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with {why}")
     return lines

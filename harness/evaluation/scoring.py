@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 from data.progress import Bar
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
+from harness.evaluation.examples import Examples
 from harness.run.folder import Stage
 from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
@@ -85,6 +86,21 @@ class Scoring:
             results = _nested(self._summary(self._ends(final)))
         ages = _nested(self._summary((f"{score.protocol} {age}", _share(score)) for age, score in self._asked()))
         return {"retention": {name: score | {"by_age": ages[name]} for name, score in results.items()}}
+
+    def examples(self, examples: Examples | None, base: Sequence[str] | None = None) -> None:
+        """Write examples.json; nothing where there are to be none.
+
+        `base` is what the base model wrote where it is another model, not this one without its edits.
+        """
+        if examples is None:
+            return
+        model = self.evaluation.model
+        with self._timed("examples"):
+            edited = examples.texts(model)
+            if base is None:
+                with model.unedited():
+                    base = examples.texts(model)
+            self.tracker.folder.write_examples(examples.lines(base, edited))
 
     def _ends(self, final: Iterable[tuple[int, RecordScore]]) -> Iterator[tuple[str, float]]:
         """Of each record what it scored right after its turn, at the end, and the difference."""

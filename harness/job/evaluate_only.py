@@ -50,6 +50,7 @@ def evaluate_only(
         score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, seconds)
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
+            texts = None if plan.examples is None else plan.examples.texts(model)
             del model, score  # to make room for the other
             edited = load_model(cfg, plan, source)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
@@ -58,6 +59,7 @@ def evaluate_only(
             evaluation.compare_with_base(cache)
             score = Scoring(evaluation, tracker, progress, seconds)
             results["final"] = score("final", len(plan.stream))
+            score.examples(plan.examples, texts)
         results["cost"] = {"seconds": seconds}
         tracker.results(results)
     show_results(results, run_folder.path)

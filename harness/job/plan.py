@@ -31,6 +31,7 @@ from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize
+from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
 from harness.job.data import open_data
@@ -65,6 +66,7 @@ class Plan:
     device: torch.device
     editor_device: torch.device
     generation: Generation | None  # None: off
+    examples: Examples | None  # None: none are kept
     passage: Passage | None  # None: off
     ranks: Ranks  # the processes that share the work
 
@@ -125,6 +127,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     training = plan_training(cfg, files, as_tokens)
     network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
+    examples = plan_examples(cfg, tokenizer, stream)
     if model_outline.context_length is not None:
         trained = training.records() if training else ()
         for split, records in (("eval", stream.edited()), ("train", stream.warmed_up()), ("train", trained)):
@@ -140,6 +143,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
                 )
         if generation is not None:
             generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
+        if examples is not None:
+            examples.generation.check(examples.records, model_outline.context_length, str(files["eval"].path))
     if cfg.editor.cache_dir is not None and ranks.size > 1:
         log.warning(
             "editor.cache_dir: each of the %d processes holds its share of a turn's captures in memory, and the first "
@@ -162,6 +167,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         device=device,
         editor_device=editor_device,
         generation=generation,
+        examples=examples,
         passage=passage,
         ranks=ranks,
     )
@@ -219,10 +225,18 @@ def plan_form(cfg: RunConfig, tokenizer: Any, source: ModelSource) -> PromptForm
 
 def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:
     """How answers are generated, None where none are."""
+    asked = cfg.evaluation.generation
+    return _generation(cfg, tokenizer, asked if isinstance(asked, int) else None) if asked else None
+
+
+def plan_examples(cfg: RunConfig, tokenizer: Any, stream: EditStream) -> Examples | None:
+    """The questions that the run ends with, None for none."""
+    size = cfg.evaluation.examples
+    return Examples(stream.edited(), _generation(cfg, tokenizer, size), cfg.seed) if size else None
+
+
+def _generation(cfg: RunConfig, tokenizer: Any, sample: int | None) -> Generation:
     settings = cfg.evaluation
-    if not settings.generation:
-        return None
-    sample = settings.generation if isinstance(settings.generation, int) else None
     asked = settings.prompt or cfg.dataset.prompt_form
     option = "dataset.prompt_form" if settings.prompt is None else "evaluation.prompt"
     form = prompt_form(tokenizer, cast(FormName, asked.name), option=option)

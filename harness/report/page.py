@@ -15,7 +15,7 @@ from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import is_share, order
-from harness.watch.console import FORMS, SCORES
+from harness.watch.console import EXAMPLE_TEXTS, FORMS, PROBES, SCORES, printable
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -33,6 +33,8 @@ th:first-child, td:first-child { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 td small { color: #55606e; }
 .stacked td { vertical-align: top; } .stacked small { display: block; }
+.texts th, .texts td { text-align: left; vertical-align: top; }
+.texts td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 7rem; }
 td.far { font-weight: 650; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
 p, figure { max-width: 62rem; }
@@ -64,6 +66,7 @@ def page(
 ) -> str:
     """The whole page; every picture is inside it."""
     body = [*_head(runs), *_averages(runs, tables), *_results(runs), *_comparison(runs, tables), *_retention(runs)]
+    body += _examples(runs)
     for picture, png in pictures:
         image = base64.b64encode(png).decode()
         body.append(f"<h2>{escape(picture.title)}</h2>")
@@ -101,12 +104,14 @@ def _head(runs: Sequence[Named]) -> Iterator[str]:
             yield f'<p class="warning"><b>{escape(named.label)}</b>: {escape(named.run.unfinished)}.</p>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, stacked: bool = False) -> str:
-    """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "numbers") -> str:
+    """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow.
+
+    Those of `texts` are broken into lines.
+    """
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
-    kind = ' class="stacked"' if stacked else ""
-    return f'<div class="scroll"><table{kind}><tr>{titles}</tr>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table class="{kind}"><tr>{titles}</tr>{"".join(lines)}</table></div>'
 
 
 def _results(runs: Sequence[Named]) -> Iterator[str]:
@@ -171,7 +176,7 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
         [_swatch(members[0], label), *(_averaged(name, members, "final", tables.averages[label]) for name in names)]
         for label, members in groups.items()
     ]
-    yield _table(["configuration", *names], rows, stacked=True)
+    yield _table(["configuration", *names], rows, kind="stacked")
     seeds = list(dict.fromkeys(f"{named.run.seed}" for named in runs))
     yield (
         '<p class="note">Means over records and seeds; in brackets a 95% bootstrap interval over records, each '
@@ -204,6 +209,26 @@ def _retention(runs: Sequence[Named]) -> Iterator[str]:
         yield _table(["run", "score", "right after its turn", "at the end", "forgotten"], rows)
 
 
+def _examples(runs: Sequence[Named]) -> Iterator[str]:
+    """Wanted, before and after on a few questions; of several runs each one's are folded away."""
+    shown = [(named, _example_table(named.run.examples)) for named in runs if named.run.examples]
+    if shown:
+        yield "<h2>What the model says</h2>"
+    for named, table in shown:
+        title = f"<summary>{_swatch(named)}</summary>"
+        yield table if len(runs) == 1 else f"<details>{title}{table}</details>"
+    if shown:
+        yield (
+            '<p class="note">Greedy generation up to the model\'s own end or evaluation.max_new_tokens; the questions '
+            "are drawn from the seed.</p>"
+        )
+
+
+def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)] for one in examples]
+    return _table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
+
+
 def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
     if not tables.differences:
         return
@@ -217,7 +242,7 @@ def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
             [swatches[label], *(_difference(one.get(name), tables.adjusted.get((label, name))) for name in names)]
             for label, one in found.items()
         ]
-        yield _table(["configuration", *names], rows, stacked=True)
+        yield _table(["configuration", *names], rows, kind="stacked")
         yield f'<p class="note">{_how_compared(runs)}</p>'
     if same := [name for name in every if name not in names]:
         yield f'<p class="note">No record differs in {", ".join(same)}: nothing to test.</p>'

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from harness.run.folder import EXAMPLES
+
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
 
 META_PHASES: Final = ("meta_train", "meta_valid")  # lines of turns.jsonl that no edit turn wrote
@@ -75,6 +77,12 @@ class Run:
         if path.is_file():
             return read_json(path)
         return {line["stage"]: line["scores"] for line in self.evaluations if line["stage"] in ("base", "final")}
+
+    @cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """examples.json: questions with the words of both models; none where the run has not come to its end."""
+        path = self.folder / EXAMPLES
+        return read_json(path) if path.is_file() else []
 
     def edits_after(self, turn: int) -> float:
         """Facts written by the first `turn` turns of the stream."""

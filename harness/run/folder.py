@@ -43,6 +43,7 @@ PLACES: Final = (
     "dataset.train_path",
     "dataset.valid_path",
 )
+EXAMPLES: Final = "examples.json"
 LINES: Final = ("turns.jsonl", "scores.jsonl", "records.jsonl")
 LOGGED: Final = ("turns.jsonl", "scores.jsonl")  # those whose lines wandb gets, one step each
 TRAINING: Final = ("meta_train", "meta_valid")  # phases of turns.jsonl that count turns of their own
@@ -162,6 +163,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / 'run.json'}: cannot be read ({one_line(error)})") from error
 
 
+def read_examples(folder: Path) -> list[dict[str, Any]]:
+    """What `examples.json` in that folder holds; nothing where the run was to keep none, or has not come to its end."""
+    path = folder / EXAMPLES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def count_lines(path: Path) -> int:
     """Lines of a file that may not be there."""
     if not path.exists():
@@ -172,7 +179,8 @@ def count_lines(path: Path) -> int:
 
 class RunFolder:
     """The files of a run (DESIGN section 6): `run.json`, `turns.jsonl`, `scores.jsonl`, `records.jsonl`,
-    `results.json`. Lines are on disk when the call that wrote them returns; whole files are written atomically.
+    `examples.json`, `results.json`. Lines are on disk when the call that wrote them returns; whole files are written
+    atomically.
 
     As a context manager: nobody else may write there until it is left.
     """
@@ -304,6 +312,10 @@ class RunFolder:
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`; the same results give the same bytes."""
         write_atomically(self.path / "results.json", canonical_json(results, "results.json", indent=2) + "\n")
+
+    def write_examples(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Write `examples.json`: questions, wanted answers, and the words of the base and of the edited model."""
+        write_atomically(self.path / EXAMPLES, canonical_json(examples, EXAMPLES, indent=2) + "\n")
 
     def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None:
         """Write `glue/turn_<t>.json`, t turns being done: scores by task."""

@@ -1,11 +1,14 @@
-"""What a run says of its scores when it is done: the result table."""
+"""What a run says when it is done: the result table, and examples."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, TextIO
+from unicodedata import category
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
@@ -13,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.progress import duration
+from harness.run.folder import read_examples
 
 SCORES: Final = {
     "ES": "efficacy",
@@ -30,15 +34,46 @@ FORMS: Final = {
     "agree": "as base",
     "forgetting": "",
 }
+PROBES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
+EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
-    """Print the result table and where the run lies; where `stream` (stdout) is no terminal, 80 columns, no colour."""
+    """Print the result table, the run's examples and where it lies.
+
+    Where `stream` (stdout) is no terminal, in 80 columns and without colour.
+    """
     stream = stream or sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
     console.print(result_table(results))
+    if examples := read_examples(run_folder):
+        console.print(example_table(examples))
     console.print(Text(f"  run folder   {run_folder}"), soft_wrap=True)  # never cut or broken: it will be copied
+
+
+def example_table(examples: Sequence[Mapping[str, Any]]) -> Table:
+    """What was wanted, and what the model wrote before and after its edits; each text is cut to its column."""
+    table = Table(box=SIMPLE, padding=0, expand=True, title=" what the model says", title_justify="left")
+    table.title_style = "italic"
+    for heading, share in {"question": 5, "wanted": 2, "base model": 3, "edited model": 3}.items():
+        table.add_column(heading, ratio=share, no_wrap=True, overflow="ellipsis")
+    for probe, group in groupby(examples, key=itemgetter("probe")):
+        table.add_section()
+        table.add_row(Text(PROBES[probe], style="italic"))
+        for one in group:
+            table.add_row(*(as_said(" ".join(one[key].split())) for key in EXAMPLE_TEXTS))
+    return table
+
+
+def printable(text: str) -> str:
+    """A model's words, without what a terminal would take for commands."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def as_said(text: str) -> Text:
+    """The same as a cell of a table, without blanks around it; where nothing was said, that."""
+    return Text(printable(text).strip()) if text.strip() else Text("(nothing)", style="italic")
 
 
 def result_table(results: Mapping[str, Any]) -> Group:

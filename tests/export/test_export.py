@@ -283,7 +283,7 @@ def test_a_checkpoint_on_the_way_and_a_run_that_is_not_finished(
     shutil.copytree(done.folder, half)
     shutil.rmtree(half / "checkpoints" / "turn_6")
     assert refused(half, "--to", run.folder / "six") == (
-        f"error: {half}/checkpoints: holds no whole checkpoint of the run's end, turn 6; --turn 4 exports the newest "
+        f"error: {half}/checkpoints: holds no whole checkpoint of the run's end, turn 6; --turn 4 takes the newest "
         "there is"
     )
     (half / "run.json").write_text(json.dumps({**done.json("run.json"), "status": "interrupted"}))

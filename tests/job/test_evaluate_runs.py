@@ -149,7 +149,7 @@ def test_a_saved_model_scores_what_its_run_said(run: Commands, tmp_path: Path) -
     assert about["model"]["evaluated"]["name"] == str(edited.folder / "model")
     assert about["model"]["evaluated"]["fingerprint"] != about["model"]["fingerprint"]
     assert {path.name for path in alone.folder.iterdir()} == {
-        ".hydra", "main.log", "run.json", "scores.jsonl", "records.jsonl", "results.json",
+        ".hydra", "main.log", "run.json", "scores.jsonl", "records.jsonl", "results.json", "examples.json",
     }  # fmt: skip
     assert [line["stage"] for line in alone.lines("scores.jsonl")] == ["base", "final"]
 
@@ -270,8 +270,9 @@ def test_a_chat_prompt_too_long_for_the_context_is_refused(
 
 
 def test_settings_without_effect_are_told() -> None:
-    told = settings_without_effect(to_run_config(compose_config(["evaluation.prompt=chat"])))
-    assert told == ["evaluation.prompt=chat has no effect with evaluation.generation=off"]
+    told = settings_without_effect(to_run_config(compose_config(["evaluation.prompt=chat", "evaluation.examples=0"])))
+    why = "evaluation.generation=off and evaluation.examples=0"
+    assert told == [f"evaluation.prompt=chat has no effect with {why}"]
     told = settings_without_effect(
         to_run_config(compose_config(["evaluate=x", "evaluation.every=3", "num_seq_zsre=5"]))
     )

@@ -50,6 +50,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         ],
         "records": (folder / "records.jsonl").read_bytes(),
         "scores": (folder / "scores.jsonl").read_bytes(),
+        "examples": (folder / "examples.json").read_bytes(),
         "results": {**results, "cost": {k: v for k, v in results["cost"].items() if k not in TIMES}},
         "tensors": (last / TENSORS).read_bytes(),  # weights, statistics, past updates
         "memory": json.loads((last / STATE).read_text())["state"]["diagnostics"],

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 
 FILES = {
     *("main.log", "run.json", "turns.jsonl", "scores.jsonl", "results.json", "records.jsonl", "checkpoints"),
-    "hidden_states.safetensors",
+    *("hidden_states.safetensors", "examples.json"),
 }
 SCORES = ["ES", "GS", "LS", "ES_seq", "GS_seq", "LS_seq"]
 COMPARED = ["LS_agree", "LS_kl"]  # with the base model: the edited model's only

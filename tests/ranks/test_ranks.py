@@ -120,6 +120,7 @@ def test_two_processes_do_what_one_does(place: Commands, forks: Forks) -> None:
         assert many.json(name)["sst2"]["answers"] == one.json(name)["sst2"]["answers"]
     states, others = (load_file(run.folder / "hidden_states.safetensors") for run in (one, many))
     assert all(torch.allclose(states[name], others[name], rtol=1e-4, atol=1e-5) for name in states)
+    assert many.json("examples.json") == one.json("examples.json")
     assert many.json("run.json")["device"] == "2 x cpu"
     assert [path.name for path in place.folder.glob("outputs*")] == [], "only the leader writes, and only there"
 

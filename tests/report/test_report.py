@@ -158,6 +158,20 @@ def test_a_report_says_what_was_scored_and_draws_what_there_is(tmp_path: Path) -
     assert "still running" not in text
 
 
+def test_examples_are_shown_as_they_were_written(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", overrides=["seed=7"])
+    assert "What the model says" not in text_of(write_report([run]))
+    one = {"probe": "locality", "question": "<b>Who</b> wrote Faust?", "wanted": "Goethe", "base": " Go&amp;the"}
+    (run / "examples.json").write_text(json.dumps([one | {"edited": "<script>Kafka</script>"}]))
+    html = write_report([run]).read_text()
+    for escaped in ("&lt;b&gt;Who&lt;/b&gt; wrote", ">Go&amp;amp;the<", "&lt;script&gt;Kafka&lt;/script&gt;"):
+        assert escaped in html
+    assert "unrelated questions" in html
+    assert "<summary>" not in html.partition("What the model says")[2].partition("</table>")[0]
+    both = write_report([run, other]).read_text()
+    assert "<summary>" in both.partition("What the model says")[2].partition("</table>")[0], "folded away"
+
+
 def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert write_report([run], tmp_path / "a").read_bytes() == write_report([run], tmp_path / "b").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,32 @@ def test_what_is_missing_is_left_out() -> None:
     text = shown({"final": {"ES": score(0.5)}})
     assert "turns" not in text
     assert "GS" not in text
+
+
+# --- examples ------------------------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    {"probe": "edit", "question": "Who wrote\nFaust?", "wanted": "Kafka", "base": " Goethe", "edited": " Kafka, " * 40},
+    {"probe": "rephrase", "question": "Of " + "what " * 40, "wanted": "Kafka", "base": "", "edited": "\x1b[2J[b]K[/b]"},
+]
+
+
+def test_examples_follow_the_scores_each_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "examples.json").write_text(json.dumps(EXAMPLES))
+    text = shown(RESULTS, str(tmp_path))
+    assert text.index("perplexity") < text.index("what the model says") < text.index("run folder")
+    assert not CONTROL.search(text)
+    lines = text[text.index("what the model says") : text.index("run folder")].splitlines()
+    assert max(map(len, lines)) <= 80
+    edit = next(line for line in lines if "Faust" in line)
+    assert edit.split()[:5] == ["Who", "wrote", "Faust?", "Kafka", "Goethe"]
+    assert edit.rstrip().endswith("…"), "a long text is cut"
+    rephrase = next(line for line in lines if "Of what" in line)
+    assert "(nothing)" in rephrase
+    assert "[2J[b]K" in rephrase, "as it was written, without what a terminal obeys"
+    order = [line.strip() for line in lines if line.strip() in ("edited questions", "rephrases of them")]
+    assert order == ["edited questions", "rephrases of them"]
+
+
+def test_a_run_without_examples_shows_none(tmp_path: Path) -> None:
+    assert "what the model says" not in shown(RESULTS, str(tmp_path))

@@ -1,0 +1,5 @@
+"""`python -m harness.ask` runs it."""
+
+from harness.ask.command import main
+
+main()
