@@ -17,8 +17,8 @@ def blocks(resamples: int, width: int) -> list[int]:
 
 def bootstrap_interval(
     estimate: float,
-    counts: np.ndarray,  # (V,) how often each of V values was observed
-    measure: Callable[[np.ndarray], np.ndarray],  # (R, V) counts -> (R,) estimates
+    counts: np.ndarray,  # (...) how often each value was observed
+    measure: Callable[[np.ndarray], np.ndarray],  # (R, ...) counts -> (R,) estimates
     resamples: int,
     seed: int,
 ) -> tuple[float, float]:
@@ -30,6 +30,7 @@ def bootstrap_interval(
     """
     n = int(counts.sum())
     rng = np.random.default_rng(seed)
-    drawn = [measure(rng.multinomial(n, counts / n, size=size)) for size in blocks(resamples, len(counts))]
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
+    drawn = (rng.multinomial(n, counts.ravel() / n, size=size) for size in blocks(resamples, counts.size))
+    estimates = np.concatenate([measure(one.reshape(-1, *counts.shape)) for one in drawn])
+    low, high = np.percentile(estimates, [2.5, 97.5])
     return min(float(low), estimate), max(float(high), estimate)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -19,16 +19,6 @@ LOG_SHARE: Final = 0.1  # of the work between two log lines ...
 LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter ...
 LEAST_SECONDS: Final = 10.0  # ... but never less than this
 IN_NOTEBOOK: Final = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-
-
-class Bar(Protocol):
-    """Progress of one piece of work."""
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` units are done; `note` is shown beside the bar until the next one."""
-
-    def restart(self, total: int | None, done: int) -> None:
-        """Begin again, with `done` of `total` units behind it."""
 
 
 @contextmanager
@@ -70,20 +60,20 @@ def _can_draw() -> bool:
 
 def _loggers_on_console() -> list[logging.Logger]:
     """All loggers, not the root alone: libraries give theirs handlers of their own."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    return [one for one in loggers if isinstance(one, logging.Logger) and any(map(_writes_to_console, one.handlers))]
-
-
-def _writes_to_console(handler: logging.Handler) -> bool:
-    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers = [one for one in known if isinstance(one, logging.Logger)]
+    console = (sys.stdout, sys.stderr)
+    return [one for one in loggers if any(getattr(handler, "stream", None) in console for handler in one.handlers)]
 
 
 class _DrawnBar(tqdm):
     def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` units are done; `note` is shown beside the bar until the next one."""
         self.set_postfix_str(note, refresh=False)
         self.update(n)
 
     def restart(self, total: int | None, done: int) -> None:
+        """Begin again, with `done` of `total` units behind it."""
         self.reset(total)
         self.initial = self.n = self.last_print_n = done  # what is there already says nothing about the speed
 
@@ -119,6 +109,9 @@ class _LoggedBar:
         elif self._total is not None:
             parts.append(f"{duration(elapsed / (self._done - self._start) * (self._total - self._done))} left")
         return ", ".join(parts)
+
+
+Bar: TypeAlias = _DrawnBar | _LoggedBar
 
 
 def duration(seconds: float) -> str:

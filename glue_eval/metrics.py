@@ -73,7 +73,6 @@ def summary(
     found: Metrics = {}
     for name, metric in METRICS.items():
         mean = float(metric(counts))
-        measure = lambda drawn, metric=metric: metric(drawn.reshape(-1, *counts.shape))  # noqa: E731
-        low, high = bootstrap_interval(mean, counts.ravel(), measure, resamples, seed)
+        low, high = bootstrap_interval(mean, counts, metric, resamples, seed)
         found[name] = {"mean": mean, "low": low, "high": high, "n": int(counts.sum())}
     return found
