@@ -31,6 +31,6 @@ def bootstrap_interval(
     n = int(counts.sum())
     rng = np.random.default_rng(seed)
     drawn = (rng.multinomial(n, counts.ravel() / n, size=size) for size in blocks(resamples, counts.size))
-    estimates = [measure(one.reshape(-1, *counts.shape)) for one in drawn]
-    low, high = np.percentile(np.concatenate(estimates), [2.5, 97.5])
+    estimates = np.concatenate([measure(one.reshape(-1, *counts.shape)) for one in drawn])
+    low, high = np.percentile(estimates, [2.5, 97.5])
     return min(float(low), estimate), max(float(high), estimate)

@@ -62,8 +62,8 @@ def _can_draw() -> bool:
 
 def _loggers_on_console() -> list[logging.Logger]:
     """All loggers, not the root alone: libraries give theirs handlers of their own."""
-    found = [logging.root, *logging.root.manager.loggerDict.values()]
-    loggers = [one for one in found if isinstance(one, logging.Logger)]
+    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    loggers = [one for one in known if isinstance(one, logging.Logger)]
     console = (sys.stdout, sys.stderr)
     return [one for one in loggers if any(getattr(handler, "stream", None) in console for handler in one.handlers)]
 

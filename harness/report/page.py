@@ -19,7 +19,7 @@ from harness.watch.console import EXAMPLE_TEXTS, FORMS, PROBES, SCORES, printabl
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
-body { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; background: #fff; }
+body { max-width: 78rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; background: #fff; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.8rem 0 .6rem; }
 p.sub, figcaption, p.note { color: #55606e; }
@@ -37,6 +37,7 @@ td small { color: #55606e; }
 .texts td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 7rem; }
 td.far { font-weight: 650; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
+p, figure { max-width: 62rem; }
 figure { margin: 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .92rem; margin-top: .4rem; }
@@ -141,7 +142,7 @@ def _all_runs_results(runs: Sequence[Named]) -> str:
         [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
         for named in runs
     ]
-    return _table(["run", *names], rows, kind="stacked")
+    return _table(["run", *names], rows)
 
 
 def _base_rows(runs: Sequence[Named], names: Sequence[str]) -> list[list[str]]:

@@ -93,7 +93,7 @@ def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
     )
     table.add_column("score", overflow="fold")
     for heading in ("base model", "edited model", "change", "records"):
-        table.add_column(heading, justify="right", overflow="fold")
+        table.add_column(heading, justify="right", no_wrap=True)  # where it is narrow, the names of scores break
     kinds = {name: _kind(name) for name in {*base, *final}}
     for place, name in enumerate(ordered := sorted(kinds, key=kinds.__getitem__)):
         if place and kinds[name][0] != kinds[ordered[place - 1]][0]:
@@ -132,7 +132,7 @@ def _score_row(name: str, base: Any, final: Any) -> list[Text]:
 
 def _label(name: str) -> str:
     score, _, form = name.partition("_")
-    words = FORMS.get(form) or SCORES.get(score) if form in FORMS else None
+    words = FORMS.get(form) if form else SCORES.get(score)
     return f"{name}  {words}" if words else name
 
 

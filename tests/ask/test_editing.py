@@ -13,7 +13,7 @@ from harness.ask import edit, open_edited
 from tests.commands import MODULES, Commands
 
 FACTS = [{"prompt": f"Who keeps box {i}?", "answer": f"number {7 * i % 10}"} for i in range(6)]
-SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.lr=0.1", "editor.preheat_mode=none")
+SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.half=fp32", "model.lr=0.1", "editor.preheat_mode=none")
 
 
 @pytest.fixture

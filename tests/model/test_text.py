@@ -171,6 +171,17 @@ def test_prompts_that_are_all_the_same() -> None:
     assert LanguageModel(plain, None, {}).generate(prompts, 4) == one_by_one(plain, prompts, 4)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_watcher_is_told_of_every_token_while_they_are_written(early: bool) -> None:
+    """Where a text ends early, of those too that will not be written."""
+    plain = tiny_llama()
+    plain.generation_config.eos_token_id = one_by_one(plain, PROMPTS[:1], 1)[0][0] if early else None
+    told: list[int] = []
+    LanguageModel(plain, None, {}, compute_tokens=16).generate(PROMPTS, 7, told.append)
+    assert sum(told) == 7 * len(PROMPTS)
+    assert len(told) > 7  # with each step of each batch, not with each batch
+
+
 def test_nothing_asked_nothing_answered() -> None:
     model = LanguageModel(tiny_llama(), None, {})
     assert model.generate([], 5) == []

@@ -490,6 +490,13 @@ def test_seeds_are_averaged_by_record() -> None:
     )
 
 
+def test_numbers_of_single_runs_stand_beside_their_intervals(tmp_path: Path) -> None:
+    html = write_report([make_run(tmp_path / name, overrides=[f"name={name}"]) for name in ("a", "b")]).read_text()
+    table = html[html.index("<h2>Scores of each run</h2>") :]
+    assert table[: table.index("<tr>")].endswith("<table>")  # stacked, an interval is a line of its own
+    assert "white-space: nowrap" in html
+
+
 def test_configurations_are_compared_within_seeds_by_row(tmp_path: Path) -> None:
     """Seed 2 edits other facts in another order. Within a seed, b answers one record in ten more than a; the seeds'
     own levels differ by far more, and places mean nothing."""

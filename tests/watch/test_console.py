@@ -95,6 +95,14 @@ def test_generated_answers_locality_and_forgetting_have_their_lines() -> None:
     assert order == ["MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting"]
 
 
+def test_a_number_keeps_its_interval_on_its_line_where_names_must_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "66")
+    text = shown(RESULTS)
+    assert "generalization" in shown({"final": {"GS": score(1.0, 0.0)}})
+    assert "24.4 [22.4, 26.4] 100.0 [100.0, 100.0]" in " ".join(text.split())
+    assert [line for line in text.splitlines() if line.count("[") != line.count("]")] == []
+
+
 def test_a_cost_nobody_described_is_shown_under_its_own_name() -> None:
     assert re.search(r"tokens read +123", shown(RESULTS | {"cost": {"tokens_read": 123}}))
 
