@@ -40,6 +40,7 @@ from config.schema.run import (
 from config.schema.tracker import (
     DiagnosticsConfig,
     TrackerConfig,
+    Wandb,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Token",
     "TrackerConfig",
     "UpdateEvery",
+    "Wandb",
     "WhiteningFloorMode",
     "quoted",
     "register",
