@@ -29,9 +29,8 @@ from data.stream import EditStream
 from editor.capture import CaptureEditor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
-from harness.evaluation import Downstream, Scoring
+from harness.evaluation import Downstream
 from harness.job import (
-    Held,
     LoopState,
     MetaTraining,
     Plan,
@@ -49,9 +48,14 @@ from harness.job import (
     make_evaluation,
     make_hidden_states,
     make_plan,
+    make_scoring,
     move_into,
     network_keeper,
+    new_record,
     plan_downstream,
+    quiet_unless_first,
+    rank_settings,
+    require_alike,
     require_weights,
     settings_of,
     wandb_settings,
@@ -89,13 +93,10 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     prepare_process()
     try:
-        with joined() as ranks:
-            if ranks.rank > 0:
-                ranks.follow(Held())
-                return
-            check_launcher(sys.argv[1:], ranks.size)
-            check_command_line(sys.argv[1:])
-            sys.argv[1:] = waiting_for_choices(sys.argv[1:])
+        with joined() as ranks, quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
+            check_launcher(arguments, ranks.size)
+            check_command_line(arguments)
+            sys.argv[1:] = waiting_for_choices(arguments)
             job()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))
@@ -123,8 +124,9 @@ def job(composed: DictConfig) -> None:
     share_terminal(HydraConfig.get().launcher["_target_"])
     in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        with requeued_after_checkpoint():
-            run(to_run_config(composed), composed, Path(HydraConfig.get().runtime.output_dir))
+        with requeued_after_checkpoint(), joined().in_step():
+            cfg = rank_settings(to_run_config(composed), joined())
+            run(cfg, composed, Path(HydraConfig.get().runtime.output_dir))
     except (ValueError, FloatingPointError, OSError) as error:
         line = error_line(error)
         if in_sweep:  # which goes on with its other jobs and ends with this error, maybe in another process
@@ -169,8 +171,9 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     }
     if evaluated is not None:
         about["model"]["evaluated"] = {"name": cfg.evaluate, "files": stamp(evaluated)}
+    about = require_alike(plan.ranks, about)
     end_if_asked()
-    with earlier_run(cfg.resume, roots_of_runs(), about, folder) as earlier:
+    with earlier_run(cfg.resume, roots_of_runs(), about, folder, plan.ranks) as earlier:
         if earlier is not None:
             move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
@@ -218,9 +221,9 @@ def begin(
         plan.network.require({MODEL: about["model"]["fingerprint"]})
         editor.load_state_dict(plan.network.tensors())
     diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
-    state = LoopState(earlier or RunFolder.create(folder, **about), model, editor, diagnostics, cfg.keep)
+    state = LoopState(earlier or new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)
     if earlier is not None:
-        state.restore(about)
+        state.restore(about, plan.ranks)
     return state
 
 
@@ -233,7 +236,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
         Interruption() as interruption,
     ):
         progress = RunProgress()
-        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
+        score = make_scoring(plan.ranks, make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
         hidden = make_hidden_states(cfg, plan, model, state.folder.path)
         try:
             base = score.base(state.begun, base_cache(cfg, plan, state.fingerprint))

@@ -244,7 +244,7 @@ class LanguageModel:
         """Those that hold a part of it, in the order of its layers."""
         return list(dict.fromkeys(weight.device for weight in self.model.parameters()))
 
-    # -- work that several processes may share (harness/job/spread.py)
+    # -- work that several processes may share (harness/ranks/model.py)
 
     hands = 1  # how many do
 
@@ -256,6 +256,10 @@ class LanguageModel:
     def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
         """work(model, part) for one part each of `hands`, at the same time; `work` is a function of a module."""
         return [work(self, part) for part in parts]
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds in each of the processes."""
+        return holds
 
     # -- capture
 

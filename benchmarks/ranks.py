@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.ranks [--facts 100] [--rounds 5] [--device cuda] [--half bf16]
 
 Capture of a turn, and evaluation. On GPUs with the kernels of a run, which give the same bits each time. On CPUs every
-process keeps to a core and a thread of its own; the one that works alone is the leader, on the same core. Rounds and
+process keeps to a core and a thread of its own; the one that works alone is rank 0, on the same core. Rounds and
 ratios are as in benchmarks/turn.py.
 """
 
@@ -18,35 +18,43 @@ import torch
 import transformers
 
 from benchmarks.turn import SCORED, Bench, build, parser_of, ratio, score
-from harness.job.spread import Held, SpreadModel
-from harness.ranks.group import joined
+from harness.ranks import Ranks, SharedModel, joined
 from model import LanguageModel
 
 ALONE, SHARED = "one rank", "all ranks"
 
 
-def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SpreadModel) -> None:
-    times = bench.race({ALONE: partial(work, bench.model), SHARED: partial(work, shared)})
+def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SharedModel) -> None:
+    """Each round on all ranks; the others have nothing to do where rank 0 works alone."""
+    alone = partial(work, bench.model) if shared.ranks.is_first else lambda: None
+    times = bench.race({ALONE: in_step(shared.ranks, alone), SHARED: in_step(shared.ranks, partial(work, shared))})
     one, many = (statistics.median(times[name]) for name in (ALONE, SHARED))
-    print(f"  {what:26s} {one:8.3f} s {many:8.3f} s   {ratio(times, ALONE, SHARED):.2f} times as fast")
+    if shared.ranks.is_first:
+        print(f"  {what:26s} {one:8.3f} s {many:8.3f} s   {ratio(times, ALONE, SHARED):.2f} times as fast")
+
+
+def in_step(ranks: Ranks, work: Callable[[], object]) -> Callable[[], object]:
+    """The work, and then the wait for the others."""
+
+    def done() -> None:
+        work()
+        ranks.share(lambda: None)
+
+    return done
 
 
 def main() -> None:
     transformers.logging.disable_progress_bar()
     arguments = parser_of(__doc__).parse_args()
-    ranks = joined()
-    if arguments.device == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
-        torch.set_num_threads(1)
-    bench = build(arguments)
-    held = Held(bench.model)
-    with ranks:
-        if ranks.rank > 0:
-            ranks.follow(held)
-            return
-        shared = SpreadModel(held, ranks)
-        print(f"{arguments.facts} facts, {ranks.size} ranks")
+    with joined() as ranks:
+        if arguments.device == "cpu":
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
+            torch.set_num_threads(1)
+        bench = build(arguments)
+        shared = SharedModel(bench.model, ranks)
+        if ranks.is_first:
+            print(f"{arguments.facts} facts, {ranks.size} ranks")
         race(bench, "capture", lambda model: model.capture(bench.turn), shared)
         race(bench, f"evaluation of {SCORED} facts", partial(score, records=bench.turn.records[:SCORED]), shared)
 

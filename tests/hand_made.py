@@ -22,6 +22,7 @@ class StandIn:
     hands = LanguageModel.hands
     shares = LanguageModel.shares
     each = LanguageModel.each
+    everywhere = LanguageModel.everywhere
 
 
 def counting_model(vocabulary: int, context_length: int = 512) -> transformers.LlamaForCausalLM:

@@ -42,6 +42,7 @@ from config.schema.run import (
 from config.schema.tracker import (
     DiagnosticsConfig,
     TrackerConfig,
+    Wandb,
 )
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Token",
     "TrackerConfig",
     "UpdateEvery",
+    "Wandb",
     "WhiteningFloorMode",
     "quoted",
     "register",

@@ -2,9 +2,10 @@
 
 from harness.evaluation.downstream import Downstream
 from harness.evaluation.evaluate import Evaluation
-from harness.evaluation.scoring import Scoring
+from harness.evaluation.scoring import Answering, Scoring
 
 __all__ = [
+    "Answering",
     "Downstream",
     "Evaluation",
     "Scoring",

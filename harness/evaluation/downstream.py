@@ -36,11 +36,11 @@ class Downstream:
 
     def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""
-        if not self.tasks or tracker.folder.has_downstream(0):
+        if not self.tasks or model.everywhere(tracker.folder.has_downstream(0)):
             return
         key = canonical_json({"model": fingerprint, **self.identity}, "identity of the base model's scores")
         cache = places.CACHE / "glue" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        if cache.is_file():
+        if model.everywhere(cache.is_file()):
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
         elif model.fingerprint() == fingerprint:
             self(model, tracker, progress, 0, keep=cache)
@@ -51,7 +51,7 @@ class Downstream:
         self, model: LanguageModel, tracker: Tracker, progress: RunProgress, done: int, keep: Path | None = None
     ) -> None:
         """Score the model as `done` turns have left it; what a resumed run has behind it is not scored again."""
-        if not self.tasks or tracker.folder.has_downstream(done):
+        if not self.tasks or model.everywhere(tracker.folder.has_downstream(done)):
             return
         rows = sum(len(task.prompts) for task in self.tasks)
         what = f"GLUE after turn {done}" if done else "GLUE, base model"

@@ -315,7 +315,10 @@ class Evaluation:
         With `cache` the model is the base: its scores are read from that folder, or computed and kept there; later
         evaluations are compared with them.
         """
-        scores = self._score(upto, self._base) if cache is None else kept_scores(cache, self._score_base)
+        if cache is None:
+            scores = self._score(upto, self._base)
+        else:
+            scores = kept_scores(cache, self._score_base, self.model.everywhere)
         summary = summarize(_watched(scores, watch), self.resamples, self.seed)
         if cache is not None:
             self._base = BaseReader(cache / "locality")
@@ -328,7 +331,7 @@ class Evaluation:
 
         Where the cache is gone, it is made again on the base model's weights.
         """
-        if not cache.is_dir():
+        if not self.model.everywhere(cache.is_dir()):
             with self.model.unedited():
                 self.run(None, lambda _: None, cache)
         self._base = BaseReader(cache / "locality")
@@ -423,9 +426,14 @@ def among(places: Sequence[int], size: int | None, seed: int) -> Container[int]:
 # What is kept of the base model: a folder with scores.jsonl, perplexity.json, locality/*.safetensors
 
 
-def kept_scores(folder: Path, compute: Callable[[Path], Iterator[RecordScore]]) -> Iterator[RecordScore]:
-    """The scores kept in `folder`, or those of `compute(new folder)`, which becomes `folder` once all of them are."""
-    if folder.is_dir():
+def kept_scores(
+    folder: Path, compute: Callable[[Path], Iterator[RecordScore]], everywhere: Callable[[bool], bool] = bool
+) -> Iterator[RecordScore]:
+    """The scores kept in `folder`, or those of `compute(new folder)`, which becomes `folder` once all of them are.
+
+    `everywhere(holds)`: whether that holds in each process that shares the computation.
+    """
+    if everywhere(folder.is_dir()):
         with (folder / "scores.jsonl").open(encoding="utf-8") as lines:
             yield from (RecordScore(**json.loads(line)) for line in lines)
         return

@@ -28,15 +28,24 @@ class HiddenStates:
     """
 
     def __init__(
-        self, states: States, records: Sequence[EditRecord], tokenize: Tokenize, folder: Path, size: int, seed: int
+        self,
+        states: States,
+        records: Sequence[EditRecord],
+        tokenize: Tokenize,
+        folder: Path,
+        size: int,
+        seed: int,
+        everywhere: Callable[[bool], bool] = bool,
     ) -> None:
+        """`everywhere(holds)`: whether that holds in each process that shares the computation of `states`."""
         self.states, self.tokenize, self.path = states, tokenize, folder / FILE
+        self.everywhere = everywhere
         self.records, self.places = records, sample_places(len(records), size, seed)
 
     def keep(self, moment: Literal["base", "edited"]) -> None:
         """Add the states of the model as it is now; those of the base model stay as they are once they are there."""
         kept = load_file(self.path) if self.path.is_file() else {}
-        if not self.places or (moment == "base" and kept):
+        if not self.places or (moment == "base" and self.everywhere(bool(kept))):
             return
         chosen = [self.records[place] for place in self.places]
         for field in QUESTIONS:

@@ -156,6 +156,29 @@ class Scoring:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+class Answering(Scoring):
+    """The part of a process in evaluations that another one keeps: it answers its share of the questions."""
+
+    def base(self, begun: bool, cache: Path) -> Mapping[str, Any]:
+        if begun:
+            self.evaluation.compare_with_base(cache)
+        else:
+            self("base", 0, cache)
+        return {}
+
+    def retention(self, done: int) -> None:
+        self._answer(self.evaluation.retention.due(done))
+
+    def retained(self) -> dict[str, Any]:
+        self.retention(len(self.evaluation.stream))
+        self._answer(self.evaluation.retention.at_end())
+        return {}
+
+    def _answer(self, places: Iterable[int]) -> None:
+        for _ in self.evaluation.retained(places):
+            pass
+
+
 @contextmanager
 def _finite(what: str) -> Iterator[None]:
     """Says what was scored where its numbers are not finite, and the way out."""

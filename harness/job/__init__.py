@@ -3,15 +3,15 @@
 from harness.job.build import build_editor, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
+from harness.job.loading import load_model
 from harness.job.networks import network_keeper
+from harness.job.others import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
 from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
 from harness.job.plan import Plan, capture_memory, make_plan, wandb_settings
 from harness.job.resume import LoopState, earlier_run, move_into, require_weights
-from harness.job.spread import Held, load_model
 from harness.job.training import MetaTraining
 
 __all__ = [
-    "Held",
     "LoopState",
     "MetaTraining",
     "Plan",
@@ -29,9 +29,14 @@ __all__ = [
     "make_evaluation",
     "make_hidden_states",
     "make_plan",
+    "make_scoring",
     "move_into",
     "network_keeper",
+    "new_record",
     "plan_downstream",
+    "quiet_unless_first",
+    "rank_settings",
+    "require_alike",
     "require_weights",
     "settings_of",
     "wandb_settings",

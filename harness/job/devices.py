@@ -8,7 +8,7 @@ from config.schema import (
     Half,
     RunConfig,
 )
-from harness.ranks.group import Ranks, require_gpu_each
+from harness.ranks import Ranks, require_gpu_each
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 
@@ -23,8 +23,8 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
             if ":" in value:
                 raise ValueError(f"{key}={value} {one_each}: set {key}=auto")
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _with_index(torch.device(found if cfg.model_device == "auto" else cfg.model_device))
-    editor = model if cfg.editor_device == "auto" else _with_index(torch.device(cfg.editor_device))
+    model = _with_index(torch.device(found if cfg.model_device == "auto" else cfg.model_device), ranks)
+    editor = model if cfg.editor_device == "auto" else _with_index(torch.device(cfg.editor_device), ranks)
     for key, device in {"model_device": model, "editor_device": editor}.items():
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
@@ -36,9 +36,12 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
     return model, editor
 
 
-def _with_index(device: torch.device) -> torch.device:
-    """`cuda` is the first GPU, also among several processes, of which only the first one makes a plan."""
-    return torch.device("cuda:0") if device == torch.device("cuda") else device
+def _with_index(device: torch.device, ranks: Ranks) -> torch.device:
+    """`cuda` is the first GPU, or where several processes share a run, this one's own."""
+    if device != torch.device("cuda"):
+        return device
+    shared = ranks.size > 1 and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device() if shared else 0)
 
 
 def ask_for_the_same_bits(wanted: bool = True) -> None:

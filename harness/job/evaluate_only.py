@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from config.schema import RunConfig
-from harness.evaluation.scoring import Scoring
 from harness.job.evaluation import base_cache, make_evaluation
+from harness.job.loading import load_model
+from harness.job.others import make_scoring, new_record
 from harness.job.plan import Plan, wandb_settings
 from harness.job.resume import require_model
-from harness.job.spread import load_model
 from harness.run import places
 from harness.run.folder import RunFolder
 from harness.run.interrupt import end_if_asked
@@ -43,11 +43,11 @@ def evaluate_only(
         require_model("model.name_or_path", earlier.run["model"], about["model"])
         earlier.run["model"] = about["model"]
         earlier.go_on({}, 0, about["overrides"])
-    run_folder = earlier or RunFolder.create(folder, **about)
+    run_folder = earlier or new_record(plan.ranks, folder, about)
     with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker:
         progress = RunProgress()
         seconds: dict[str, float] = {}
-        score = Scoring(make_evaluation(cfg, plan, model), tracker, progress, seconds)
+        score = make_scoring(plan.ranks, make_evaluation(cfg, plan, model), tracker, progress, seconds)
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
             texts = None if plan.examples is None else plan.examples.texts(model)
@@ -57,7 +57,7 @@ def evaluate_only(
             end_if_asked()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)
-            score = Scoring(evaluation, tracker, progress, seconds)
+            score = make_scoring(plan.ranks, evaluation, tracker, progress, seconds)
             results["final"] = score("final", len(plan.stream))
             score.examples(plan.examples, texts)
         results["cost"] = {"seconds": seconds}

@@ -37,7 +37,7 @@ from harness.evaluation.perplexity import Passage, read_passage
 from harness.job.data import open_data
 from harness.job.devices import devices
 from harness.job.networks import plan_network, plan_training
-from harness.ranks.group import Ranks
+from harness.ranks import Ranks
 from harness.run import places
 from harness.run.networks import TrainedNetwork
 from harness.run.spill import CaptureFolder
@@ -147,8 +147,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
             examples.generation.check(examples.records, model_outline.context_length, str(files["eval"].path))
     if cfg.editor.cache_dir is not None and ranks.size > 1:
         log.warning(
-            "editor.cache_dir: each of the %d processes holds its share of a turn's captures in memory, and the first "
-            "one a second share, until they are in the folder",
+            "editor.cache_dir: each of the %d processes keeps the captures of a turn in a folder of its own there, and "
+            "two shares of them in memory until they are written",
             ranks.size,
         )
     with capture_memory(cfg, stream, model_outline.shapes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -9,7 +10,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from config.schema import RunConfig, quoted
 from editor.base import Editor
+from harness.job.loading import load_model
 from harness.job.plan import Plan
-from harness.job.spread import load_model
-from harness.run.checkpoint import Checkpoints, Groups
-from harness.run.folder import PLACES, RunFolder, git_state, leave_out, read_run, run_id, versions
+from harness.ranks import Ranks
+from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
+from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, read_run, run_id, versions
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from model_source import ModelSource
@@ -43,17 +44,25 @@ NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold m
 # Which run
 
 
-@contextmanager
+@contextlib.contextmanager
 def earlier_run(
-    resume: str | None, roots: Sequence[Path], about: Mapping[str, Any], folder: Path
+    resume: str | None, roots: Sequence[Path], about: Mapping[str, Any], folder: Path, ranks: Ranks
 ) -> Iterator[RunFolder | None]:
     """The run to go on with, or that is finished, locked for as long as the context lasts; None to begin a new one.
 
     `resume` is null, auto or a run folder; auto looks below `roots` for the newest run of the same id that is finished
     or has a checkpoint, else for the newest at all. `about` is what `run.json` would say of a new run, which would be
     in `folder`. Raises ValueError where the folder named, or that one, holds no run, or another one: each key that
-    differs is named.
+    differs is named. Rank 0 looks, for all.
     """
+    with contextlib.ExitStack() as stack:
+        path = _wanted(resume, roots, about, folder) if ranks.is_first else None
+        found = None if path is None else stack.enter_context(RunFolder.open(path))
+        run = ranks.first(lambda: None if found is None else found.run)
+        yield found if run is None or ranks.is_first else NoRecord(folder, run)
+
+
+def _wanted(resume: str | None, roots: Sequence[Path], about: Mapping[str, Any], folder: Path) -> Path | None:
     path = None
     if resume == NEWEST:
         path = _newest(roots, about)
@@ -62,11 +71,7 @@ def earlier_run(
     elif resume is not None:
         path = Path(resume).expanduser()
         _require_same(f"resume={resume}", read_run(path), about, "leave resume out")
-    if path is None:
-        yield None
-        return
-    with RunFolder.open(path) as run_folder:
-        yield run_folder
+    return path
 
 
 def _newest(roots: Sequence[Path], about: Mapping[str, Any]) -> Path | None:
@@ -245,38 +250,41 @@ class LoopState:
         self.checkpoints[kind].save(place, groups, {**about, **more})
         self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
 
-    def restore(self, about: Mapping[str, Any]) -> None:
+    def restore(self, about: Mapping[str, Any], ranks: Ranks) -> None:
         """Weights, statistics, past updates and files as the newest checkpoint has them, or as before the first turn.
 
-        ValueError, nothing being changed, for another model or another run's checkpoint.
+        ValueError, nothing being changed, for another model or another run's checkpoint. Rank 0 reads it, for all.
         """
         run = self.folder.run
         require_model("model.name_or_path", run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
-        checkpoint = self.checkpoints["turn"].newest() or self.checkpoints["training"].newest()
-        if checkpoint is None:
+        checkpoint = self._newest() if ranks.is_first else None
+        place, state, groups = _of_first(ranks, checkpoint)
+        if place is None:
             self.folder.go_on({}, 0, about["overrides"])
             log.info("the run in %s has no checkpoint: it begins anew", self.folder.path)
             return
-        if checkpoint.state["run_id"] != run["run_id"]:
-            raise ValueError(
-                f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run['run_id']}; take it away"
-            )
-        groups = checkpoint.tensors()
         if "training" in groups:
-            self.trained, self.training = checkpoint.place, groups["training"]
+            self.trained, self.training = place, groups["training"]
         else:
-            self.done = checkpoint.place
-        self.folder.go_on(checkpoint.state["lengths"], self.done, about["overrides"])
-        self.seconds |= checkpoint.state["seconds"]
+            self.done = place
+        self.folder.go_on(state["lengths"], self.done, about["overrides"])
+        self.seconds |= state["seconds"]
         if self.trained:
             log.info("going on after turn %d of meta-training in %s", self.trained, self.folder.path)
             return
         self.model.restore(groups["model"])
         self.editor.load_state_dict(groups.get("editor", {}))
-        self.diagnostics.load_state(groups.get("diagnostics", {}), checkpoint.state["diagnostics"])
+        self.diagnostics.load_state(groups.get("diagnostics", {}), state["diagnostics"])
         log.info("going on after turn %d of the run in %s", self.done, self.folder.path)
+
+    def _newest(self) -> Checkpoint | None:
+        checkpoint = self.checkpoints["turn"].newest() or self.checkpoints["training"].newest()
+        run_id = self.folder.run["run_id"]
+        if checkpoint is not None and checkpoint.state["run_id"] != run_id:
+            raise ValueError(f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run_id}; take it away")
+        return checkpoint
 
     def how_to_go_on(self, program: Sequence[str], overrides: Sequence[str]) -> str:
         """What whoever stopped the run has to type; `program` is what it was started with, up to its settings."""
@@ -289,6 +297,25 @@ class LoopState:
         trained = self.checkpoints["training"].latest
         where = f"turn {trained} of meta-training" if trained is not None and latest is None else f"turn {latest or 0}"
         return f"to go on from {where}: {command}"
+
+
+def _of_first(
+    ranks: Ranks, checkpoint: Checkpoint | None
+) -> tuple[int | None, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Place, state and tensors of rank 0's checkpoint, on every rank; no place where it has none."""
+    groups = {} if checkpoint is None else checkpoint.tensors()
+    own = {(group, name): tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+    about = (None, {}) if checkpoint is None else (checkpoint.place, checkpoint.state)
+    found: list[Any] = []
+
+    def take(rank: int, said: Any, tensors: Sequence[Tensor]) -> None:
+        if rank == 0:
+            found.extend(said[:2])
+            for (group, name), tensor in zip(said[2], tensors, strict=True):
+                groups.setdefault(group, {})[name] = tensor
+
+    ranks.gather(lambda: ((*about, list(own)), list(own.values())), take)
+    return found[0], found[1], groups
 
 
 def move_into(folder: Path, fresh: Path, link: bool = False) -> None:

@@ -1,9 +1,12 @@
-"""Several processes of one run."""
+"""Several processes that share a run, as one program on all of them (SPMD)."""
 
-from harness.ranks.group import Ranks, joined, program_of
+from harness.ranks.group import Ranks, joined, program_of, require_gpu_each
+from harness.ranks.model import SharedModel
 
 __all__ = [
     "Ranks",
+    "SharedModel",
     "joined",
     "program_of",
+    "require_gpu_each",
 ]

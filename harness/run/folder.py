@@ -424,3 +424,37 @@ class RunFolder:
                 # not sorted: `turn` stays first, and the order is the writer's own, so it is the same in every run
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
+
+
+class NoRecord(RunFolder):
+    """The record of a run in the hands of a process that does not keep it: nothing is written, and nothing missing."""
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        """`path`: a folder of this process's own, for what it may want one for; `run`: what run.json holds."""
+        self.path, self.run, self.mark = path, run, {}
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None: ...
+
+    def write_results(self, results: Mapping[str, Any]) -> None: ...
+
+    def write_examples(self, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None: ...
+
+    def has_downstream(self, turn: int) -> bool:
+        return True
+
+    def scores(self, stage: Stage) -> dict[str, Any]:
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        return {}
+
+    def cost(self) -> dict[str, Any]:
+        return {}
+
+    def _write_run(self) -> None: ...
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None: ...

@@ -17,6 +17,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.5  # seconds: a terminal and whatever launched the run may both pass the same Ctrl-C on
 
 
+def leave_signals() -> None:
+    """From now on SIGINT and SIGTERM are another process's concern: nothing below takes them up again."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _own_signals() -> tuple[signal.Signals, ...]:
+    """Those that are this process's concern."""
+    return () if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN else SIGNALS
+
+
 _asked: list[int] = []  # signals that were to end this process; it has outlived them where it reads this
 
 
@@ -25,7 +36,8 @@ def end_on(number: int) -> None:
 
     Python drops what is raised while it takes an object apart: see `end_if_asked`.
     """
-    signal.signal(number, _end)
+    if number in _own_signals():
+        signal.signal(number, _end)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
@@ -80,7 +92,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         end_if_asked()
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in _own_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

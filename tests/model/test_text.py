@@ -9,8 +9,7 @@ import torch
 import transformers
 
 from data.records import TokenSequence
-from harness.job.spread import Held, SpreadModel
-from harness.ranks.group import Ranks
+from harness.ranks import Ranks, SharedModel
 from model import LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.model.test_model import FAMILIES, SMALL
@@ -140,7 +139,7 @@ def test_a_label_may_fill_the_context_and_no_more(make: Any) -> None:
     assert total == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="prompt 1 has 257 tokens, more than the model's context of 256"):
         model.label_log_probs([[1], long], [[[1]], [[4, 5, 6, 7]]])
-    shared = SpreadModel(Held(model), Ranks())
+    shared = SharedModel(model, Ranks())
     shared.hands = 2  # for the second of two processes it would be the first prompt
     with pytest.raises(ValueError, match="prompt 1 has 257 tokens"):
         shared.label_log_probs([[1], long], [[[1]], [[4, 5, 6, 7]]])

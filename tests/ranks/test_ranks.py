@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from harness.job.spread import Held, SpreadModel
+from harness.job import require_alike
+from harness.ranks import Ranks, SharedModel
 from harness.ranks import group as ranks_module
-from harness.ranks.group import LostRankError, Ranks, laid_out
+from harness.ranks.group import LostRankError
+from harness.ranks.model import _require_alike
 from model import LanguageModel
 from tests.commands import Commands, Run, save_tiny_model, zsre_row
 from tests.conftest import ROOT, tiny_llama
@@ -122,7 +124,7 @@ def test_two_processes_do_what_one_does(place: Commands, forks: Forks) -> None:
     assert all(torch.allclose(states[name], others[name], rtol=1e-4, atol=1e-5) for name in states)
     assert many.json("examples.json") == one.json("examples.json")
     assert many.json("run.json")["device"] == "2 x cpu"
-    assert [path.name for path in place.folder.glob("outputs*")] == [], "only the leader writes, and only there"
+    assert [path.name for path in place.folder.glob("outputs*")] == [], "only rank 0 writes, and only there"
 
 
 def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> None:
@@ -144,7 +146,11 @@ def test_a_model_edited_before_is_scored_by_all(place: Commands, forks: Forks) -
     line = [f"evaluate={place.model}", "evaluation.generation=2", "evaluation.max_new_tokens=2"]
     assert together(forks, 1, place.line(*line, run="scored_one")) == [0], forks.stderr()
     assert together(forks, 2, place.line(*line, run="scored_many")) == [0, 0], forks.stderr()
-    assert Run(place.folder / "scored_many").scores() == about(Run(place.folder / "scored_one").scores())
+    scored = Run(place.folder / "scored_many")
+    assert scored.scores() == about(Run(place.folder / "scored_one").scores())
+    before = len(forks.stderr())
+    assert together(forks, 2, place.line(*line, f"resume={scored.folder}", run="again")) == [0, 0], forks.stderr()
+    assert "finished already" in forks.stderr()[before:]
 
 
 def test_a_stop_between_two_blocks_of_an_evaluation(place: Commands, forks: Forks) -> None:
@@ -189,7 +195,7 @@ def test_a_network_is_trained_by_all(place: Commands, forks: Forks, editor: str)
 
 
 def test_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
-    """A signal is the leader's affair: it ends its turn, keeps it, and lets the others go."""
+    """A signal is the affair of rank 0: it ends its turn, keeps it, and the others leave with it."""
     assert together(forks, 2, place.line(*EVERYTHING, run="whole")) == [0, 0], forks.stderr()
     whole = Run(place.folder / "whole")
     stop = {"before": "tests.ranks.test_ranks:terminate_in_the_fourth_capture"}
@@ -215,11 +221,11 @@ def test_training_by_all_comes_to_the_same_bits_after_a_stop(place: Commands, fo
 
 
 def terminate_in_the_second_turn_of_training() -> None:
-    in_call(2, SpreadModel, "weight_gradients", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    in_call(2, SharedModel, "weight_gradients", lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def terminate_in_the_fourth_capture() -> None:
-    in_call(4, SpreadModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    in_call(4, SharedModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def in_call(number: int, kind: type, method: str, act: Callable[[Any], None]) -> None:
@@ -237,7 +243,7 @@ def in_call(number: int, kind: type, method: str, act: Callable[[Any], None]) ->
 
 
 def test_a_sweep(place: Commands, forks: Forks) -> None:
-    """The second job fails in its data, which only the leader sees; the third finds the others at their places."""
+    """The second job fails, on rank 0 alone; the third finds the others at their places."""
     line = [word for word in place.line("-m", "seed=1,2,3", "num_seq=2") if not word.startswith("hydra.run.dir")]
     line = [*line, f"hydra.sweep.dir={place.folder / 'sweep'}", "hydra.sweep.subdir=${hydra:job.num}"]
     break_it = {"before": "tests.ranks.test_ranks:fail_in_the_second_job"}
@@ -256,7 +262,7 @@ def fail_in_the_second_job() -> None:
         calls += 1
         editor = original(*arguments)
         if calls == 2:
-            editor.update = lambda *_: (_ for _ in ()).throw(FloatingPointError("out of range"))  # type: ignore[method-assign]
+            editor.edit = lambda *_: (_ for _ in ()).throw(FloatingPointError("out of range"))  # type: ignore[method-assign]
         return editor
 
     main.build_editor = build_editor
@@ -301,13 +307,13 @@ def die_in_the_second_capture() -> None:
     [
         (1, "raise_in_the_second_capture", [1, 0], "rank 1 on {host}: MemoryError: no room for a thing of this size"),
         (0, "raise_in_the_second_capture", [1, 0], "MemoryError: no room for a thing of this size"),
-        (1, "lose_a_number_in_the_second_capture", [1, 0], "rank 1 on {host}: turn 1: the loss is nan"),
+        (1, "lose_a_number_in_the_second_capture", [1, 0], "turn 1: rank 1 on {host}: the loss is nan"),
         (1, "die_in_the_second_capture", [1, -signal.SIGKILL], "another process of the run has ended"),
         (0, "die_in_the_second_capture", [-signal.SIGKILL, 1], "another process of the run has ended"),
     ],
 )
 def test_one_error_ends_all(place: Commands, forks: Forks, rank: int, what: str, codes: list[int], said: str) -> None:
-    """In time, with the error shown, and the run marked as failed, unless the leader died."""
+    """In time, with the error shown, and the run marked as failed, unless rank 0 died."""
     before, start = len(forks.stderr()), time.monotonic()
     name = f"{what}_{rank}"
     line = place.line(run=name)
@@ -340,10 +346,32 @@ def test_a_rank_with_other_versions(place: Commands, forks: Forks) -> None:
 
 
 def be_of_another_version() -> None:
-    from harness.job import spread
+    from harness.job import others
 
-    original = spread.versions
-    spread.versions = lambda: original() | {"torch": "1.0"}
+    original = others.versions
+    others.versions = lambda: original() | {"torch": "1.0"}
+
+
+def test_a_rank_with_other_data(place: Commands, forks: Forks) -> None:
+    elsewhere = place.folder / "other"
+    elsewhere.mkdir()
+    (elsewhere / "eval.json").write_text(json.dumps([zsre_row(i) for i in range(1, 13)]))
+    before = len(forks.stderr())
+    line = place.line("dataset.valid_path=eval.json", run="data")
+    assert together(forks, 2, line, rank1={"cwd": str(elsewhere)}) == [1, 0]
+    assert "rank 1 reads another file of dataset.valid_path than rank 0" in forks.stderr()[before:]
+    assert not (place.folder / "data" / "run.json").exists()
+
+
+def test_a_rank_with_other_settings() -> None:
+    class Two(Ranks):
+        def share(self, work: Callable[[], Any]) -> list[Any]:
+            about, versions = work()
+            return [(about, versions), ({**about, "config": {"seed": 2, "editor": {"lr": 1.0}}}, versions)]
+
+    about = {"config": {"seed": 1, "editor": {"lr": 1.0}}, "inputs": {}}
+    with pytest.raises(ValueError, match="rank 1 has other settings than rank 0: seed=2 there and 1 here; start all"):
+        require_alike(Two(), about)
 
 
 def test_weights_that_drift_apart_are_noticed_at_once(place: Commands, forks: Forks) -> None:
@@ -374,6 +402,8 @@ def round_otherwise() -> None:
         (("model.device_map=auto",), "model.device_map=auto with 2 processes"),
         (("dataset.valid_path=nowhere.json",), "dataset.valid_path=nowhere.json: no such file"),
         (("num_seq=abc",), "num_seq"),
+        (("hydra.run.dir=/dev/null/run",), "/dev/null"),  # which rank 0 alone wants to make
+        (("resume=nowhere",), "nowhere: holds no run"),  # where rank 0 alone looks
         (("hydra/launcher=joblib", "-m"), "hydra/launcher=joblib with 2 processes of torchrun"),
     ],
 )
@@ -409,18 +439,10 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_itself_a_process_does_all() -> None:
-    assert Ranks().each(3, _plus, [4]) == [7]
-    assert Ranks().all(3, _plus, 4) == [7]
+    assert Ranks().share(lambda: 7) == [7]
+    assert Ranks().first(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        Ranks().each(3, _divided, [0])
-
-
-def _plus(held: int, part: int) -> int:
-    return held + part
-
-
-def _divided(held: int, part: int) -> float:
-    return held / part
+        Ranks().share(lambda: 1 / 0)
 
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 6))
@@ -432,36 +454,6 @@ def test_work_is_dealt_out_whole_and_evenly(costs: list[int], hands: int) -> Non
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[place] for place in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)
-
-
-def wired(message: Any) -> Any:
-    """What arrives of a message, and how many tensors went by themselves."""
-    sent: list[Tensor] = []
-    ranks_module._put(message, lambda tensor: sent.append(tensor.clone()))
-    return ranks_module._take(lambda tensor: tensor.copy_(sent.pop(0)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
-def test_tensors_arrive_as_they_were_sent(dtype: torch.dtype) -> None:
-    matrix = torch.arange(12).view(3, 4).to(dtype)
-    tensors = {"whole": matrix, "turned": matrix.T, "part": matrix[:, 1:3], "one": matrix[0, 0], "none": matrix[:0]}
-    arrived = wired(("said", {"tensors": tensors, "list": [1, "two", None]}))
-    assert arrived[0] == "said"
-    assert arrived[1]["list"] == [1, "two", None]
-    for name, tensor in arrived[1]["tensors"].items():
-        assert tensor.dtype == dtype
-        assert tensor.shape == tensors[name].shape
-        assert torch.equal(tensor, tensors[name])
-    assert arrived[1]["tensors"]["turned"].stride() == matrix.T.stride(), "a product of it is then the same"
-
-
-def test_a_part_of_a_matrix_is_laid_out_as_it_arrives() -> None:
-    """So the leader multiplies what the others do."""
-    matrix = torch.arange(12.0).view(3, 4)
-    assert laid_out(matrix) is matrix
-    assert laid_out(turned := matrix.T) is turned
-    part = matrix[:, 1:3]
-    assert laid_out(part).stride() == wired(part).stride() != part.stride()
 
 
 def test_answers_are_taken_one_by_one_and_an_error_in_taking_breaks_no_step(place: Commands, forks: Forks) -> None:
@@ -477,13 +469,11 @@ def test_answers_are_taken_one_by_one_and_an_error_in_taking_breaks_no_step(plac
 def fail_in_taking() -> None:
     original = Ranks.gather
 
-    def gather(self: Ranks, held: Any, work: Any, parts: Any, take: Any) -> None:
-        def taking(rank: int, result: Any) -> None:
-            if isinstance(result, tuple):  # a share of captures
-                raise OSError(28, "No space left on device")
-            take(rank, result)
+    def gather(self: Ranks, work: Any, take: Any) -> None:
+        def taking(*answer: Any) -> None:
+            raise OSError(28, "No space left on device")
 
-        original(self, held, work, parts, taking)
+        original(self, work, taking)
 
     Ranks.gather = gather  # type: ignore[method-assign]
 
@@ -491,7 +481,7 @@ def fail_in_taking() -> None:
 def test_weights_set_aside_come_back() -> None:
     plain = tiny_llama()
     model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
-    shared = SpreadModel(Held(model), Ranks())
+    shared = SharedModel(model, Ranks())
     with torch.no_grad():
         model.edited["down"].master.mul_(1.5)
     edited = model.checksums()
@@ -516,9 +506,8 @@ def test_checksums_tell_one_bit_apart() -> None:
     weight[:] = weight.flip(0)
     seen.append(model.checksums())
     assert len({sums["down"] for sums in seen}) == 4
-    spread = SpreadModel(Held(model), Ranks())
     with pytest.raises(ValueError, match="rank 1 holds other bits of down than rank 0"):
-        spread._require_alike([before, model.checksums()])
+        _require_alike([before, model.checksums()])
 
 
 def test_a_model_laid_over_all_devices(place: Commands, forks: Forks) -> None:
