@@ -177,10 +177,12 @@ def turns_written(folder: Path) -> tuple[int, ...]:
     return tuple(os.stat(path).st_mtime_ns for path in glob.glob(f"{folder}/outputs/**/turns.jsonl", recursive=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
     killed_run(tmp_path, model_folder, 3, seed=5)
 
 
+@pytest.mark.slow
 def test_training_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
     """Nearly all turns are those of meta-training; the edits that follow show that the network is the same."""
     killed_run(tmp_path, model_folder, 3, 6, *TRAINING)
