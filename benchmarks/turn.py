@@ -33,7 +33,7 @@ from harness.evaluation.evaluate import score_records
 from harness.job.devices import ask_for_the_same_bits
 from harness.run.places import CACHE, ROOT
 from model import LanguageModel
-from model_source import ModelSource, load_tokenizer, locate, outline
+from model.source import ModelSource, load_tokenizer, locate, outline
 
 BUDGETS = {"cpu": (256, 384, 512, 768, 1024), "cuda": (4096, 8192, 16384)}
 SCORED = 60  # facts whose questions the evaluation is timed on

@@ -26,7 +26,7 @@ from glue_eval.score import evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
 from harness.run.places import CACHE
 from model import LanguageModel
-from model_source import ModelSource, context_length, load_tokenizer, locate
+from model.source import ModelSource, context_length, load_tokenizer, locate
 
 CAPTION = "accuracy with its 95% interval, F1 weighted by label"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,7 +25,7 @@ from harness.export.load import (
 from harness.run import places
 from harness.run.folder import read_run
 from model import LanguageModel
-from model_source import ModelSource, load_tokenizer, locate, stored_dtype
+from model.source import ModelSource, load_tokenizer, locate, stored_dtype
 
 FORMS: Final = ("raw", "chat", "qa")
 MAX_NEW_TOKENS: Final = 64

@@ -26,7 +26,7 @@ from harness.job.outputs import require_writable
 from harness.run.folder import read_run
 from harness.run.places import CACHE
 from model import LanguageModel
-from model_source import ModelSource, locate
+from model.source import ModelSource, locate
 
 SUFFIX = ".safetensors"
 GOES_WITH = {  # which options each way of working takes, beside --to

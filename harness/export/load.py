@@ -18,7 +18,7 @@ from harness.run import places
 from harness.run.checkpoint import Checkpoint, Checkpoints
 from harness.run.folder import TRAINING
 from model import BESIDE_WEIGHTS, LanguageModel
-from model_source import ModelSource, load_tokenizer, locate, outline
+from model.source import ModelSource, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 

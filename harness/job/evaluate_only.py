@@ -17,7 +17,7 @@ from harness.run.interrupt import end_if_asked
 from harness.watch.console import show_results
 from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
-from model_source import ModelSource, load_tokenizer, locate
+from model.source import ModelSource, load_tokenizer, locate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

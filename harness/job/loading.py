@@ -7,7 +7,7 @@ from harness.job.devices import DTYPES
 from harness.job.plan import Plan
 from harness.ranks import SharedModel
 from model import LanguageModel
-from model_source import ModelSource
+from model.source import ModelSource
 
 
 def load_model(cfg: RunConfig, plan: Plan, evaluated: ModelSource | None = None) -> LanguageModel:

@@ -42,7 +42,7 @@ from harness.run import places
 from harness.run.networks import TrainedNetwork
 from harness.run.spill import CaptureFolder
 from harness.watch.tracking import WandbMode, WandbSettings, check_wandb
-from model_source import ModelSource, Outline, end_tokens, load_tokenizer, locate, outline
+from model.source import ModelSource, Outline, end_tokens, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
 from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, read_run, run_id, versions
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
-from model_source import ModelSource
+from model.source import ModelSource
 
 log = logging.getLogger(__name__)
 

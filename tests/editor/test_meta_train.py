@@ -21,7 +21,7 @@ from editor.mend import MEND
 from editor.meta_train import MetaSettings, MetaTrainer
 from editor.rledit import RLEdit, RLEditSettings
 from model import LanguageModel
-from model_source import find_edit_modules
+from model.source import find_edit_modules
 from tests.conftest import tiny_gpt2, tiny_llama
 
 CPU = torch.device("cpu")

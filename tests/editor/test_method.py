@@ -14,7 +14,7 @@ from data.stream import mini_batch_weights
 from editor import linalg
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel
-from model_source import find_edit_modules
+from model.source import find_edit_modules
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.reference import Reference
 

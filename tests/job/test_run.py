@@ -24,7 +24,7 @@ from data.stream import tokenize
 from harness.evaluation.evaluate import RecordScore, score_records, summarize
 from harness.run import places
 from model import LanguageModel
-from model_source import ModelSource, load_tokenizer
+from model.source import ModelSource, load_tokenizer
 from tests.commands import MODULES, Commands, Run, command_line, save_tiny_model, zsre_row
 from tests.conftest import ROOT
 

@@ -22,7 +22,7 @@ from data.made import made_file
 from data.stream import EditStream, most_tokens, questions_of
 from editor.registry import EDITORS
 from harness.job.networks import plan_network
-from model_source import ModelSource, load_tokenizer, locate, outline
+from model.source import ModelSource, load_tokenizer, locate, outline
 from tests.conftest import ROOT
 
 SYNTHETIC = DATASETS["synthetic"]

@@ -16,7 +16,7 @@ from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from harness.job.devices import ask_for_the_same_bits
 from model import EditModule, LanguageModel
-from model_source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
+from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
 
 SMALL = {

@@ -13,7 +13,7 @@ from data.stream import EditStream
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.run.places import CACHE, ROOT
 from model import LanguageModel
-from model_source import ModelSource, load_tokenizer, locate, outline
+from model.source import ModelSource, load_tokenizer, locate, outline
 from tests.reference import Reference
 
 pytestmark = pytest.mark.slow

@@ -520,7 +520,7 @@ def test_a_model_laid_over_all_devices(place: Commands, forks: Forks) -> None:
 
 
 def test_a_model_with_no_room_is_refused(place: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model_source import ModelSource
+    from model.source import ModelSource
 
     source = ModelSource(str(place.model))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_llama().to("meta"))

@@ -1,6 +1,6 @@
 """The language model at work: captures keys and value gradients, takes updates, scores answers, writes, is saved.
 
-The only file that touches it; model_source.py knows where it comes from.
+model/source.py knows where it comes from.
 
 Letters: N captured tokens of a turn, d_k key size, d_v value size, B sequences, L tokens, M answer tokens,
 V vocabulary.
@@ -9,16 +9,12 @@ V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-import inspect
 import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.batches import PADDING, compute_batches
+from data.batches import compute_batches
 from data.disk import sync
 from data.records import (
     Allocate,
@@ -41,161 +37,20 @@ from data.records import (
     WeightChange,
     first_rows,
 )
-from model_source import ModelSource, context_length_of, is_transposed, read_weights, shape_of
+from model.edited import EditModule, checksum, sha256_of_tensor
+from model.source import ModelSource, read_weights
+from model.text import TextModel
+from model.tracing import Tracer, count_within, head_sees
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
-# Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
-KEPT = 4
-# No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
-SAFELY_FINITE = 1e38
-# A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
-WORTH_SHARING = 16
-
 BESIDE_WEIGHTS = "this editor keeps its edits beside the weights, so there is no model to save that has them"
-
-# Entries of a weight that are checked together.
-CHECKED = 1 << 22
-# Integer types by their size in bytes.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 
-# ------------------------------------------------------------------------------------------------ one edit module
-
-
-class EditModule:
-    """A linear map whose weight is edited; the one place that turns (d_k, d_v) maths to the module's own layout.
-
-    With `master`, a weight of lower precision holds the rounded copy of a float32 master, which takes the updates.
-    """
-
-    def __init__(self, module: nn.Module, master: bool = True) -> None:
-        self.module = module
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        self.weight = weight
-        self.transposed = is_transposed(module)
-        self.shape = shape_of(module)  # (d_k, d_v)
-        self.original = weight.detach().clone()
-        self.original_norm = _norm(self.original)
-        precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
-        self.master = weight.detach().to(precise)  # no copy where it is precise already
-
-    def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
-        return reduce(torch.matmul, self._factors(update))
-
-    def _factors(self, update: LowRankUpdate) -> list[Tensor]:
-        """Those that there are, where the master is: keys may come from a memory-mapped file."""
-        return [factor.to(self.master.device) for factor in (update.left, update.right) if factor is not None]
-
-    @torch.no_grad()
-    def can_add(self, update: LowRankUpdate) -> bool:
-        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
-        bound = math.prod(float(_norm(factor)) for factor in self._factors(update))
-        return bound < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
-
-    @torch.no_grad()
-    def add(self, update: LowRankUpdate) -> WeightChange:
-        """W += DeltaW in the master, then round into the weight the model computes with."""
-        delta = self.delta(update)
-        self.master += delta.T if self.transposed else delta
-        self._round()
-        sizes = [_norm(delta), delta.abs().max().double(), _norm(self.master - self.original), self.original_norm]
-        norm, largest, moved, start = torch.stack(sizes).tolist()
-        return WeightChange(norm, largest, moved / start if start else None)
-
-    def is_original(self) -> bool:
-        return torch.allclose(self.master, self.original.to(self.master), rtol=0, atol=0, equal_nan=True)
-
-    @torch.no_grad()
-    def restore(self, master: Tensor) -> None:
-        self.master.copy_(master)
-        self._round()
-
-    def _round(self) -> None:
-        if self.master.data_ptr() != self.weight.data_ptr():
-            self.weight.copy_(self.master)
-
-
-def _norm(tensor: Tensor) -> Tensor:  # () float64
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
-    bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for first in range(0, len(bits), CHECKED):
-        piece = bits[first : first + CHECKED].to(torch.int64)
-        places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
-        places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
-        total += (piece * ((places ^ (places >> 29)) | 1)).sum()
-    return int(total) % 2**64
-
-
-class _Tracer:
-    """Hooks on edit modules that keep the inputs and outputs of one forward.
-
-    The output of the lowest module, which no parameter's graph reaches, becomes the leaf where the graph begins, so
-    nothing below it is recorded.
-    """
-
-    def __init__(self, modules: Mapping[str, EditModule], shape: torch.Size, rows: Tensor, positions: Tensor) -> None:
-        self.keys: dict[str, Tensor] = {}  # (N, d_k) by module
-        self.outputs: dict[str, Tensor] = {}
-        self._shape = shape  # (B, L)
-        self._at = (rows, positions)
-        self._modules = modules
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Tracer:
-        self._handles = [
-            edited.module.register_forward_hook(self._hook(name)) for name, edited in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def at_positions(self, activations: Tensor) -> Tensor:  # (N, d)
-        """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
-        rows, positions = (at.to(activations.device) for at in self._at)
-        return activations.reshape(*self._shape, -1)[rows, positions]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            assert name not in self.outputs, f"{name} runs twice in one forward; its gradient would not be one tensor"
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            self.keys[name] = self.at_positions(inputs[0].detach())
-            self.outputs[name] = output
-            return output.clone()  # some families add to it in place, which a leaf of the graph forbids
-
-        return keep
-
-
-@dataclass
-class _Read:
-    """Prompts that the model has read, and what it needs to read on behind them."""
-
-    members: list[int]  # (B,) places among the prompts
-    mask: Tensor  # (B, L) int64, 0 = padding
-    cache: Any  # keys and values of these L tokens; None before the first
-    logits: Tensor  # (M, V) that were asked for last
-
-
-# ------------------------------------------------------------------------------------------------ the language model
-
-
-class LanguageModel:
+class LanguageModel(TextModel):
     """A frozen causal language model with edit modules."""
 
     def __init__(
@@ -310,9 +165,9 @@ class LanguageModel:
         captures: Mapping[str, Capture],
     ) -> tuple[Tensor, Tensor]:  # (), (M,) bool
         """Fill the batch's rows of the captures; its share of the loss, and which answer tokens it would not choose."""
-        within = _count_within(at[0])
+        within = count_within(at[0])
         rows, positions = at[0].to(self.device), at[1].to(self.device)
-        with _Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
+        with Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
             self._check_all_ran(trace)
             targets = batch.targets.to(self.device)
@@ -327,7 +182,7 @@ class LanguageModel:
             into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
         return loss.detach().double(), logits.detach().argmax(-1) != targets
 
-    def _check_all_ran(self, trace: _Tracer) -> None:
+    def _check_all_ran(self, trace: Tracer) -> None:
         silent = [name for name in self.edited if name not in trace.outputs]
         if silent:
             raise ValueError(f"model.edit_modules: {silent[0]!r} takes no part in a forward on text; leave it out")
@@ -341,26 +196,10 @@ class LanguageModel:
         logits afterwards is kept. No attention mask is needed: padding stands on the right and attention is causal.
         """
         at = (batch.rows.to(self.device), batch.positions.to(self.device))
-        with self._head_sees(*at):
+        with head_sees(self.model, *at):
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
         return logits[0].to(self.device)
-
-    @contextlib.contextmanager
-    def _head_sees(
-        self,
-        rows: Tensor,  # (M,)
-        positions: Tensor,  # (M,)
-    ) -> Iterator[None]:
-        def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            at = rows.to(inputs[0].device), positions.to(inputs[0].device)
-            return (inputs[0][at].unsqueeze(0), *inputs[1:])  # (1, M, d)
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @torch.inference_mode()
     def answer_logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
@@ -447,197 +286,6 @@ class LanguageModel:
                 loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
             yield loss / int(first_row[-1])
 
-    # -- text
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens the model can look back on; None where its configuration sets no limit."""
-        return context_length_of(self.model.config)
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        watch: Callable[[int], object] = lambda _: None,
-    ) -> list[list[int]]:
-        """Greedy continuation of each prompt of token ids, special tokens included.
-
-        It stops before the model's own end token, after `max_new_tokens`, and where the context is full. Token for
-        token what transformers' `generate` writes for one prompt at a time, unless two tokens are as likely up to
-        rounding. `watch(n)` is told of n more tokens that are written or will not be, `max_new_tokens` a prompt in
-        all. Raises ValueError for a prompt without tokens or longer than the context.
-        """
-        self._check_lengths([len(prompt) for prompt in prompts])
-        room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
-        ends = self._end_tokens()
-        written: list[list[int]] = [[] for _ in prompts]
-        for read in self._read(prompts, max_new_tokens):
-            running = set(read.members)
-            for step in range(1, max_new_tokens + 1):
-                tokens = read.logits.argmax(-1)
-                for member, token in zip(read.members, tokens.tolist(), strict=True):
-                    if member in running and token not in ends:
-                        written[member].append(token)
-                    if token in ends or step == room[member]:
-                        running.discard(member)
-                watch(len(read.members) * (1 if running else max_new_tokens - step + 1))
-                if not running:
-                    break
-                self._read_on(read, tokens[:, None])
-        return written
-
-    @torch.inference_mode()
-    def label_log_probs(
-        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[tuple[float, int]]]:
-        """For each prompt and each of its candidate continuations: sum of its tokens' log-probabilities, their number.
-
-        A prompt is read once, whatever the number of its labels. Raises ValueError for a prompt or a label without
-        tokens, and where a prompt and its label together are longer than the context.
-        """
-        longest = self._check_labels(prompts, labels)
-        sums = [[0.0] * len(candidates) for candidates in labels]
-        for read in self._read(prompts, max(longest, default=1)):
-            first = _log_softmax(read.logits)
-            pairs = [(row, m, k) for row, m in enumerate(read.members) for k in range(len(labels[m]))]
-            where = torch.tensor([(row, labels[m][k][0]) for row, m, k in pairs], dtype=torch.int64)
-            rows, starts = where.view(-1, 2).to(self.device).unbind(1)
-            for (_, m, k), value in zip(pairs, first[rows, starts].tolist(), strict=True):
-                sums[m][k] = value
-            longer = [pair for pair in pairs if len(labels[pair[1]][pair[2]]) > 1]
-            size = max(1, KEPT * self.compute_tokens // (read.mask.shape[1] + max(longest)))
-            for chunk in (longer[start : start + size] for start in range(0, len(longer), size)):
-                rests = self._rest_log_probs(read, [row for row, *_ in chunk], [labels[m][k] for _, m, k in chunk])
-                for (_, m, k), rest in zip(chunk, rests, strict=True):
-                    sums[m][k] += rest
-        return [
-            [(total, len(label)) for total, label in zip(totals, candidates, strict=True)]
-            for totals, candidates in zip(sums, labels, strict=True)
-        ]
-
-    def _rest_log_probs(self, read: _Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
-        """Log-probability of each label's tokens after its first, behind the given row of what was read."""
-        ids = torch.full((len(rows), max(map(len, labels)) - 1), PADDING)
-        for row, label in enumerate(labels):
-            ids[row, : len(label) - 1] = torch.tensor(label[:-1])
-        counts = torch.tensor([len(label) - 1 for label in labels])
-        at = torch.arange(len(rows)).repeat_interleave(counts)
-        targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
-        copied = _Read(rows, read.mask[rows], _select(read.cache, rows), read.logits)
-        logits = self._read_on(copied, ids.to(self.device), (at, _count_within(at)))
-        chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
-        return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
-
-    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[_Read]:
-        """Read the prompts, longest first, in batches padded on the left; what all of them begin with is read once.
-
-        `to_come` tokens at most will be read after each: they count towards the memory a batch may take.
-        """
-        if not prompts:
-            return
-        shared = self._shared_length(prompts, to_come)
-        start = None
-        if shared:
-            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            start = _Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
-            self._read_on(start, ids)
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        while order:
-            longest = len(prompts[order[0]])
-            kept = KEPT * self.compute_tokens // (longest + to_come)
-            size = max(1, min(self.compute_tokens // (longest - shared), kept))
-            yield self._read_batch(prompts, order[:size], shared, start)
-            order = order[size:]
-
-    def _read_batch(
-        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: _Read | None
-    ) -> _Read:
-        width = max(len(prompts[member]) for member in members) - shared
-        ids = torch.full((len(members), width), PADDING)
-        mask = torch.zeros_like(ids)
-        for row, member in enumerate(members):
-            own = torch.tensor(prompts[member][shared:])
-            ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
-        before = torch.ones(len(members), shared, dtype=mask.dtype)
-        cache = None if start is None else _select(start.cache, [0] * len(members))
-        read = _Read(members, before.to(self.device), cache, torch.empty(0))
-        self._read_on(read, ids.to(self.device), mask=mask.to(self.device))
-        return read
-
-    def _read_on(
-        self,
-        read: _Read,
-        ids: Tensor,  # (B, T)
-        at: tuple[Tensor, Tensor] | None = None,  # rows and positions asked about; None = the last of each row
-        mask: Tensor | None = None,  # (B, T), 0 = padding; None = all ones
-    ) -> Tensor:  # (M, V)
-        """Read T more tokens of each row; the logits asked about are also what `read` then holds."""
-        read.mask = torch.cat([read.mask, torch.ones_like(ids) if mask is None else mask], dim=1)
-        options = {}
-        if self._takes_positions:  # families that do not, derive them from the mask
-            limit = self.context_length
-            last = None if limit is None else limit - 1  # rows that have ended are read on beside the others
-            options["position_ids"] = (read.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
-        if at is None:
-            at = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
-        with self._head_sees(at[0].to(self.device), at[1].to(self.device)):
-            output = self.model(
-                input_ids=ids, attention_mask=read.mask, past_key_values=read.cache, use_cache=True, **options
-            )
-        read.cache, read.logits = output.past_key_values, output.logits[0].to(self.device)
-        return read.logits
-
-    @property
-    def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.model.forward).parameters
-
-    def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
-        """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be.
-
-        Padding then stands behind these tokens, which positions of their own make up for, but a window does not see.
-        """
-        if not self._takes_positions or len(prompts) == 1:
-            return 0
-        lengths = [len(prompt) for prompt in prompts]
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if window is not None and max(lengths) + to_come > window:
-            return 0
-        first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others begin with what these two share
-        same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
-        same = min(same, min(lengths) - 1)
-        return same if same >= WORTH_SHARING else 0
-
-    def _end_tokens(self) -> set[int]:
-        """The tokens at which the model itself ends a text; none for a model that never does."""
-        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-    def _room(self, length: int, max_new_tokens: int) -> int:
-        """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
-        limit = self.context_length
-        return max_new_tokens if limit is None else min(max_new_tokens, limit - length + 1)
-
-    def _check_labels(
-        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
-    ) -> list[int]:  # tokens of each prompt's longest label
-        if any(not label for candidates in labels for label in candidates):
-            raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
-        longest = [max(map(len, candidates), default=1) for candidates in labels]
-        read = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
-        self._check_lengths(read)
-        return longest
-
-    def _check_lengths(self, lengths: Sequence[int]) -> None:
-        limit = self.context_length
-        for place, length in enumerate(lengths):
-            if length == 0:
-                raise ValueError(f"prompt {place} has no token: give it a text")
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"prompt {place} has {length} tokens, more than the model's context of {limit}: shorten it"
-                )
-
     # -- weights
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
@@ -699,7 +347,7 @@ class LanguageModel:
 
     def checksums(self) -> dict[str, int]:
         """A number for each edited weight, of all its bits in their places, in which two copies that differ differ."""
-        return {name: _checksum(edited.master) for name, edited in self.edited.items()}
+        return {name: checksum(edited.master) for name, edited in self.edited.items()}
 
     def fingerprint(self) -> str:
         """A hash of all weights, which names a model: the same on every device and for any number of threads.
@@ -708,7 +356,7 @@ class LanguageModel:
         """
         weights = dict(self.model.named_parameters())  # tied weights once
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(_sha256, weights.values())
+            digests = pool.map(sha256_of_tensor, weights.values())
             lines = [f"{n} {tuple(w.shape)} {w.dtype} {d}" for (n, w), d in zip(weights.items(), digests, strict=True)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -773,20 +421,6 @@ def _same_bits() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _select(cache: Any, rows: list[int]) -> Any:
-    """Some rows of a cache, whose layers may lie on several devices. Its own tensors are left as they are, not copied
-    first: all rows together may fill a GPU.
-    """
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(torch.tensor(rows))
-    return chosen
-
-
-def _log_softmax(logits: Tensor) -> Tensor:  # (M, V), at least float32
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
 def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     rows, positions = inside.nonzero(as_tuple=True)
@@ -798,10 +432,4 @@ def _places(
     first_row: Tensor,  # of `first_rows`
 ) -> Tensor:  # (M,)
     """Where the batch's answer tokens stand when those of all sequences are counted in order."""
-    return first_row[batch.members][batch.rows] + _count_within(batch.rows)
-
-
-def _count_within(
-    rows: Tensor,  # (M,) sorted
-) -> Tensor:  # (M,) 0, 1, 2, ... within each run of equal rows
-    return torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+    return first_row[batch.members][batch.rows] + count_within(batch.rows)

@@ -1,0 +1,10 @@
+"""The language model: the only room that touches it.
+
+`source` knows where one comes from and what it is before its weights are read; `language_model` is one at work;
+`edited` is one of its edit modules, `tracing` what these see, `text` what the model writes.
+"""
+
+from model.edited import INTEGERS, EditModule
+from model.language_model import BESIDE_WEIGHTS, LanguageModel
+
+__all__ = ["BESIDE_WEIGHTS", "INTEGERS", "EditModule", "LanguageModel"]

@@ -1,0 +1,97 @@
+"""One edit module: the only place that turns (d_k, d_v) maths to the layout of a module's own weight."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from data.records import (
+    LowRankUpdate,
+    WeightChange,
+)
+from model.source import is_transposed, shape_of
+
+# No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
+SAFELY_FINITE = 1e38
+# Entries of a weight that are checked together.
+CHECKED = 1 << 22
+# Integer types by their size in bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class EditModule:
+    """A linear map whose weight is edited; the one place that turns (d_k, d_v) maths to the module's own layout.
+
+    With `master`, a weight of lower precision holds the rounded copy of a float32 master, which takes the updates.
+    """
+
+    def __init__(self, module: nn.Module, master: bool = True) -> None:
+        self.module = module
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.weight = weight
+        self.transposed = is_transposed(module)
+        self.shape = shape_of(module)  # (d_k, d_v)
+        self.original = weight.detach().clone()
+        self.original_norm = _norm(self.original)
+        precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
+        self.master = weight.detach().to(precise)  # no copy where it is precise already
+
+    def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
+        return reduce(torch.matmul, self._factors(update))
+
+    def _factors(self, update: LowRankUpdate) -> list[Tensor]:
+        """Those that there are, where the master is: keys may come from a memory-mapped file."""
+        return [factor.to(self.master.device) for factor in (update.left, update.right) if factor is not None]
+
+    @torch.no_grad()
+    def can_add(self, update: LowRankUpdate) -> bool:
+        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
+        bound = math.prod(float(_norm(factor)) for factor in self._factors(update))
+        return bound < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
+
+    @torch.no_grad()
+    def add(self, update: LowRankUpdate) -> WeightChange:
+        """W += DeltaW in the master, then round into the weight the model computes with."""
+        delta = self.delta(update)
+        self.master += delta.T if self.transposed else delta
+        self._round()
+        sizes = [_norm(delta), delta.abs().max().double(), _norm(self.master - self.original), self.original_norm]
+        norm, largest, moved, start = torch.stack(sizes).tolist()
+        return WeightChange(norm, largest, moved / start if start else None)
+
+    def is_original(self) -> bool:
+        return torch.allclose(self.master, self.original.to(self.master), rtol=0, atol=0, equal_nan=True)
+
+    @torch.no_grad()
+    def restore(self, master: Tensor) -> None:
+        self.master.copy_(master)
+        self._round()
+
+    def _round(self) -> None:
+        if self.master.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(self.master)
+
+
+def _norm(tensor: Tensor) -> Tensor:  # () float64
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
+def sha256_of_tensor(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
+    bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for first in range(0, len(bits), CHECKED):
+        piece = bits[first : first + CHECKED].to(torch.int64)
+        places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
+        places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
+        total += (piece * ((places ^ (places >> 29)) | 1)).sum()
+    return int(total) % 2**64

@@ -1,0 +1,245 @@
+"""Text that a language model writes, and how likely it holds given ones, many prompts at a time."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batches import PADDING
+from model.source import context_length_of
+from model.tracing import count_within, head_sees
+
+# Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
+KEPT = 4
+# A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
+WORTH_SHARING = 16
+
+
+@dataclass
+class _Read:
+    """Prompts that the model has read, and what it needs to read on behind them."""
+
+    members: list[int]  # (B,) places among the prompts
+    mask: Tensor  # (B, L) int64, 0 = padding
+    cache: Any  # keys and values of these L tokens; None before the first
+    logits: Tensor  # (M, V) that were asked for last
+
+
+class TextModel:
+    """The part of `LanguageModel` that reads prompts and goes on from them.
+
+    Letters: B prompts, L and T tokens, M positions asked about, V vocabulary.
+    """
+
+    model: Any
+    device: torch.device
+    compute_tokens: int
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can look back on; None where its configuration sets no limit."""
+        return context_length_of(self.model.config)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        watch: Callable[[int], object] = lambda _: None,
+    ) -> list[list[int]]:
+        """Greedy continuation of each prompt of token ids, special tokens included.
+
+        It stops before the model's own end token, after `max_new_tokens`, and where the context is full. Token for
+        token what transformers' `generate` writes for one prompt at a time, unless two tokens are as likely up to
+        rounding. `watch(n)` is told of n more tokens that are written or will not be, `max_new_tokens` a prompt in
+        all. Raises ValueError for a prompt without tokens or longer than the context.
+        """
+        self._check_lengths([len(prompt) for prompt in prompts])
+        room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
+        ends = self._end_tokens()
+        written: list[list[int]] = [[] for _ in prompts]
+        for read in self._read(prompts, max_new_tokens):
+            running = set(read.members)
+            for step in range(1, max_new_tokens + 1):
+                tokens = read.logits.argmax(-1)
+                for member, token in zip(read.members, tokens.tolist(), strict=True):
+                    if member in running and token not in ends:
+                        written[member].append(token)
+                    if token in ends or step == room[member]:
+                        running.discard(member)
+                watch(len(read.members) * (1 if running else max_new_tokens - step + 1))
+                if not running:
+                    break
+                self._read_on(read, tokens[:, None])
+        return written
+
+    @torch.inference_mode()
+    def label_log_probs(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[tuple[float, int]]]:
+        """For each prompt and each of its candidate continuations: sum of its tokens' log-probabilities, their number.
+
+        A prompt is read once, whatever the number of its labels. Raises ValueError for a prompt or a label without
+        tokens, and where a prompt and its label together are longer than the context.
+        """
+        longest = self._check_labels(prompts, labels)
+        sums = [[0.0] * len(candidates) for candidates in labels]
+        for read in self._read(prompts, max(longest, default=1)):
+            first = _log_softmax(read.logits)
+            pairs = [(row, m, k) for row, m in enumerate(read.members) for k in range(len(labels[m]))]
+            where = torch.tensor([(row, labels[m][k][0]) for row, m, k in pairs], dtype=torch.int64)
+            rows, starts = where.view(-1, 2).to(self.device).unbind(1)
+            for (_, m, k), value in zip(pairs, first[rows, starts].tolist(), strict=True):
+                sums[m][k] = value
+            longer = [pair for pair in pairs if len(labels[pair[1]][pair[2]]) > 1]
+            size = max(1, KEPT * self.compute_tokens // (read.mask.shape[1] + max(longest)))
+            for chunk in (longer[start : start + size] for start in range(0, len(longer), size)):
+                rests = self._rest_log_probs(read, [row for row, *_ in chunk], [labels[m][k] for _, m, k in chunk])
+                for (_, m, k), rest in zip(chunk, rests, strict=True):
+                    sums[m][k] += rest
+        return [
+            [(total, len(label)) for total, label in zip(totals, candidates, strict=True)]
+            for totals, candidates in zip(sums, labels, strict=True)
+        ]
+
+    def _rest_log_probs(self, read: _Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probability of each label's tokens after its first, behind the given row of what was read."""
+        ids = torch.full((len(rows), max(map(len, labels)) - 1), PADDING)
+        for row, label in enumerate(labels):
+            ids[row, : len(label) - 1] = torch.tensor(label[:-1])
+        counts = torch.tensor([len(label) - 1 for label in labels])
+        at = torch.arange(len(rows)).repeat_interleave(counts)
+        targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
+        copied = _Read(rows, read.mask[rows], _select(read.cache, rows), read.logits)
+        logits = self._read_on(copied, ids.to(self.device), (at, count_within(at)))
+        chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
+        return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
+
+    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[_Read]:
+        """Read the prompts, longest first, in batches padded on the left; what all of them begin with is read once.
+
+        `to_come` tokens at most will be read after each: they count towards the memory a batch may take.
+        """
+        if not prompts:
+            return
+        shared = self._shared_length(prompts, to_come)
+        start = None
+        if shared:
+            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
+            start = _Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
+            self._read_on(start, ids)
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        while order:
+            longest = len(prompts[order[0]])
+            kept = KEPT * self.compute_tokens // (longest + to_come)
+            size = max(1, min(self.compute_tokens // (longest - shared), kept))
+            yield self._read_batch(prompts, order[:size], shared, start)
+            order = order[size:]
+
+    def _read_batch(
+        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: _Read | None
+    ) -> _Read:
+        width = max(len(prompts[member]) for member in members) - shared
+        ids = torch.full((len(members), width), PADDING)
+        mask = torch.zeros_like(ids)
+        for row, member in enumerate(members):
+            own = torch.tensor(prompts[member][shared:])
+            ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
+        before = torch.ones(len(members), shared, dtype=mask.dtype)
+        cache = None if start is None else _select(start.cache, [0] * len(members))
+        read = _Read(members, before.to(self.device), cache, torch.empty(0))
+        self._read_on(read, ids.to(self.device), mask=mask.to(self.device))
+        return read
+
+    def _read_on(
+        self,
+        read: _Read,
+        ids: Tensor,  # (B, T)
+        at: tuple[Tensor, Tensor] | None = None,  # rows and positions asked about; None = the last of each row
+        mask: Tensor | None = None,  # (B, T), 0 = padding; None = all ones
+    ) -> Tensor:  # (M, V)
+        """Read T more tokens of each row; the logits asked about are also what `read` then holds."""
+        read.mask = torch.cat([read.mask, torch.ones_like(ids) if mask is None else mask], dim=1)
+        options = {}
+        if self._takes_positions:  # families that do not, derive them from the mask
+            limit = self.context_length
+            last = None if limit is None else limit - 1  # rows that have ended are read on beside the others
+            options["position_ids"] = (read.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
+        if at is None:
+            at = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
+        with head_sees(self.model, at[0].to(self.device), at[1].to(self.device)):
+            output = self.model(
+                input_ids=ids, attention_mask=read.mask, past_key_values=read.cache, use_cache=True, **options
+            )
+        read.cache, read.logits = output.past_key_values, output.logits[0].to(self.device)
+        return read.logits
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
+        """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be.
+
+        Padding then stands behind these tokens, which positions of their own make up for, but a window does not see.
+        """
+        if not self._takes_positions or len(prompts) == 1:
+            return 0
+        lengths = [len(prompt) for prompt in prompts]
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window is not None and max(lengths) + to_come > window:
+            return 0
+        first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others begin with what these two share
+        same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
+        same = min(same, min(lengths) - 1)
+        return same if same >= WORTH_SHARING else 0
+
+    def _end_tokens(self) -> set[int]:
+        """The tokens at which the model itself ends a text; none for a model that never does."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _room(self, length: int, max_new_tokens: int) -> int:
+        """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
+        limit = self.context_length
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - length + 1)
+
+    def _check_labels(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+    ) -> list[int]:  # tokens of each prompt's longest label
+        if any(not label for candidates in labels for label in candidates):
+            raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
+        longest = [max(map(len, candidates), default=1) for candidates in labels]
+        read = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
+        self._check_lengths(read)
+        return longest
+
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        limit = self.context_length
+        for place, length in enumerate(lengths):
+            if length == 0:
+                raise ValueError(f"prompt {place} has no token: give it a text")
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"prompt {place} has {length} tokens, more than the model's context of {limit}: shorten it"
+                )
+
+
+def _select(cache: Any, rows: list[int]) -> Any:
+    """Some rows of a cache, whose layers may lie on several devices. Its own tensors are left as they are, not copied
+    first: all rows together may fill a GPU.
+    """
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(torch.tensor(rows))
+    return chosen
+
+
+def _log_softmax(logits: Tensor) -> Tensor:  # (M, V), at least float32
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
