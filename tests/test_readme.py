@@ -12,7 +12,7 @@ import torch
 from config.compose import check_command_line
 from data.records import Capture, Phase
 from editor import linalg
-from tests.commands import Commands
+from tests.commands import MODULES, Commands
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +60,17 @@ def test_an_edited_model_opens_from_python(run: Commands, capsys: pytest.Capture
     out = capsys.readouterr().out
     for said in ("What is the capital of France? | ", "Who wrote Faust? | ", "The capital of France is"):
         assert said in out
+
+
+def test_the_facts_of_the_readme_are_edited(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of the README, on the tiny model."""
+    code = re.findall(r"```python\n(.*?)```", README.partition("## From Python")[2], flags=re.S)[1]
+    assert code.count('"smollm2-135m"') == 1
+    assert code.count("settings=[") == 1
+    tiny = f"settings=['model.lr=0.1', 'model.half=fp32', 'model.edit_modules=[{','.join(MODULES)}]', "
+    here = code.replace('"smollm2-135m"', repr(str(run.model))).replace("settings=[", tiny)
+    exec(compile(here, "README.md", "exec"), {})
+    assert "question='Who is the mayor of Nordhaven?', base=" in capsys.readouterr().out
 
 
 def test_a_new_editor_composes(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_two_processes_do_what_one_does(place: Commands, forks: Forks) -> None:
     assert [path.name for path in place.folder.glob("outputs*")] == [], "only rank 0 writes, and only there"
 
 
+@pytest.mark.slow
 def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> None:
     """One fact a turn, one record in each evaluation: some of three ranks have nothing to do."""
     few = (
@@ -142,6 +143,7 @@ def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> Non
     assert list((place.folder / "spilled").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_edited_before_is_scored_by_all(place: Commands, forks: Forks) -> None:
     line = [f"evaluate={place.model}", "evaluation.generation=2", "evaluation.max_new_tokens=2"]
     assert together(forks, 1, place.line(*line, run="scored_one")) == [0], forks.stderr()
@@ -153,6 +155,7 @@ def test_a_model_edited_before_is_scored_by_all(place: Commands, forks: Forks) -
     assert "finished already" in forks.stderr()[before:]
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_blocks_of_an_evaluation(place: Commands, forks: Forks) -> None:
     """All leave in step: nobody takes it for a crash. And one process goes on where two were stopped."""
     before = len(forks.stderr())
@@ -182,6 +185,7 @@ def terminate_while_scoring() -> None:
     evaluate._answer = answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", ["mend", "rledit"])
 def test_a_network_is_trained_by_all(place: Commands, forks: Forks, editor: str) -> None:
     line = [*TRAINED, f"editor={editor}", "model.lr=1e-3"]
@@ -194,6 +198,7 @@ def test_a_network_is_trained_by_all(place: Commands, forks: Forks, editor: str)
     require_close(one, many, 4, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
     """A signal is the affair of rank 0: it ends its turn, keeps it, and the others leave with it."""
     assert together(forks, 2, place.line(*EVERYTHING, run="whole")) == [0, 0], forks.stderr()
@@ -208,6 +213,7 @@ def test_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
     assert stopped.scores() == whole.scores()
 
 
+@pytest.mark.slow
 def test_training_by_all_comes_to_the_same_bits_after_a_stop(place: Commands, forks: Forks) -> None:
     line = [*TRAINED, "editor=malmen", "model.lr=1e-3"]
     assert together(forks, 2, place.line(*line, run="trained")) == [0, 0], forks.stderr()
@@ -242,6 +248,7 @@ def in_call(number: int, kind: type, method: str, act: Callable[[Any], None]) ->
     setattr(kind, method, calling)
 
 
+@pytest.mark.slow
 def test_a_sweep(place: Commands, forks: Forks) -> None:
     """The second job fails, on rank 0 alone; the third finds the others at their places."""
     line = [word for word in place.line("-m", "seed=1,2,3", "num_seq=2") if not word.startswith("hydra.run.dir")]
@@ -302,6 +309,7 @@ def die_in_the_second_capture() -> None:
     in_call(2, LanguageModel, "capture", lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "what", "codes", "said"),
     [
@@ -326,6 +334,7 @@ def test_one_error_ends_all(place: Commands, forks: Forks, rank: int, what: str,
     assert codes[0] < 0 or said in run["error"]
 
 
+@pytest.mark.slow
 def test_a_rank_with_other_weights(place: Commands, forks: Forks, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     """A folder of the same name on another machine."""
     elsewhere = place.folder / "elsewhere"
@@ -338,6 +347,7 @@ def test_a_rank_with_other_weights(place: Commands, forks: Forks, byte_tokenizer
     assert not (place.folder / "weights" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_with_other_versions(place: Commands, forks: Forks) -> None:
     before = len(forks.stderr())
     change = {"before": "tests.ranks.test_ranks:be_of_another_version"}
@@ -352,6 +362,7 @@ def be_of_another_version() -> None:
     others.versions = lambda: original() | {"torch": "1.0"}
 
 
+@pytest.mark.slow
 def test_a_rank_with_other_data(place: Commands, forks: Forks) -> None:
     elsewhere = place.folder / "other"
     elsewhere.mkdir()
@@ -374,6 +385,7 @@ def test_a_rank_with_other_settings() -> None:
         require_alike(Two(), about)
 
 
+@pytest.mark.slow
 def test_weights_that_drift_apart_are_noticed_at_once(place: Commands, forks: Forks) -> None:
     """One bit of one weight, as another processor might round it."""
     before = len(forks.stderr())
@@ -395,6 +407,7 @@ def round_otherwise() -> None:
     LanguageModel.apply = apply  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -456,6 +469,7 @@ def test_work_is_dealt_out_whole_and_evenly(costs: list[int], hands: int) -> Non
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
+@pytest.mark.slow
 def test_answers_are_taken_one_by_one_and_an_error_in_taking_breaks_no_step(place: Commands, forks: Forks) -> None:
     """Such as a full disk under editor.cache_dir: the others are let go, nobody speaks of a crash."""
     before = len(forks.stderr())
@@ -510,6 +524,7 @@ def test_checksums_tell_one_bit_apart() -> None:
         _require_alike([before, model.checksums()])
 
 
+@pytest.mark.slow
 def test_a_model_laid_over_all_devices(place: Commands, forks: Forks) -> None:
     """Here there is one, and so the same result, bit for bit."""
     for name, more in {"laid": ["model.device_map=auto"], "put": []}.items():

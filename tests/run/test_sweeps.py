@@ -143,9 +143,8 @@ def shell(folder: Path, script: str, *settings: str) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "script", [name if name == "seeds.sh" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_started_again_runs_nothing_twice(run: Commands, tmp_path: Path, script: str) -> None:
     place(tmp_path, f'exec {shlex.quote(sys.executable)} "$@"')
     line = [word for word in run.line(*SHORT) if not word.startswith("hydra.run.dir")]
@@ -165,6 +164,7 @@ def test_a_script_started_again_runs_nothing_twice(run: Commands, tmp_path: Path
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_kill_and_past_a_failure(run: Commands, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a first job that was killed, one that fails, and one that has not been begun."""
     kill = """
