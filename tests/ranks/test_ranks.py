@@ -276,14 +276,22 @@ def fail_in_the_second_job() -> None:
 
 
 @pytest.mark.slow
-def test_as_users_start_it(place: Commands) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "main.py")]
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --shutdown-timeout 600 --nproc-per-node 2",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+    ],
+)
+def test_as_users_start_it(place: Commands, launcher: str) -> None:
+    name = launcher.partition(".")[0]
+    command = [sys.executable, "-m", *launcher.split(), str(ROOT / "main.py")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(place.folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *place.line(run="torchrun")], cwd=place.folder, env=environment, capture_output=True, text=True
+        [*command, *place.line(run=name)], cwd=place.folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert Run(place.folder / "torchrun").json("run.json")["device"] == "2 x cpu"
+    assert Run(place.folder / name).json("run.json")["device"] == "2 x cpu"
     assert done.stdout.count("ES  efficacy") == 1
 
 
