@@ -52,6 +52,7 @@ from harness.job import (
     move_into,
     network_keeper,
     new_record,
+    newest_checkpoint,
     plan_downstream,
     quiet_unless_first,
     rank_settings,
@@ -212,6 +213,7 @@ def begin(
     allocate: Allocate | None,
 ) -> LoopState:
     """Model, editor and run folder as they are before the next turn."""
+    start = None if earlier is None else newest_checkpoint(earlier)
     model = load_model(cfg, plan)
     about["model"]["fingerprint"] = model.fingerprint()
     editor = build_editor(cfg, model, plan.editor_device, allocate)
@@ -223,7 +225,7 @@ def begin(
     diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
     state = LoopState(earlier or new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)
     if earlier is not None:
-        state.restore(about, plan.ranks)
+        state.restore(start, about, plan.ranks)
     return state
 
 

@@ -8,7 +8,7 @@ from harness.job.networks import network_keeper
 from harness.job.others import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
 from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
 from harness.job.plan import Plan, capture_memory, make_plan, wandb_settings
-from harness.job.resume import LoopState, earlier_run, move_into, require_weights
+from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
 from harness.job.training import MetaTraining
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "move_into",
     "network_keeper",
     "new_record",
+    "newest_checkpoint",
     "plan_downstream",
     "quiet_unless_first",
     "rank_settings",

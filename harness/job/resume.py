@@ -198,6 +198,22 @@ def changed_circumstances(run: Mapping[str, Any], device: str) -> list[str]:
 # Going on
 
 
+def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """Where a run goes on from: known before the weights are read.
+
+    ValueError where it is another run's, or of a format that is not known here.
+    """
+    checkpoints = _checkpoints(folder, keep=1)
+    newest = checkpoints["turn"].newest() or checkpoints["training"].newest()
+    if newest is not None and newest.state["run_id"] != folder.run["run_id"]:
+        raise ValueError(f"{newest.path}: of run {newest.state['run_id']}, not {folder.run['run_id']}; take it away")
+    return newest
+
+
+def _checkpoints(folder: RunFolder, keep: int) -> dict[str, Checkpoints]:
+    return {kind: Checkpoints(folder.path / "checkpoints", kind, keep) for kind in ("turn", "training")}
+
+
 class LoopState:
     """What the turns so far have left behind beside lines: edited weights, statistics, past updates, seconds spent."""
 
@@ -206,7 +222,7 @@ class LoopState:
     ) -> None:
         """As before the first turn; `keep` checkpoints stay."""
         self.folder, self.model, self.editor, self.diagnostics = folder, model, editor, diagnostics
-        self.checkpoints = {kind: Checkpoints(folder.path / "checkpoints", kind, keep) for kind in ("turn", "training")}
+        self.checkpoints = _checkpoints(folder, keep)
         self.done = 0  # turns
         self.seconds: dict[str, float] = {}  # of everything that is no turn
         self.trained = 0  # training turns that a checkpoint in the middle of meta-training has behind it ...
@@ -250,16 +266,15 @@ class LoopState:
         self.checkpoints[kind].save(place, groups, {**about, **more})
         self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
 
-    def restore(self, about: Mapping[str, Any], ranks: Ranks) -> None:
-        """Weights, statistics, past updates and files as the newest checkpoint has them, or as before the first turn.
+    def restore(self, checkpoint: Checkpoint | None, about: Mapping[str, Any], ranks: Ranks) -> None:
+        """Weights, statistics, past updates and files as rank 0's checkpoint has them, or as before the first turn.
 
-        ValueError, nothing being changed, for another model or another run's checkpoint. Rank 0 reads it, for all.
+        ValueError, nothing being changed, for another model.
         """
         run = self.folder.run
         require_model("model.name_or_path", run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
             log.warning("%s: the last bits of numbers may differ from here on", line)
-        checkpoint = self._newest() if ranks.is_first else None
         place, state, groups = _of_first(ranks, checkpoint)
         if place is None:
             self.folder.go_on({}, 0, about["overrides"])
@@ -278,13 +293,6 @@ class LoopState:
         self.editor.load_state_dict(groups.get("editor", {}))
         self.diagnostics.load_state(groups.get("diagnostics", {}), state["diagnostics"])
         log.info("going on after turn %d of the run in %s", self.done, self.folder.path)
-
-    def _newest(self) -> Checkpoint | None:
-        checkpoint = self.checkpoints["turn"].newest() or self.checkpoints["training"].newest()
-        run_id = self.folder.run["run_id"]
-        if checkpoint is not None and checkpoint.state["run_id"] != run_id:
-            raise ValueError(f"{checkpoint.path}: of run {checkpoint.state['run_id']}, not {run_id}; take it away")
-        return checkpoint
 
     def how_to_go_on(self, program: Sequence[str], overrides: Sequence[str]) -> str:
         """What whoever stopped the run has to type; `program` is what it was started with, up to its settings."""
