@@ -9,10 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from data.records import (
-    LowRankUpdate,
-    WeightChange,
-)
+from data.records import LowRankUpdate, WeightChange
 from model.source import is_transposed, shape_of
 
 # No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.

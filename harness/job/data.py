@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config.schema import (
-    HyperNetworkConfig,
-    RunConfig,
-)
+from config.schema import HyperNetworkConfig, RunConfig
 from data import DATASETS
 from data.dataset import Dataset
 from data.files import RecordFile, open_records, resolve_file

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from config.schema import (
-    Half,
-    RunConfig,
-)
+from config.schema import Half, RunConfig
 from harness.ranks import Ranks, require_gpu_each
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}

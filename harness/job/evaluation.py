@@ -6,9 +6,7 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
-from config.schema import (
-    RunConfig,
-)
+from config.schema import RunConfig
 from data.files import FORMAT
 from glue_eval.score import SCORES_FORMAT as TASKS_FORMAT
 from glue_eval.score import PreparedTask, prepare_tasks

@@ -7,12 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from config.schema import (
-    HyperNetworkConfig,
-    RLEditConfig,
-    RunConfig,
-    UpdateEvery,
-)
+from config.schema import HyperNetworkConfig, RLEditConfig, RunConfig, UpdateEvery
 from data.files import RecordFile
 from data.training import TrainingStream
 from harness.evaluation.evaluate import Tokenize

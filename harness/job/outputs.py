@@ -6,10 +6,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from config.schema import (
-    HyperNetworkConfig,
-    RunConfig,
-)
+from config.schema import HyperNetworkConfig, RunConfig
 from harness.job.data import trains
 from harness.run.networks import FOLDER
 

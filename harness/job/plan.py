@@ -16,14 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from config.schema import (
-    AnswerEnd,
-    PreheatMode,
-    RunConfig,
-    Token,
-    TrackerConfig,
-    settings_without_effect,
-)
+from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate
