@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,62 +90,21 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     device, editor_device = devices(cfg, ranks)
     check_wandb(wandb_settings(cfg.tracker).mode)
     files = open_data(cfg)
-    source = ModelSource(
-        locate(cfg.model.name_or_path, places.CACHE, cfg.model.revision),
-        cfg.model.class_name,
-        cfg.model.revision,
-        cfg.model.trust_remote_code,
-    )
+    source = source_of(cfg)
     model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
     tokenizer = load_tokenizer(source)
-    answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     form = plan_form(cfg, tokenizer, source)
-    stream = EditStream(
-        files["eval"],
-        files.get("train", ()),
-        n_edits=cfg.dataset.n_edits,
-        batch_size=cfg.dataset.batch_size,
-        num_turns=cfg.num_seq,
-        num_warm_up=cfg.dataset.num_warm_up if cfg.warms_up() else 0,
-        preheat_mode=cfg.editor.preheat_mode.name,
-        tokenizer=tokenizer,
-        answer_tokens=answer_tokens,
-        seed=cfg.seed,
-        shuffle=cfg.dataset.shuffle,
-        form=form,
-    )
-    if cfg.evaluate is None:
-        warn_of_repeats(stream, files["eval"].path)
+    stream = plan_stream(cfg, files, tokenizer, form)
+    answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, as_tokens)
     network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
     examples = plan_examples(cfg, tokenizer, stream)
     if model_outline.context_length is not None:
-        trained = training.records() if training else ()
-        for split, records in (("eval", stream.edited()), ("train", stream.warmed_up()), ("train", trained)):
-            if records:
-                check_context(
-                    records,
-                    tokenizer,
-                    model_outline.context_length,
-                    answer_tokens=answer_tokens,
-                    file=str(files[split].path),
-                    most=files[split].most_tokens,
-                    form=form,
-                )
-        if generation is not None:
-            generation.check(stream.edited(), model_outline.context_length, str(files["eval"].path))
-        if examples is not None:
-            examples.generation.check(examples.records, model_outline.context_length, str(files["eval"].path))
-    if cfg.editor.cache_dir is not None and ranks.size > 1:
-        log.warning(
-            "editor.cache_dir: each of the %d processes keeps the captures of a turn in a folder of its own there, and "
-            "two shares of them in memory until they are written",
-            ranks.size,
-        )
-    with capture_memory(cfg, stream, model_outline.shapes):
-        pass  # a folder that cannot hold the captures shows now, not after the base model has been scored
+        check = partial(check_context, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
+        check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
+    check_captures(cfg, ranks, stream, model_outline.shapes)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -164,6 +123,67 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         passage=passage,
         ranks=ranks,
     )
+
+
+def source_of(cfg: RunConfig) -> ModelSource:
+    """Where the model comes from."""
+    model = cfg.model
+    path = locate(model.name_or_path, places.CACHE, model.revision)
+    return ModelSource(path, model.class_name, model.revision, model.trust_remote_code)
+
+
+def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any, form: PromptForm) -> EditStream:
+    """The turns; ValueError where the files hold too few."""
+    stream = EditStream(
+        files["eval"],
+        files.get("train", ()),
+        n_edits=cfg.dataset.n_edits,
+        batch_size=cfg.dataset.batch_size,
+        num_turns=cfg.num_seq,
+        num_warm_up=cfg.dataset.num_warm_up if cfg.warms_up() else 0,
+        preheat_mode=cfg.editor.preheat_mode.name,
+        tokenizer=tokenizer,
+        answer_tokens=cast(AnswerTokens, cfg.dataset.answer_tokens.name),
+        seed=cfg.seed,
+        shuffle=cfg.dataset.shuffle,
+        form=form,
+    )
+    if cfg.evaluate is None:
+        warn_of_repeats(stream, files["eval"].path)
+    return stream
+
+
+def check_lengths(
+    context_length: int,
+    files: Mapping[str, RecordFile],
+    stream: EditStream,
+    training: TrainingStream | None,
+    check: Callable[..., None],  # of questions with their answers
+    generation: Generation | None,
+    examples: Examples | None,
+) -> None:
+    """ValueError, naming file and row, for the first question that the model cannot read whole."""
+    trained = training.records() if training else ()
+    for split, records in (("eval", stream.edited()), ("train", stream.warmed_up()), ("train", trained)):
+        if records:
+            file = files[split]
+            check(records, context_length=context_length, file=str(file.path), most=file.most_tokens)
+    if generation is not None:
+        generation.check(stream.edited(), context_length, str(files["eval"].path))
+    if examples is not None:
+        examples.generation.check(examples.records, context_length, str(files["eval"].path))
+
+
+def check_captures(cfg: RunConfig, ranks: Ranks, stream: EditStream, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """ValueError where a folder for captures cannot hold them: now, not after the base model has been scored."""
+    if cfg.editor.cache_dir is not None and ranks.size > 1:
+        log.warning(
+            "editor.cache_dir: each of the %d processes keeps the captures of a turn in a folder of its own there, and "
+            "two shares of them in memory until they are written",
+            ranks.size,
+        )
+    with capture_memory(cfg, stream, shapes):
+        pass
 
 
 def warn_of_repeats(stream: EditStream, file: Path) -> None:
