@@ -6,6 +6,9 @@ that was stopped goes on with resume=auto, bit for bit.
 
 from __future__ import annotations
 
+import startup  # noqa: F401  first
+
+# isort: split
 import errno
 import logging
 import os

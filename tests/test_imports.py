@@ -87,6 +87,7 @@ MAY_IMPORT = {
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
     "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model.*",
     "glue_eval/*.py": "numpy datasets data.* glue_eval.* model",
+    "startup.py": "torch transformers.*",
     "main.py": "*",
     "benchmarks/*.py": "torch.* transformers safetensors.* benchmarks.* data.* editor.* harness.* model.*",
 }
@@ -102,7 +103,7 @@ KNOWN_TO = {
     # outside packages that have one door
     "wandb": ("harness/watch/tracking.py",),
     # command lines set its logging up
-    "transformers": ("model/source.py", "main.py", "glue_eval/__main__.py", "harness/*/command.py"),
+    "transformers": ("model/source.py", "startup.py", "main.py", "glue_eval/__main__.py", "harness/*/command.py"),
     "hydra": ("config/*", "main.py"),
     "omegaconf": ("config/*", "main.py"),
     "datasets": ("data/files.py", "glue_eval/*"),

@@ -364,10 +364,11 @@ def test_a_base_model_whose_logits_are_not_finite(commands: Commands, tmp_path: 
 def test_an_edited_model_whose_logits_are_not_finite(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run has failed, not finished; its checkpoint stays, and going on from there says the same."""
     apply = LanguageModel.apply
+    turns = itertools.count()
 
-    def spoiling(self: LanguageModel, updates: Mapping[str, LowRankUpdate], turn: int) -> dict[str, WeightChange]:
-        changes = apply(self, updates, turn)
-        if turn == 5:
+    def spoiling(self: LanguageModel, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
+        changes = apply(self, updates)
+        if next(turns) == 5:
             self.edited[MODULES[1]].weight.data.fill_(float("nan"))
         return changes
 
@@ -426,7 +427,7 @@ def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
 
     def building(*args: Any) -> Any:
         editor = build(*args)
-        update = editor.update
+        update = editor.rule.update
 
         def spoiling(captures: Any, phase: Any) -> dict[str, LowRankUpdate]:
             updates = update(captures, phase)
@@ -434,7 +435,7 @@ def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
                 updates[MODULES[1]].right[0, 0] = float("nan")
             return updates
 
-        monkeypatch.setattr(editor, "update", spoiling)
+        monkeypatch.setattr(editor.rule, "update", spoiling)
         return editor
 
     monkeypatch.setattr(main, "build_editor", building)

@@ -493,7 +493,7 @@ def test_seeds_are_averaged_by_record() -> None:
 def test_numbers_of_single_runs_stand_beside_their_intervals(tmp_path: Path) -> None:
     html = write_report([make_run(tmp_path / name, overrides=[f"name={name}"]) for name in ("a", "b")]).read_text()
     table = html[html.index("<h2>Scores of each run</h2>") :]
-    assert table[: table.index("<tr>")].endswith("<table>")  # stacked, an interval is a line of its own
+    assert table[: table.index("<tr>")].endswith('<table class="numbers">')  # stacked, an interval is a line of its own
     assert "white-space: nowrap" in html
 
 
