@@ -7,7 +7,7 @@ L tokens of its longest sequence, M answer tokens of the batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -78,6 +78,15 @@ class Turn:
     records: tuple[EditRecord, ...]
     sequences: tuple[TokenSequence, ...]
     loss_weights: tuple[float, ...]
+
+    def part(self, places: Sequence[int]) -> Turn:
+        """Some of its facts; each token keeps the weight in the loss that it has in the whole turn."""
+        return replace(
+            self,
+            records=tuple(self.records[place] for place in places) if self.records else (),
+            sequences=tuple(self.sequences[place] for place in places),
+            loss_weights=tuple(self.loss_weights[place] for place in places),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Letters: N rows of a turn, d_k key size, d_v value size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class CaptureEditor:
             if done.losses:
                 wrong = [place for place, right in enumerate(captured.right) if not right]
                 captured = _some_rows(captured, first_rows(todo.sequences, self.settings.every_token), wrong)
-                todo = _some_facts(todo, wrong)
+                todo = todo.part(wrong)
         updates: Mapping[str, LowRankUpdate] = {}
         changes: Mapping[str, WeightChange] = {}
         if todo.sequences:
@@ -129,16 +129,6 @@ def _together(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
 def _norm(update: LowRankUpdate) -> float:
     factors = (update.left, update.right)
     return max(0.0, linalg.inner_product(factors, factors)) ** 0.5
-
-
-def _some_facts(turn: Turn, places: Sequence[int]) -> Turn:
-    """Each token keeps the weight in the loss that it has in the whole turn."""
-    return replace(
-        turn,
-        records=tuple(turn.records[place] for place in places) if turn.records else (),
-        sequences=tuple(turn.sequences[place] for place in places),
-        loss_weights=tuple(turn.loss_weights[place] for place in places),
-    )
 
 
 def _some_rows(

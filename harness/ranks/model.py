@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
@@ -58,7 +57,7 @@ class SharedModel(LanguageModel):
         capture = super().capture
 
         def own() -> tuple[tuple[float, float, tuple[bool, ...]], list[Tensor]]:
-            part = _share_of_turn(turn, shares[self.ranks.rank])
+            part = turn.part(shares[self.ranks.rank])
             if not part.sequences:
                 return (0.0, 0.0, ()), []
             found = capture(part, every_token)
@@ -191,16 +190,6 @@ def _rows(
     """The rows that lie at these places."""
     own = [torch.arange(first_row[place], first_row[place + 1]) for place in places]
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
-
-
-def _share_of_turn(turn: Turn, share: Sequence[int]) -> Turn:
-    """Some records of a turn; a mini-batch's weights stay what they are in the whole turn."""
-    return replace(
-        turn,
-        records=(),
-        sequences=tuple(turn.sequences[place] for place in share),
-        loss_weights=tuple(turn.loss_weights[place] for place in share),
-    )
 
 
 def _share_of_term(term: LossTerm, share: Sequence[int]) -> LossTerm:
