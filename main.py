@@ -33,6 +33,7 @@ from editor.capture import CaptureEditor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
 from harness.evaluation import Downstream
+from harness.export import form_note
 from harness.job import (
     LoopState,
     MetaTraining,
@@ -308,7 +309,7 @@ def save_model(cfg: RunConfig, state: LoopState, interruption: Interruption) -> 
     if not cfg.model_cache or is_saved(cfg, state.folder.path, state.folder.run.get("saved")):
         return
     with interruption.held():
-        state.model.export(target := export_folder(cfg, state.folder.path))
+        state.model.export(target := export_folder(cfg, state.folder.path), form_note(cfg.asked_form().name))
         state.folder.note(saved=cfg.model_cache_dir)
     log.info("the edited model is in %s", target)
 

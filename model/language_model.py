@@ -360,8 +360,10 @@ class LanguageModel(TextModel):
             lines = [f"{n} {tuple(w.shape)} {w.dtype} {d}" for (n, w), d in zip(weights.items(), digests, strict=True)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-    def export(self, folder: Path) -> None:
-        """Save the model and its tokenizer as `from_pretrained` reads them; complete or absent.
+    def export(self, folder: Path, notes: Mapping[str, str] = {}) -> None:
+        """Save the model and its tokenizer as `from_pretrained` reads them, and `notes`, texts by the names of files.
+
+        Complete or absent.
 
         ValueError, nothing being left behind, where something stands there or the disk refuses, and where weights
         are not all there is to it.
@@ -374,6 +376,8 @@ class LanguageModel(TextModel):
             try:
                 self.model.save_pretrained(beside)
                 self.tokenizer.save_pretrained(beside)
+                for name, text in notes.items():
+                    (beside / name).write_text(text, encoding="utf-8")
                 for path in (beside, *beside.iterdir()):
                     path.chmod(0o755 if path.is_dir() else 0o644)  # both were made for their owner alone
                     sync(path)

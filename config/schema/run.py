@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from config.schema.checks import Section, at_least, device, filled
-from config.schema.dataset import DatasetConfig
+from config.schema.dataset import DatasetConfig, PromptForm
 from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
 from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
@@ -69,6 +69,10 @@ class RunConfig(Section):
     def warms_up(self) -> bool:
         """Whether turns of the training file come before the facts to edit, or among them."""
         return self.editor.preheat_mode is not PreheatMode.none and self.dataset.num_warm_up != 0
+
+    def asked_form(self) -> PromptForm:
+        """How a model that answers by itself is asked."""
+        return self.evaluation.prompt or self.dataset.prompt_form
 
 
 def root_mistakes(values: Mapping[str, Any]) -> list[str]:

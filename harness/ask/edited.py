@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from data.prompts import FormName, prompt_form
 from harness.evaluation.generation import Generation
 from harness.export.delta import read_delta
+from harness.export.form import FORMS, form_of_folder, form_of_run
 from harness.export.load import (
     edited_by_delta,
     edited_by_run,
@@ -27,7 +28,6 @@ from harness.run.folder import read_run
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, stored_dtype
 
-FORMS: Final = ("raw", "chat", "qa")
 MAX_NEW_TOKENS: Final = 64
 
 
@@ -90,7 +90,7 @@ def open_edited(
 
     `path` is a run's folder (its newest checkpoint, or that of `turn`), the folder of one of its checkpoints, a delta,
     or a folder that `from_pretrained` reads. `model` says where the base model is now, which such a folder does not
-    know. `prompt`, one of raw, chat and qa, is how the run put its questions, or raw, where it is not given.
+    know. `prompt`, one of raw, chat and qa, is by default how the run put its questions; raw for a folder of others.
     ValueError, before weights are read, where there is nothing to open.
     """
     if prompt is not None and prompt not in FORMS:
@@ -160,12 +160,7 @@ def _in_run(folder: Path, turn: int | None, base: str | None) -> _Found:
         model = edited_by_run(run, checkpoint, base, device)
         return model, model
 
-    return _Found(f"the edited model, {when}", _form_of(run["config"]), source_of_run(run, base), load)
-
-
-def _form_of(config: Mapping[str, Any]) -> str:
-    """How the run puts questions to its model."""
-    return config["evaluation"]["prompt"] or config["dataset"]["prompt_form"]
+    return _Found(f"the edited model, {when}", form_of_run(run["config"]), source_of_run(run, base), load)
 
 
 def _in_delta(path: Path, base: str | None, trust_remote_code: bool) -> _Found:
@@ -176,7 +171,7 @@ def _in_delta(path: Path, base: str | None, trust_remote_code: bool) -> _Found:
         return model, model
 
     about = f"the edited model, {when_of(delta)}"
-    return _Found(about, "raw", source_of_delta(delta, base, trust_remote_code), load)
+    return _Found(about, delta.origin.prompt_form, source_of_delta(delta, base, trust_remote_code), load)
 
 
 def _in_folder(folder: Path, base: str | None, trust_remote_code: bool) -> _Found:
@@ -185,7 +180,7 @@ def _in_folder(folder: Path, base: str | None, trust_remote_code: bool) -> _Foun
     before = None if base is None else ModelSource(locate(base, places.CACHE), trust_remote_code=trust_remote_code)
     if before and load_tokenizer(before).get_vocab() != load_tokenizer(source).get_vocab():
         raise ValueError(f"--model {base}: not the base model of {folder}, its tokenizer is another one")
-    return _Found(f"the model in {folder}", "raw", source, partial(_side_by_side, source, before))
+    return _Found(f"the model in {folder}", form_of_folder(folder), source, partial(_side_by_side, source, before))
 
 
 def _side_by_side(

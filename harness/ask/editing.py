@@ -49,8 +49,7 @@ def edit(
             for turn in plan.stream.from_turn(0):
                 chosen.edit(edited, turn)
                 bar.advance(edits_total=len(plan.stream.edited(turn.index + 1)), phase=turn.phase.value)
-    asked = cfg.evaluation.prompt or cfg.dataset.prompt_form
-    return EditedModel(edited, edited, f"{model} with {len(rows)} facts", asked.name, MAX_NEW_TOKENS)
+    return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 
 def _row(place: int, fact: Mapping[str, str]) -> dict[str, str]:

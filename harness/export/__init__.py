@@ -1,1 +1,5 @@
 """Edited models that leave the house: whole, or as the difference to the base model."""
+
+from harness.export.form import form_note
+
+__all__ = ["form_note"]

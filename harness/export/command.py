@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import transformers
 
 from harness.export.delta import Origin, difference, read_delta, removed, write_delta
+from harness.export.form import form_note, form_of_run
 from harness.export.load import change, edited_by_delta, edited_by_run, find_checkpoint, load, when_of
 from harness.job.outputs import require_writable
 from harness.run.folder import read_run
@@ -122,7 +123,7 @@ def export(chosen: argparse.Namespace) -> str:
     checkpoint, when = find_checkpoint(chosen.run, run, chosen.turn)
     model = edited_by_run(run, checkpoint, chosen.model)
     if not chosen.delta:
-        model.export(chosen.to)
+        model.export(chosen.to, form_note(form_of_run(run["config"])))
         return f"the edited model, {when}"
     differences = {name: difference(edited.original, edited.master) for name, edited in model.edited.items()}
     write_delta(chosen.to, origin_of(run, checkpoint.place, model), differences)
@@ -143,6 +144,7 @@ def origin_of(run: dict[str, Any], turn: int, edited: LanguageModel) -> Origin:
         modules=edited.shapes,
         dtype=str(one.weight.dtype).removeprefix("torch."),
         master_dtype=str(one.master.dtype).removeprefix("torch."),
+        prompt_form=form_of_run(run["config"]),
     )
 
 
@@ -154,7 +156,7 @@ def apply(chosen: argparse.Namespace) -> str:
     """Base + delta: the model that was edited, bit for bit."""
     delta = read_delta(chosen.apply)
     model = edited_by_delta(delta, chosen.model, bool(chosen.trust_remote_code))
-    model.export(chosen.to)
+    model.export(chosen.to, form_note(delta.origin.prompt_form))
     return f"the edited model, {when_of(delta)}"
 
 

@@ -114,6 +114,7 @@ class Origin:
     modules: dict[str, tuple[int, int]]  # (d_k, d_v) by name
     dtype: str  # of the model
     master_dtype: str  # of the weights that took the edits
+    prompt_form: str = "raw"  # how the run put its questions; older files do not say
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,8 @@ def plan_examples(cfg: RunConfig, tokenizer: Any, stream: EditStream) -> Example
 
 def _generation(cfg: RunConfig, tokenizer: Any, sample: int | None) -> Generation:
     settings = cfg.evaluation
-    asked = settings.prompt or cfg.dataset.prompt_form
     option = "dataset.prompt_form" if settings.prompt is None else "evaluation.prompt"
-    form = prompt_form(tokenizer, cast(FormName, asked.name), option=option)
+    form = prompt_form(tokenizer, cast(FormName, cfg.asked_form().name), option=option)
     return Generation(tokenizer, form, settings.max_new_tokens, sample)
 
 

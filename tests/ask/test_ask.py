@@ -155,6 +155,25 @@ def test_questions_are_put_as_the_run_puts_them(commands: Commands, done: Path, 
     assert open_edited(copy, prompt="raw").form == "raw"
 
 
+def test_what_is_exported_knows_how_it_is_asked(commands: Commands, tmp_path: Path) -> None:
+    run = commands("dataset.prompt_form=qa", "num_seq=1", "num_seq_zsre=1", "model_cache=true", run="qa").folder
+    delta = tmp_path / "edits.safetensors"
+    export([str(run), "--to", str(tmp_path / "whole")])
+    export([str(run), "--delta", "--to", str(delta)])
+    export(["--apply", str(delta), "--to", str(tmp_path / "applied")])
+    export(["--undo", str(delta), "--from", str(tmp_path / "whole"), "--to", str(tmp_path / "undone")])
+    edited = [run / "model", tmp_path / "whole", delta, tmp_path / "applied"]
+    assert [open_edited(path).form for path in edited] == ["qa"] * 4
+    assert open_edited(tmp_path / "undone").form == "raw"
+    for text in ("{", "[]", '{"form": "qa"}'):
+        (tmp_path / "whole" / "edit.json").write_text(text)
+        with pytest.raises(ValueError, match=r"whole/edit\.json: does not say a prompt_form; repair it, or take it"):
+            open_edited(tmp_path / "whole")
+    (tmp_path / "whole" / "edit.json").write_text('{"prompt_form": "verse"}')
+    with pytest.raises(ValueError, match="prompt_form='verse' must be one of raw, chat, qa"):
+        open_edited(tmp_path / "whole")
+
+
 def test_a_chat_is_had_in_the_models_template(commands: Commands, tmp_path: Path) -> None:
     model = tmp_path / "chat"
     shutil.copytree(commands.model, model)
