@@ -66,7 +66,11 @@ class Commands:
             "dataset.train_path": self.folder / "train.json",
             "dataset.n_edits": "3",
             "dataset.batch_size": "2",
+            "dataset.prompt_form": "raw",
+            "dataset.answer_end": "none",
+            "editor.passes": "1",
             "evaluation.perplexity": "off",  # its text is longer than all these questions
+            "evaluation.generation": "off",
             "diagnostics.report": "false",
             "tracker.wandb": "disabled",
             "hydra.run.dir": self.folder / run,

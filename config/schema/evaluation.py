@@ -16,7 +16,7 @@ class EvaluationConfig(Section):
     """Turns between evaluations; 0 = base and final model only."""
     sample: int | None = None
     """Records scored, drawn from the seed; null = all."""
-    generation: int | str = 0
+    generation: int | str = 100
     """Records, of those scored, that are scored by greedy generation too: a number, `all`, or 0 (also written off)."""
     max_new_tokens: int = 16
     """Tokens that the model may generate, whatever the length of the answer."""

@@ -25,11 +25,11 @@ SCORES: Final = {
     "PS": "personas",
     "MS": "multi-hop",
 }
-FORMS: Final = {
+FORMS: Final = {  # in the order of the table: what the model says comes first
+    "gen": "says it",
     "": "",
     "seq": "all tokens",
     "end": "and stops",
-    "gen": "generated",
     "contains": "",  # says it itself
     "agree": "as base",
     "forgetting": "",
@@ -103,7 +103,7 @@ def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
 
 
 def _kind(name: str) -> tuple[int, str, int, str]:
-    """Place of a score in the table: the plain forms of percent scores, their other forms, then everything else."""
+    """Place of a score in the table: percent scores in the order of their forms, then everything else."""
     score, _, form = name.partition("_")
     if not _is_percent(name):
         return len(FORMS) + 1, "", 0, name

@@ -72,7 +72,7 @@ def test_every_number_is_shown_whole_in_80_columns_without_colour() -> None:
     assert rows["peak"] == "peak memory resident 2.00 GiB"
 
 
-def test_scores_come_in_the_papers_order_then_their_other_forms() -> None:
+def test_what_the_model_says_comes_first_then_scores_in_the_papers_order() -> None:
     first_words = [line.split()[0] for line in shown(RESULTS).splitlines() if line.strip()]
     ours = [word for word in first_words if word in RESULTS["final"]]
     assert ours == ["ES", "LS", "MS", "ES_seq", "LS_kl", "perplexity"]
@@ -87,12 +87,12 @@ def test_generated_answers_locality_and_forgetting_have_their_lines() -> None:
     text = shown({"base": final, "final": final | {"LS_agree": whole, "perplexity": 9.5}, "retention": retention})
     assert max(map(len, text.splitlines())) <= 80
     rows = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
-    assert rows["ES_gen"].startswith("ES_gen generated 100.0 [100.0, 100.0] 100.0 [100.0, 100.0] +0.0")
+    assert rows["ES_gen"].startswith("ES_gen says it 100.0 [100.0, 100.0] 100.0 [100.0, 100.0] +0.0")
     assert rows["LS_contains"].startswith("LS_contains 100.0")
     assert rows["LS_agree"] == "LS_agree as base - 100.0 [100.0, 100.0] 1,000"
     assert rows["GS_forgetting"] == "GS_forgetting - 100.0 [100.0, 100.0] 1,000"
     order = [name for name in rows if name in ("MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting")]
-    assert order == ["MS", "ES_seq", "ES_gen", "ES_contains", "LS_agree", "ES_forgetting"]
+    assert order == ["ES_gen", "MS", "ES_seq", "ES_contains", "LS_agree", "ES_forgetting"]
 
 
 def test_a_number_keeps_its_interval_on_its_line_where_names_must_break(monkeypatch: pytest.MonkeyPatch) -> None:
