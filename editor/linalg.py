@@ -166,7 +166,8 @@ def follow_root(
 
     A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4). Near the root X A is
     A^(1/2), which in this basis is nearly diag(y), y_i = sqrt(A_ii): H_ij = (I - X A X)_ij / (y_i + y_j), at two
-    products a step. It contracts as long as the basis is good, and keeps X symmetric. Where the residual is above
+    products a step. It contracts as long as the basis is good, and keeps X symmetric. Each step is mixed with the one
+    before so that they cancel as far as they can (Anderson, 1965, with one step of memory). Where the residual is above
     `tolerance` after `most` steps, or not finite, X is no root; the residual says so.
 
     Newton-Schulz iterations from X_0 would not do: they need an X_0 that commutes with A. From another one they end at
@@ -174,6 +175,7 @@ def follow_root(
     """
     scale = matrix.diagonal().sqrt()  # y
     sums = scale[:, None] + scale
+    before: tuple[Tensor, Tensor] | None = None  # where the last step went, and its H
     for step in range(most + 1):
         difference = -(root @ (matrix @ root))
         difference.diagonal().add_(1)
@@ -181,8 +183,21 @@ def follow_root(
         if residual <= tolerance or step == most or not residual < 1:  # a step from beyond 1 leads further away
             break
         correction = difference.div_(sums)
-        root = root + (correction + correction.T) / 2
+        correction = (correction + correction.T) / 2
+        reached = root + correction
+        root = reached if before is None else reached + _mixed(reached, correction, *before, weights=sums)
+        before = reached, correction
     return root, step, residual
+
+
+def _mixed(
+    reached: Tensor, correction: Tensor, reached_before: Tensor, correction_before: Tensor, weights: Tensor
+) -> Tensor:
+    """What Anderson's mixing adds: -t (X_k + H_k - X_(k-1) - H_(k-1)), t minimising ||H_k - t (H_k - H_(k-1))||."""
+    change = correction - correction_before
+    weighted = change * weights
+    share = (weighted * correction).sum() / (weighted * change).sum()
+    return (reached_before - reached) * share
 
 
 def inner_product(first: Factors, second: Factors) -> float:
