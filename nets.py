@@ -17,10 +17,14 @@ from editor import linalg
 # The released arithmetic is float32; its machine epsilon stays in the formula when the sums run in float64.
 EPSILON = torch.finfo(torch.float32).eps
 
-# A root that is followed: residual ||I - X (Sigma + s I) X||_F / sqrt(d_v) up to which it is taken, and the steps it
-# has. Float32 leaves a residual of some 1e-6 to 1e-5; g_tilde then differs by about as much, and twice it at most.
+# A root that is followed: residual ||I - X (Sigma + s I) X||_F / sqrt(d_v) up to which it is taken. Float32 leaves some
+# 1e-6 to 1e-5; g_tilde then differs by about as much, and twice it at most.
 FOLLOWED_TO = 2e-5
-MOST_STEPS = 4
+# Steps it has before Sigma is decomposed, which costs more than that many of them; and those that a good basis needs:
+# with more, the basis is renewed once there are that many times the rows it was made from, so log(rows) times a run.
+MOST_STEPS = 12
+GOOD_STEPS = 4
+RENEWED_AT = 1.25
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,18 @@ class FollowedRoot(nn.Module):
     """(Sigma + s I)^(-1/2), s = floor times the mean eigenvalue, followed from turn to turn without a decomposition.
 
     Kept are the eigenvectors Q of some earlier turn's Sigma and the last root, turned into them: Q^T Sigma Q is nearly
-    diagonal, and `linalg.follow_root` finds its root from the last one in float32. Where it does not within
-    `MOST_STEPS`, as in the first turns, Sigma is decomposed and its eigenvectors are kept from then on. Q^T Sigma Q is
-    formed in float64: a covariance that spans ten decades would lose the small ones.
+    diagonal, and `linalg.follow_root` finds its root from the last one in float32. Where that fails, as in the first
+    turns, or took many steps in a basis that is old, Sigma is decomposed and its eigenvectors are kept from then on.
+    Q^T Sigma Q is formed in float64: float32 would lose the small eigenvalues of a covariance that spans decades.
     """
 
     basis: Tensor  # Q (d_v, d_v)
     root: Tensor  # (d_v, d_v) of Sigma / (its mean eigenvalue), in that basis; zero before the first
+    rows: Tensor  # () that Sigma had when the basis was made
 
     def __init__(self, d_v: int) -> None:
         super().__init__()
+        self.register_buffer("rows", torch.zeros((), dtype=torch.float64))
         for name in ("basis", "root"):
             self.register_buffer(name, torch.zeros(d_v, d_v))
 
@@ -54,6 +60,7 @@ class FollowedRoot(nn.Module):
     def find(
         self,
         covariance: Tensor,  # Sigma (d_v, d_v) float64
+        rows: float,  # that it has been estimated from
         floor: float,
     ) -> Whitening:
         """`followed` holds whether Sigma was decomposed, the steps, and the residual; None where no root was known."""
@@ -64,13 +71,15 @@ class FollowedRoot(nn.Module):
             turned = (basis.T @ covariance @ basis).div_(mean)
             turned.diagonal().add_(floor)
             root, steps, residual = linalg.follow_root(turned.float(), self.root, FOLLOWED_TO, MOST_STEPS)
-            if residual <= FOLLOWED_TO:
+            is_old = steps > GOOD_STEPS and rows >= RENEWED_AT * float(self.rows)
+            if residual <= FOLLOWED_TO and not is_old:
                 self.root.copy_(root)
                 floored = float((turned.diagonal() < 2 * floor).double().mean())
                 return self._whitening(mean, floored, decomposed=0.0, steps=steps, residual=residual)
         vectors, scale, floored = linalg.inverse_root_spectrum(covariance, floor, "shift")
         self.basis.copy_(vectors)
         self.root.copy_(torch.diag(scale * mean**0.5))
+        self.rows.fill_(rows)
         return self._whitening(mean, floored, decomposed=1.0, steps=steps, residual=residual)
 
     def _whitening(self, mean: float, floored: float, **found: float | None) -> Whitening:
@@ -199,7 +208,7 @@ class LifelongNormalizer(nn.Module):
         covariance /= self.count - self.value_mean.numel() - 1
         if self.followed is not None:
             assert mode == "shift", "only the root of a shifted covariance can be followed"
-            return self.followed.find(covariance, floor)
+            return self.followed.find(covariance, float(self.count), floor)
         root, floored, spectrum = linalg.inverse_square_root(covariance, floor, mode)
         return Whitening((root,), floored, spectrum)
 
