@@ -99,10 +99,11 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 def checksum(tensor: Tensor) -> int:
     """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
     bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
+    places = torch.arange(1, min(len(bits), TOGETHER) + 1, device=bits.device) * 0x1E3779B97F4A7C15
+    places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
+    places = (places ^ (places >> 29)) | 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for first in range(0, len(bits), TOGETHER):
         piece = bits[first : first + TOGETHER].to(torch.int64)
-        places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
-        places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
-        total += (piece * ((places ^ (places >> 29)) | 1)).sum()
+        total = total * 0x2545F4914F6CDD1D + piece.mul_(places[: len(piece)]).sum()
     return int(total) % 2**64
