@@ -96,7 +96,7 @@ def diagonal_start(rule: StableEdit, floor: float) -> None:
             normalizer.whitening(0.0, floor, "shift")
 
 
-def a_turn(name: str, arguments: argparse.Namespace, shrink: int) -> Counter:
+def a_turn(whitens: bool, arguments: argparse.Namespace, shrink: int) -> Counter:
     device = torch.device(arguments.device)
     d_k, d_v, count = arguments.d_k // shrink, arguments.d_v // shrink, arguments.rows // shrink
     generator = torch.Generator(device).manual_seed(0)
@@ -116,10 +116,10 @@ def a_turn(name: str, arguments: argparse.Namespace, shrink: int) -> Counter:
     for number in range(arguments.modules):
         linear = nn.Linear(d_k, d_v, bias=False, device=device, dtype=dtype).requires_grad_(False)
         modules[f"m{number}"] = edited_modules.EditModule(linear)
-    mode, alpha = ("stable", 10.0) if name == "stableedit" else ("original", 1.0)
+    mode, alpha = ("stable", 10.0) if whitens else ("original", 1.0)
     settings = StableEditSettings(
         1e-6, alpha, 512 // shrink, mode, "shape", 0.01, "shift", 0.0,  # type: ignore[arg-type]
-        "newton" if name == "stableedit" else "auto",
+        "newton" if whitens else "auto",
     )  # fmt: skip
     rule = StableEdit({name: edited.shape for name, edited in modules.items()}, settings, device)
     diagonal_start(rule, settings.whitening_floor)
@@ -163,8 +163,8 @@ def main() -> None:
     edited_modules.TOGETHER //= shrink**2
     own = 6 * arguments.parameters * arguments.tokens
     print(f"the model's own work: {own:.2e} flops for {arguments.tokens} tokens")
-    for name in ("ultraedit", "stableedit"):
-        counter = a_turn(name, arguments, shrink)
+    for name, whitens in (("ultraedit", False), ("stableedit", True)):
+        counter = a_turn(whitens, arguments, shrink)
         print(f"{name}: {arguments.modules} modules of {arguments.d_k} x {arguments.d_v}, {arguments.rows} rows each")
         print("  part                        flops f64  flops else  of the own      bytes   waits   seconds")
         whole = 0.0
