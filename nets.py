@@ -6,6 +6,8 @@ Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size, r 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,80 @@ from editor import linalg
 
 # The released arithmetic is float32; its machine epsilon stays in the formula when the sums run in float64.
 EPSILON = torch.finfo(torch.float32).eps
+
+# A root that is followed: residual ||I - X (Sigma + s I) X||_F / sqrt(d_v) up to which it is taken. Float32 leaves some
+# 1e-6 to 1e-5; g_tilde then differs by about as much, and twice it at most.
+FOLLOWED_TO = 2e-5
+# Steps it has before Sigma is decomposed, which costs more than that many of them; and those that a good basis needs:
+# with more, the basis is renewed once there are that many times the rows it was made from, so log(rows) times a run.
+MOST_STEPS = 12
+GOOD_STEPS = 4
+RENEWED_AT = 1.25
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Sigma^(-1/2) as the factors whose product it is, and what is known of it."""
+
+    factors: tuple[Tensor, ...]  # of (d_v, d_v) each
+    floored: float  # fraction of Sigma's eigenvalues below the floor
+    spectrum: Tensor  # (d_v,) eigenvalues of the root, or of one that is followed, its diagonal in the kept basis
+    followed: Mapping[str, float | None] = field(default_factory=dict)  # how the root was found, where it is followed
+
+
+class FollowedRoot(nn.Module):
+    """(Sigma + s I)^(-1/2), s = floor times the mean eigenvalue, followed from turn to turn without a decomposition.
+
+    Kept are the eigenvectors Q of some earlier turn's Sigma and the last root, turned into them: Q^T Sigma Q is nearly
+    diagonal, and `linalg.follow_root` finds its root from the last one in float32. Where that fails, as in the first
+    turns, or took many steps in a basis that is old, Sigma is decomposed and its eigenvectors are kept from then on.
+    Q^T Sigma Q is formed in float64: float32 would lose the small eigenvalues of a covariance that spans decades.
+    """
+
+    basis: Tensor  # Q (d_v, d_v)
+    root: Tensor  # (d_v, d_v) of Sigma / (its mean eigenvalue), in that basis; zero before the first
+    rows: Tensor  # () that Sigma had when the basis was made
+
+    def __init__(self, d_v: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros((), dtype=torch.float64))
+        for name in ("basis", "root"):
+            self.register_buffer(name, torch.zeros(d_v, d_v))
+
+    @torch.no_grad()
+    def find(
+        self,
+        covariance: Tensor,  # Sigma (d_v, d_v) float64
+        rows: float,  # that it has been estimated from
+        floor: float,
+    ) -> Whitening:
+        """`followed` holds whether Sigma was decomposed, the steps, and the residual; None where no root was known."""
+        mean = float(covariance.diagonal().mean())
+        steps, residual = 0, None
+        if bool(self.root.any()):
+            basis = self.basis.double()
+            turned = (basis.T @ covariance @ basis).div_(mean)
+            turned.diagonal().add_(floor)
+            root, steps, residual = linalg.follow_root(turned.float(), self.root, FOLLOWED_TO, MOST_STEPS)
+            is_old = steps > GOOD_STEPS and rows >= RENEWED_AT * float(self.rows)
+            if residual <= FOLLOWED_TO and not is_old:
+                self.root.copy_(root)
+                floored = float((turned.diagonal() < 2 * floor).double().mean())
+                return self._whitening(mean, floored, decomposed=0.0, steps=steps, residual=residual)
+        vectors, scale, floored = linalg.inverse_root_spectrum(covariance, floor, "shift")
+        self.basis.copy_(vectors)
+        self.root.copy_(torch.diag(scale * mean**0.5))
+        self.rows.fill_(rows)
+        return self._whitening(mean, floored, decomposed=1.0, steps=steps, residual=residual)
+
+    def _whitening(self, mean: float, floored: float, **found: float | None) -> Whitening:
+        root = self.root / mean**0.5
+        return Whitening(
+            (self.basis, root, self.basis.T),
+            floored,
+            root.diagonal().double(),
+            {f"whitening_{name}": value for name, value in found.items()},
+        )
 
 
 class LifelongNormalizer(nn.Module):
@@ -31,9 +107,11 @@ class LifelongNormalizer(nn.Module):
     key_scatter: Tensor  # (d_k,)
     value_scatter: Tensor  # (d_v, d_v) if full, else (d_v,)
 
-    def __init__(self, d_k: int, d_v: int, full: bool) -> None:
+    def __init__(self, d_k: int, d_v: int, full: bool, follow: bool = False) -> None:
+        """With `follow`, the root of the value gradients' covariance is found from the last one (`FollowedRoot`)."""
         super().__init__()
         self.full = full
+        self.followed = FollowedRoot(d_v) if follow else None
         for name, shape in {
             "count": (),
             "key_mean": (d_k,),
@@ -108,10 +186,11 @@ class LifelongNormalizer(nn.Module):
     def whiten_values(
         self,
         value_grads: Tensor,  # (b, d_v)
-        root: Tensor,  # (d_v, d_v) of `whitening`
+        whitening: Whitening,
     ) -> Tensor:  # (b, d_v) float64
         """g_tilde = Sigma^(-1/2) (g - mu), the full form."""
-        return (value_grads.to(self.count.device).double() - self.value_mean) @ root
+        centred = value_grads.to(self.count.device).double() - self.value_mean
+        return reduce(torch.matmul, whitening.factors, centred.to(whitening.factors[0].dtype)).double()
 
     @property
     def can_whiten(self) -> bool:
@@ -119,15 +198,19 @@ class LifelongNormalizer(nn.Module):
         enough = self.full and float(self.count) > self.value_mean.numel() + 1
         return enough and bool(self.value_scatter.diagonal().any())
 
-    def whitening(self, prior: float, floor: float, relative: bool) -> tuple[Tensor, float, Tensor]:
-        """Sigma^(-1/2) (d_v, d_v), the floored fraction, the root's eigenvalues; Sigma = (eps0 I + S_g)/(n - d_v - 1).
+    def whitening(self, prior: float, floor: float, mode: linalg.FloorMode) -> Whitening:
+        """Sigma^(-1/2) (d_v, d_v), Sigma = (eps0 I + S_g)/(n - d_v - 1), its eigenvalues kept from zero by the floor.
 
         Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`.
         """
-        d_v = self.value_mean.numel()
-        identity = torch.eye(d_v, dtype=torch.float64, device=self.count.device)
-        covariance = (prior * identity + self.value_scatter) / (self.count - d_v - 1)
-        return linalg.inverse_square_root(covariance, floor, relative)
+        covariance = self.value_scatter.clone()
+        covariance.diagonal().add_(prior)
+        covariance /= self.count - self.value_mean.numel() - 1
+        if self.followed is not None:
+            assert mode == "shift", "only the root of a shifted covariance can be followed"
+            return self.followed.find(covariance, float(self.count), floor)
+        root, floored, spectrum = linalg.inverse_square_root(covariance, floor, mode)
+        return Whitening((root,), floored, spectrum)
 
     def moments(self) -> dict[str, Tensor]:
         """Copies of what normalises: mu and sigma of keys and of value gradients and, if full, the latters' Sigma."""

@@ -9,11 +9,14 @@ model the cost vanishes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Factors = tuple[Tensor | None, Tensor]  # left (d_k, r) or None for the identity, right (r, d_v)
+FloorMode = Literal["relative", "absolute", "shift"]
+"""What keeps the eigenvalues of a covariance from zero: `inverse_root_spectrum`."""
 
 
 class RidgeSystem:
@@ -124,20 +127,77 @@ def row_chunks(count: int, chunk: int | None) -> Iterator[slice]:
 def inverse_square_root(
     covariance: Tensor,  # (d, d) symmetric positive semi-definite
     floor: float,
-    relative: bool,
+    mode: FloorMode,
 ) -> tuple[Tensor, float, Tensor]:
-    """Sigma^(-1/2), the symmetric (ZCA) root; the fraction of eigenvalues raised to the floor; the root's eigenvalues.
+    """Sigma^(-1/2), the symmetric (ZCA) root, Sigma's eigenvalues kept from zero; the fraction of them below the floor;
+    the root's eigenvalues. As `inverse_root_spectrum` has it.
+    """
+    vectors, scale, floored = inverse_root_spectrum(covariance, floor, mode)
+    return (vectors * scale) @ vectors.T, floored, scale
 
-    The floor is `floor` itself or, if `relative`, `floor` times the mean eigenvalue. A zero matrix has nothing to
-    whiten by: a relative floor raises ValueError there.
+
+def inverse_root_spectrum(
+    covariance: Tensor,  # (d, d) symmetric positive semi-definite
+    floor: float,
+    mode: FloorMode,
+) -> tuple[Tensor, Tensor, float]:  # (d, d) float64, (d,) float64
+    """Sigma's eigenvectors, the eigenvalues of Sigma^(-1/2), and the fraction of Sigma's below the floor.
+
+    The floor is `floor` itself (absolute), or `floor` times the mean eigenvalue. Eigenvalues below are raised to it, or
+    with `shift` all of them by it: (Sigma + s I)^(-1/2). A zero matrix has nothing to whiten by: a floor that is
+    relative to it raises ValueError there.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
-    least = floor * float(values.mean()) if relative else floor
+    least = floor if mode == "absolute" else floor * float(values.mean())
     if not least > 0:
         raise ValueError("the covariance of the value gradients is zero, so no relative floor exists")
     floored = float((values < least).double().mean())
-    scale = values.clamp_min(least).rsqrt()
-    return (vectors * scale) @ vectors.T, floored, scale
+    raised = values.clamp_min(0) + least if mode == "shift" else values.clamp_min(least)
+    return vectors, raised.rsqrt(), floored
+
+
+def follow_root(
+    matrix: Tensor,  # A (d, d) symmetric positive definite, in a basis that nearly diagonalises it
+    root: Tensor,  # X_0 (d, d) symmetric, near A^(-1/2)
+    tolerance: float,
+    most: int,
+) -> tuple[Tensor, int, float]:
+    """A^(-1/2) by Newton's method on X A X = I from X_0; how many steps; the residual ||I - X A X||_F / sqrt(d).
+
+    A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4). Near the root X A is
+    A^(1/2), which in this basis is nearly diag(y), y_i = sqrt(A_ii): H_ij = (I - X A X)_ij / (y_i + y_j), at two
+    products a step. It contracts as long as the basis is good, and keeps X symmetric. Each step is mixed with the one
+    before so that they cancel as far as they can (Anderson, 1965, with one step of memory). Where the residual is above
+    `tolerance` after `most` steps, or not finite, X is no root; the residual says so.
+
+    Newton-Schulz iterations from X_0 would not do: they need an X_0 that commutes with A. From another one they end at
+    a root L of A^(-1) = L L^T that is not the symmetric one, with L A L^T = I and no residual that tells.
+    """
+    scale = matrix.diagonal().sqrt()  # y
+    sums = scale[:, None] + scale
+    before: tuple[Tensor, Tensor] | None = None  # where the last step went, and its H
+    for step in range(most + 1):
+        difference = -(root @ (matrix @ root))
+        difference.diagonal().add_(1)
+        residual = float(torch.linalg.vector_norm(difference)) / len(matrix) ** 0.5
+        if residual <= tolerance or step == most or not residual < 1:  # a step from beyond 1 leads further away
+            break
+        correction = difference.div_(sums)
+        correction = (correction + correction.T) / 2
+        reached = root + correction
+        root = reached if before is None else reached + _mixed(reached, correction, *before, weights=sums)
+        before = reached, correction
+    return root, step, residual
+
+
+def _mixed(
+    reached: Tensor, correction: Tensor, reached_before: Tensor, correction_before: Tensor, weights: Tensor
+) -> Tensor:
+    """What Anderson's mixing adds: -t (X_k + H_k - X_(k-1) - H_(k-1)), t minimising ||H_k - t (H_k - H_(k-1))||."""
+    change = correction - correction_before
+    weighted = change * weights
+    share = (weighted * correction).sum() / (weighted * change).sum()
+    return (reached_before - reached) * share
 
 
 def inner_product(first: Factors, second: Factors) -> float:

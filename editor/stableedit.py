@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
 from editor.base import StatisticsScope, statistics_group
-from nets import LifelongNormalizer
+from nets import LifelongNormalizer, Whitening
 
 Mode = Literal["stable", "original", "none", "batch", "frozen"]
 
 # The modes that whiten value gradients fully, and so keep all of their scatter.
 FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
+
+# Those whose covariance changes little from one turn to the next, so that its root can be followed.
+LASTING: frozenset[Mode] = frozenset({"stable", "frozen"})
+
+# Size of a covariance that the CPU decomposes about as fast as it follows its root.
+QUICKLY_DECOMPOSED = 1024
 
 # Names of the quantiles of the whitening matrix's eigenvalues in turns.jsonl.
 SPECTRUM = {
@@ -40,6 +46,8 @@ class StableEditSettings:
     `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
     diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
     alone, the last two whitening as stable does.
+    `whitening_solver`: auto = newton where the floor is a shift and the rows of earlier turns count, on a GPU or from
+    d_v = 1,024.
     """
 
     lr: float
@@ -48,8 +56,16 @@ class StableEditSettings:
     RunningMeanStd_mode: Mode
     statistics_scope: StatisticsScope
     whitening_floor: float
-    whitening_floor_mode: Literal["relative", "absolute"]
+    whitening_floor_mode: linalg.FloorMode
     whitening_prior: float
+    whitening_solver: Literal["auto", "eigh", "newton"] = "auto"
+
+    def follows(self, d_v: int, device: torch.device) -> bool:
+        """Whether a covariance's root is found from the last turn's (newton), rather than by decomposition (eigh)."""
+        if self.whitening_solver != "auto":
+            return self.whitening_solver == "newton"
+        can = self.whitening_floor_mode == "shift" and self.RunningMeanStd_mode in LASTING
+        return can and (device.type != "cpu" or d_v >= QUICKLY_DECOMPOSED)
 
 
 class StableEdit(nn.Module):
@@ -76,7 +92,9 @@ class StableEdit(nn.Module):
         full = settings.RunningMeanStd_mode in FULL_WHITENING
         for name, (d_k, d_v) in shapes.items():
             if self.groups[name] not in self.normalizers:
-                self.normalizers[self.groups[name]] = LifelongNormalizer(d_k, d_v, full)
+                self.normalizers[self.groups[name]] = LifelongNormalizer(
+                    d_k, d_v, full, follow=full and settings.follows(d_v, device)
+                )
         self.to(device)
         self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn
 
@@ -85,8 +103,8 @@ class StableEdit(nn.Module):
         """All rows of the turn enter the statistics before any of them is normalised."""
         self._found = {group: {} for group in self.normalizers}
         self._observe(captures, phase)
-        roots = self._whitenings(phase)
-        return {name: self._module_update(name, capture, roots) for name, capture in captures.items()}
+        whitenings = self._whitenings(phase)
+        return {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
 
     def _observe(self, captures: Mapping[str, Capture], phase: Phase) -> None:
         mode = self.settings.RunningMeanStd_mode
@@ -101,24 +119,28 @@ class StableEdit(nn.Module):
                 normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
             self._found[group] |= normalizer.changes_since(before)
 
-    def _whitenings(self, phase: Phase) -> dict[str, Tensor]:
-        """One decomposition a group and turn; empty where the diagonal form serves."""
-        roots: dict[str, Tensor] = {}
+    def _whitenings(self, phase: Phase) -> dict[str, Whitening]:
+        """One a group and turn; none where the diagonal form serves."""
+        found: dict[str, Whitening] = {}
         if phase is Phase.WARM_UP:
-            return roots
+            return found
         for group in self.normalizers:
             if self._normalizer(group).can_whiten:
-                roots[group], floored, spectrum = self._normalizer(group).whitening(
-                    self.settings.whitening_prior,
-                    self.settings.whitening_floor,
-                    self.settings.whitening_floor_mode == "relative",
+                found[group] = self._normalizer(group).whitening(
+                    self.settings.whitening_prior, self.settings.whitening_floor, self.settings.whitening_floor_mode
                 )
-                self._found[group] |= {"floored_fraction": floored, **_spectrum_quantiles(spectrum)}
-        return roots
+                self._found[group] |= {
+                    "floored_fraction": found[group].floored,
+                    **_spectrum_quantiles(found[group].spectrum),
+                    **found[group].followed,
+                }
+        return found
 
-    def _module_update(self, name: str, capture: Capture, roots: Mapping[str, Tensor]) -> LowRankUpdate:
+    def _module_update(self, name: str, capture: Capture, whitenings: Mapping[str, Whitening]) -> LowRankUpdate:
         chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size)
-        shifts = [self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], roots) for rows in chunks]
+        shifts = [
+            self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], whitenings) for rows in chunks
+        ]
         alpha = self.settings.alpha
         try:
             left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, self.settings.batch_size)
@@ -133,7 +155,7 @@ class StableEdit(nn.Module):
         name: str,
         keys: Tensor,  # (b, d_k)
         value_grads: Tensor,  # (b, d_v)
-        roots: Mapping[str, Tensor],
+        whitenings: Mapping[str, Whitening],
     ) -> Tensor:  # (b, d_v) float64
         group = self.groups[name]
         normalizer = self._normalizer(group)
@@ -142,11 +164,11 @@ class StableEdit(nn.Module):
         else:
             assert normalizer.count > 0, "frozen statistics come from warm-up turns, and there were none"
             normal_keys = normalizer.normalize_keys(keys)
-            root = roots.get(group)
+            whitening = whitenings.get(group)
             normal_values = (
                 normalizer.normalize_values(value_grads)
-                if root is None
-                else normalizer.whiten_values(value_grads, root)
+                if whitening is None
+                else normalizer.whiten_values(value_grads, whitening)
             )
         return -self.settings.lr * normal_keys.square().sum(1, keepdim=True) * normal_values
 
@@ -154,7 +176,8 @@ class StableEdit(nn.Module):
         """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form).
 
         Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
-        were whitened, quantiles of the eigenvalues of Sigma^(-1/2).
+        were whitened, quantiles of the eigenvalues of Sigma^(-1/2); where its root is followed, whether Sigma was
+        decomposed after all (0 or 1), the steps of Newton's method and the residual they left (`nets.FollowedRoot`).
         """
         return {
             group.replace("/", "."): {

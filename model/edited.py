@@ -14,8 +14,8 @@ from model.source import is_transposed, shape_of
 
 # No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
 SAFELY_FINITE = 1e38
-# Entries of a weight that are checked together.
-CHECKED = 1 << 22
+# Entries of a weight that are handled together.
+TOGETHER = 1 << 22
 # Integer types by their size in bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,28 +38,37 @@ class EditModule:
         precise = torch.promote_types(weight.dtype, torch.float32) if master else weight.dtype
         self.master = weight.detach().to(precise)  # no copy where it is precise already
 
-    def delta(self, update: LowRankUpdate) -> Tensor:  # (d_k, d_v)
-        return reduce(torch.matmul, self._factors(update))
+    @torch.no_grad()
+    def can_add(self, update: LowRankUpdate) -> bool:
+        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
+        factors = self._factors(update)
+        bound = math.prod(float(_norm(factor)) for factor in factors)
+        return bound < SAFELY_FINITE or math.isfinite(_norm(reduce(torch.matmul, factors)))
+
+    @torch.no_grad()
+    def add(self, update: LowRankUpdate) -> WeightChange:
+        """W += DeltaW in the master, then round into the weight the model computes with.
+
+        By rows of the module's own layout, so that no second tensor of W's size is there and each row is fetched once.
+        """
+        factors = self._factors(update)
+        first, *others = [factor.T for factor in reversed(factors)] if self.transposed else factors
+        sizes = []
+        for rows in _row_chunks(self.master):
+            delta = reduce(torch.matmul, others, first[rows])
+            master = self.master[rows]
+            master += delta
+            self._round(rows)
+            least, most = (extreme.double() for extreme in torch.aminmax(delta))
+            sizes.append(torch.stack([_norm(delta), _norm(master - self.original[rows]), -least, most]))
+        norms, extremes = torch.stack(sizes).split(2, dim=1)
+        whole = torch.cat([torch.linalg.vector_norm(norms, dim=0), extremes.max()[None], self.original_norm[None]])
+        norm, moved, largest, start = whole.tolist()
+        return WeightChange(norm, largest, moved / start if start else None)
 
     def _factors(self, update: LowRankUpdate) -> list[Tensor]:
         """Those that there are, where the master is: keys may come from a memory-mapped file."""
         return [factor.to(self.master.device) for factor in (update.left, update.right) if factor is not None]
-
-    @torch.no_grad()
-    def can_add(self, update: LowRankUpdate) -> bool:
-        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
-        bound = math.prod(float(_norm(factor)) for factor in self._factors(update))
-        return bound < SAFELY_FINITE or math.isfinite(_norm(self.delta(update)))
-
-    @torch.no_grad()
-    def add(self, update: LowRankUpdate) -> WeightChange:
-        """W += DeltaW in the master, then round into the weight the model computes with."""
-        delta = self.delta(update)
-        self.master += delta.T if self.transposed else delta
-        self._round()
-        sizes = [_norm(delta), delta.abs().max().double(), _norm(self.master - self.original), self.original_norm]
-        norm, largest, moved, start = torch.stack(sizes).tolist()
-        return WeightChange(norm, largest, moved / start if start else None)
 
     def is_original(self) -> bool:
         return torch.allclose(self.master, self.original.to(self.master), rtol=0, atol=0, equal_nan=True)
@@ -69,9 +78,14 @@ class EditModule:
         self.master.copy_(master)
         self._round()
 
-    def _round(self) -> None:
+    def _round(self, rows: slice = slice(None)) -> None:
         if self.master.data_ptr() != self.weight.data_ptr():
-            self.weight.copy_(self.master)
+            self.weight[rows].copy_(self.master[rows])
+
+
+def _row_chunks(weight: Tensor) -> list[slice]:
+    size = max(1, TOGETHER // weight.shape[1])
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
 def _norm(tensor: Tensor) -> Tensor:  # () float64
@@ -85,10 +99,11 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 def checksum(tensor: Tensor) -> int:
     """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
     bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
+    places = torch.arange(1, min(len(bits), TOGETHER) + 1, device=bits.device) * 0x1E3779B97F4A7C15
+    places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
+    places = (places ^ (places >> 29)) | 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for first in range(0, len(bits), CHECKED):
-        piece = bits[first : first + CHECKED].to(torch.int64)
-        places = torch.arange(first + 1, first + 1 + len(piece), device=bits.device) * 0x1E3779B97F4A7C15
-        places = (places ^ (places >> 31)) * 0x3F58476D1CE4E5B9
-        total += (piece * ((places ^ (places >> 29)) | 1)).sum()
+    for first in range(0, len(bits), TOGETHER):
+        piece = bits[first : first + TOGETHER].to(torch.int64)
+        total = total * 0x2545F4914F6CDD1D + piece.mul_(places[: len(piece)]).sum()
     return int(total) % 2**64

@@ -69,6 +69,16 @@ class Outline:
 
     context_length: int | None
     shapes: dict[str, tuple[int, int]]  # (d_k, d_v) of each edit module, in the model's own order
+    weights: int  # numbers of all its weights together, tied ones once
+    width: int  # of the hidden states
+    vocabulary: int
+    layers: int
+    lowest: int  # layer of the lowest edit module, counted from 0
+
+    @property
+    def traced_layers(self) -> int:
+        """Layers from that one on: those above are in a capture's graph, it for what a forward holds while it runs."""
+        return self.layers - self.lowest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +273,17 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
             f"model.class_name={source.class_name}: has no language-model head; AutoModelForCausalLM has one"
         )
     modules = find_edit_modules(model, edit_modules, auto_layers)
-    return Outline(context_length_of(config), {name: shape_of(module) for name, module in modules.items()})
+    text = config.get_text_config()
+    layers = [int(found[1]) for name in modules if (found := re.search(r"\.(\d+)\.", name))]
+    return Outline(
+        context_length_of(config),
+        {name: shape_of(module) for name, module in modules.items()},
+        weights=sum(weight.numel() for weight in model.parameters()),
+        width=text.hidden_size,
+        vocabulary=text.vocab_size,
+        layers=text.num_hidden_layers,
+        lowest=min(layers, default=0),
+    )
 
 
 def read_weights(

@@ -24,7 +24,7 @@ class Reference:
     mode: str = "stable"
     scope: str = "shape"
     floor: float = 0.01
-    relative_floor: bool = True
+    floor_mode: str = "relative"
     prior: float = 0.0
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -60,8 +60,10 @@ class Reference:
                 centred = all_g - all_g.mean(0)
                 sigma = (self.prior * torch.eye(d_v, dtype=torch.float64) + centred.T @ centred) / (n - d_v - 1)
                 values, vectors = torch.linalg.eigh(sigma)
-                least = self.floor * values.mean() if self.relative_floor else torch.tensor(self.floor).double()
-                inverse_root = vectors @ torch.diag(torch.maximum(values, least) ** -0.5) @ vectors.T
+                mean = torch.ones(()).double() if self.floor_mode == "absolute" else values.mean()
+                least = self.floor * mean
+                raised = values + least if self.floor_mode == "shift" else torch.maximum(values, least)
+                inverse_root = vectors @ torch.diag(raised**-0.5) @ vectors.T
                 g_tilde = (G - all_g.mean(0)) @ inverse_root
         V = -self.gamma * (k_hat**2).sum(1, keepdim=True) * g_tilde
         return torch.linalg.solve(K.T @ K + self.alpha * torch.eye(K.shape[1], dtype=torch.float64), K.T @ V)

@@ -83,13 +83,14 @@ MAY_IMPORT = {
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model.*",
     "harness/ask/*.py": "torch transformers.* rich.* config.* data.prompts harness.* model.*",
+    "harness/memory/*.py": "torch.* psutil rich.* transformers config.* editor.registry harness.* model.*",
     "harness/__init__.py": "",
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
     "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model.*",
     "glue_eval/*.py": "numpy datasets data.* glue_eval.* model",
     "startup.py": "torch transformers.*",
     "main.py": "*",
-    "benchmarks/*.py": "torch.* transformers safetensors.* benchmarks.* data.* editor.* harness.* model.*",
+    "benchmarks/*.py": "torch.* transformers safetensors.* benchmarks.* data.* editor.* harness.* model.* nets",
 }
 NEVER = {
     # what these rooms must not reach through anything they import, either

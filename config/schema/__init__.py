@@ -30,6 +30,7 @@ from config.schema.editor import (
     Token,
     UpdateEvery,
     WhiteningFloorMode,
+    WhiteningSolver,
 )
 from config.schema.model import (
     EditPrecision,
@@ -66,6 +67,7 @@ __all__ = [
     "UpdateEvery",
     "Wandb",
     "WhiteningFloorMode",
+    "WhiteningSolver",
     "quoted",
     "register",
     "settings_without_effect",

@@ -50,10 +50,27 @@ class StatisticsScope(Enum):
 
 
 class WhiteningFloorMode(Enum):
-    """Whether the eigenvalue floor is a multiple of the mean eigenvalue, or a number."""
+    """What keeps the eigenvalues of the value gradients' covariance from zero.
+
+    relative, absolute = those below the floor are raised to it, a multiple of the mean eigenvalue or a number;
+    shift = all are raised by it, a multiple of the mean eigenvalue.
+    """
 
     relative = "relative"
     absolute = "absolute"
+    shift = "shift"
+
+
+class WhiteningSolver(Enum):
+    """How a covariance's inverse root is found: by decomposition, or by Newton's method from the last turn's.
+
+    auto = newton where whitening_floor_mode=shift and RunningMeanStd_mode is stable or frozen, on a GPU or for value
+    sizes of 1,024 and more; else eigh.
+    """
+
+    auto = "auto"
+    eigh = "eigh"
+    newton = "newton"
 
 
 class UpdateEvery(Enum):
@@ -106,6 +123,7 @@ class ClosedFormConfig(EditorConfig):
     whitening_floor_mode: WhiteningFloorMode = WhiteningFloorMode.relative
     whitening_prior: float = 0.0
     """eps0 of the Normal-Inverse-Wishart prior."""
+    whitening_solver: WhiteningSolver = WhiteningSolver.auto
 
     def mistakes(self) -> list[str]:
         return [
@@ -113,7 +131,24 @@ class ClosedFormConfig(EditorConfig):
             *positive("editor.alpha", self.alpha),
             *positive("editor.whitening_floor", self.whitening_floor),
             *not_negative("editor.whitening_prior", self.whitening_prior),
+            *self._solver_mistakes(),
         ]
+
+    def _solver_mistakes(self) -> list[str]:
+        if self.whitening_solver is not WhiteningSolver.newton:
+            return []
+        newton, auto = "editor.whitening_solver=newton", "or editor.whitening_solver=auto"
+        floor, mode = self.whitening_floor_mode, self.RunningMeanStd_mode
+        mistakes = []
+        if floor is not WhiteningFloorMode.shift:
+            why = "raises single eigenvalues, which takes a decomposition"
+            remedy = f"set editor.whitening_floor_mode=shift, {auto}"
+            mistakes.append(f"{newton} with editor.whitening_floor_mode={floor.name}, which {why}: {remedy}")
+        if mode not in (RunningMeanStdMode.stable, RunningMeanStdMode.frozen):
+            why = "has no covariance that lasts from turn to turn"
+            remedy = f"set editor.RunningMeanStd_mode=stable, {auto}"
+            mistakes.append(f"{newton} with editor.RunningMeanStd_mode={mode.name}, which {why}: {remedy}")
+        return mistakes
 
     def needs_warm_up(self) -> str | None:
         frozen = self.RunningMeanStd_mode is RunningMeanStdMode.frozen

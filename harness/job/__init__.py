@@ -7,7 +7,7 @@ from harness.job.loading import load_model
 from harness.job.networks import network_keeper
 from harness.job.others import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
 from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
-from harness.job.plan import Plan, capture_memory, make_plan, wandb_settings
+from harness.job.plan import Plan, capture_memory, make_plan, source_of, wandb_settings
 from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
 from harness.job.training import MetaTraining
 
@@ -40,5 +40,6 @@ __all__ = [
     "require_alike",
     "require_weights",
     "settings_of",
+    "source_of",
     "wandb_settings",
 ]

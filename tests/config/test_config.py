@@ -191,6 +191,15 @@ MISTAKES = {
     f"{OWN_FILE} dataset.fields.answer=a dataset.fields.locality=l": ("dataset.fields.locality_answer=null", "both"),
     "model=huggingface": ("model.name_or_path is not set", "model.lr=..."),
     "editor.RunningMeanStd_mode=frozen editor.preheat_mode=end": ("frozen", "editor.preheat_mode=start"),
+    "editor.whitening_solver=newton": (
+        "editor.whitening_solver=newton with editor.whitening_floor_mode=relative",
+        "set editor.whitening_floor_mode=shift, or editor.whitening_solver=auto",
+    ),
+    "editor.whitening_solver=newton editor.whitening_floor_mode=shift editor.RunningMeanStd_mode=batch": (
+        "editor.RunningMeanStd_mode=batch, which has no covariance that lasts",
+        "editor.RunningMeanStd_mode=stable",
+    ),
+    "editor.whitening_floor_mode=clamp": ("relative, absolute, shift",),
     "editor=rledit editor.back_depth=0 editor.time_decay=1.2": ("editor.back_depth=0", "(0, 1]"),
     "checkpoint_every=-1": ("checkpoint_every=-1", "0 makes no checkpoints"),
     "keep=0": ("keep=0", "1 or more"),

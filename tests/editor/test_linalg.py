@@ -66,26 +66,61 @@ def test_nearly_collinear_keys_lose_nothing() -> None:
 def test_inverse_square_root_whitens(size: int, seed: int) -> None:
     square = rows(seed, size, size).double()
     covariance = square @ square.T + 0.1 * torch.eye(size)
-    root, floored, spectrum = linalg.inverse_square_root(covariance, 1e-12, relative=True)
+    root, floored, spectrum = linalg.inverse_square_root(covariance, 1e-12, "relative")
     assert floored == 0
     torch.testing.assert_close(root, root.T)
     torch.testing.assert_close(root @ covariance @ root, torch.eye(size).double(), atol=1e-8, rtol=0)
     torch.testing.assert_close(spectrum.sort().values, torch.linalg.eigvalsh(root))
 
 
-@pytest.mark.parametrize(("floor", "relative_floor"), [(2.0, False), (0.5, True)])
-def test_floor_raises_small_eigenvalues(floor: float, relative_floor: bool) -> None:
-    """Eigenvalues 1, 3, 8 of mean 4: both floors stand at 2 and lift the first alone."""
+@pytest.mark.parametrize(
+    ("floor", "mode", "raised"),
+    [(2.0, "absolute", (2.0, 3.0, 8.0)), (0.5, "relative", (2.0, 3.0, 8.0)), (0.5, "shift", (3.0, 5.0, 10.0))],
+)
+def test_floor_raises_small_eigenvalues(floor: float, mode: linalg.FloorMode, raised: tuple[float, ...]) -> None:
+    """Eigenvalues 1, 3, 8 of mean 4: all floors stand at 2, and the first alone lies below; a shift raises all."""
     covariance = torch.diag(torch.tensor([1.0, 3.0, 8.0]))
-    root, floored, spectrum = linalg.inverse_square_root(covariance, floor, relative_floor)
-    torch.testing.assert_close(root.diagonal(), torch.tensor([2.0, 3.0, 8.0]).double().rsqrt())
+    root, floored, spectrum = linalg.inverse_square_root(covariance, floor, mode)
+    torch.testing.assert_close(root.diagonal(), torch.tensor(raised).double().rsqrt())
     torch.testing.assert_close(spectrum, root.diagonal())
     assert floored == pytest.approx(1 / 3)
 
 
+def nearly_diagonal(seed: int, size: int, off: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A covariance of eigenvalues from 1 to 1e-4 whose unit-diagonal form has `off` beside the diagonal, and its root
+    in float64."""
+    spread = torch.logspace(0, -2, size, dtype=torch.float64)
+    between = rows(seed, size, size).double()
+    matrix = spread[:, None] * (torch.eye(size) + off * (between + between.T) / size**0.5) * spread
+    values, vectors = torch.linalg.eigh(matrix)
+    return matrix, (vectors * values.rsqrt()) @ vectors.T
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 40), seeds, st.sampled_from([0.0, 0.01, 0.1]))
+def test_a_root_is_found_from_a_near_one(size: int, seed: int, off: float) -> None:
+    matrix, expected = nearly_diagonal(seed, size, off)
+    start = torch.diag(matrix.diagonal().rsqrt()).float()
+    root, steps, residual = linalg.follow_root(matrix.float(), start, 1e-5, 20)
+    assert residual <= 1e-5
+    assert steps > 0 or off == 0
+    assert torch.equal(root, root.T)
+    assert relative(root, expected) < 1e-4
+
+
+def test_a_root_is_not_found_from_one_too_far() -> None:
+    """The residual says so, after no more steps than there are."""
+    matrix, _ = nearly_diagonal(0, 40, 0.1)
+    start = torch.diag(matrix.diagonal().rsqrt()).float()
+    for scale, most in ((1.0, 1), (3.0, 4)):
+        _, steps, residual = linalg.follow_root(matrix.float(), scale * start, 1e-5, most)
+        assert residual > 1e-5
+        assert steps <= most
+
+
 def test_zero_covariance_has_no_relative_floor() -> None:
     with pytest.raises(ValueError, match="covariance of the value gradients is zero"):
-        linalg.inverse_square_root(torch.zeros(3, 3), 0.01, relative=True)
+        linalg.inverse_square_root(torch.zeros(3, 3), 0.01, "relative")
 
 
 @given(seeds, st.booleans(), st.booleans())

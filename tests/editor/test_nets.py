@@ -58,16 +58,16 @@ def test_whitened_covariance_is_the_identity() -> None:
     keys, grads = stream(200)
     normalizer = LifelongNormalizer(6, 4, full=True)
     normalizer.observe(keys, grads)
-    root, floored, _ = normalizer.whitening(prior=0.0, floor=1e-9, relative=True)
-    white = normalizer.whiten_values(grads, root)
-    assert floored == 0
+    whitening = normalizer.whitening(prior=0.0, floor=1e-9, mode="relative")
+    white = normalizer.whiten_values(grads, whitening)
+    assert whitening.floored == 0
     torch.testing.assert_close(white.T.cov() * 199 / 195, torch.eye(4).double(), atol=1e-6, rtol=0)
 
 
 def test_prior_adds_to_the_scatter() -> None:
     normalizer = LifelongNormalizer(1, 1, full=True)
     normalizer.observe(torch.zeros(5, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]))  # scatter 10
-    root, *_ = normalizer.whitening(prior=2.0, floor=1e-9, relative=True)
+    (root,) = normalizer.whitening(prior=2.0, floor=1e-9, mode="relative").factors
     assert float(root) == pytest.approx(((2.0 + 10.0) / (5 - 1 - 1)) ** -0.5)
 
 

@@ -373,6 +373,8 @@ SETTINGS = {
     "all tokens": ("editor.token=all",),
     "separate": ("dataset.answer_tokens=separate",),
     "floor": ("editor.whitening_floor_mode=absolute", "editor.whitening_floor=1e3"),
+    "shift": ("editor.whitening_floor_mode=shift",),
+    "newton": ("editor.whitening_floor_mode=shift", "editor.whitening_solver=newton"),
     "released": ("model.half=bf16", "model.edit_precision=in_place"),
     "bf16": ("model.half=bf16",),
     "mini-batch": ("dataset.batch_size=3",),

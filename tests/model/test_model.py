@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
-from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn
+from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, WeightChange
 from data.stream import mini_batch_weights
 from harness.job.devices import ask_for_the_same_bits
-from model import EditModule, LanguageModel
+from model import LanguageModel, edited
 from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -239,13 +240,45 @@ def test_an_update_too_large_for_its_norms_to_vouch_for_it_is_looked_at_itself()
     assert model.apply({name: LowRankUpdate(left, right)})[name].largest == pytest.approx(1.0)
 
 
-def test_each_update_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Formed(TorchDispatchMode):
+    """Counts the entries of matrix products."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.entries += result.numel() if func is torch.ops.aten.mm.default else 0
+        return result
+
+
+def test_each_update_is_formed_once() -> None:
     model = llama()
-    formed = []
-    delta = EditModule.delta
-    monkeypatch.setattr(EditModule, "delta", lambda self, update: formed.append(self) or delta(self, update))
-    model.apply(an_update(model))
-    assert formed == list(model.edited.values())
+    with Formed() as formed:
+        model.apply(an_update(model))
+    assert formed.entries == sum(one.weight.numel() for one in model.edited.values())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("make", "modules"), [(tiny_llama, LLAMA_MODULES), (tiny_gpt2, ["transformer.h.1.mlp.c_proj"])]
+)
+def test_rows_that_are_handled_together_change_nothing(
+    make: Callable[..., Any], modules: list[str], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make() for _ in range(2)]
+    whole, parts = (LanguageModel(one, None, find_edit_modules(one, modules, 0)) for one in models)
+    updates = an_update(whole)
+    if dense:
+        updates = {name: LowRankUpdate(None, one.left @ one.right) for name, one in updates.items()}
+    expected = whole.apply(updates)
+    monkeypatch.setattr(edited, "TOGETHER", 100)
+    for name, change in parts.apply(updates).items():
+        assert vars_of(change) == pytest.approx(vars_of(expected[name]), rel=1e-6)
+        torch.testing.assert_close(parts.edited[name].weight, whole.edited[name].weight, rtol=1e-6, atol=1e-8)
+
+
+def vars_of(change: WeightChange) -> list[float | None]:
+    return [change.norm, change.largest, change.drift]
 
 
 def test_captures_that_are_not_finite_name_the_module() -> None:

@@ -47,7 +47,7 @@ def test_five_turns_of_released_arithmetic_agree_with_the_reference(source: Mode
         preheat_mode="start", tokenizer=tokenizer, answer_tokens="separate", seed=42,
     )  # fmt: skip
     slow_model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float64).eval()
-    reference = Reference(slow_model.requires_grad_(False), MODULES, 1e-3, 10.0, floor=1e-6, relative_floor=False)
+    reference = Reference(slow_model.requires_grad_(False), MODULES, 1e-3, 10.0, floor=1e-6, floor_mode="absolute")
     start = model.snapshot()
     for turn in stream.from_turn(0):
         model.apply(editor.update(model.capture(turn).modules, turn.phase))

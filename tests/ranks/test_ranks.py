@@ -26,7 +26,7 @@ from harness.ranks import Ranks, SharedModel
 from harness.ranks import group as ranks_module
 from harness.ranks.group import LostRankError
 from harness.ranks.model import _require_alike
-from model import LanguageModel
+from model import LanguageModel, edited
 from tests.commands import Commands, Run, save_tiny_model, zsre_row
 from tests.conftest import ROOT, tiny_llama
 from tests.forked import Forks, Process
@@ -515,7 +515,9 @@ def test_weights_set_aside_come_back() -> None:
     assert model.checksums() == edited
 
 
-def test_checksums_tell_one_bit_apart() -> None:
+@pytest.mark.parametrize("together", [1 << 22, 7])
+def test_checksums_tell_one_bit_apart(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edited, "TOGETHER", together)
     plain = tiny_llama()
     model = LanguageModel(plain, None, {"down": plain.get_submodule("model.layers.1.mlp.down_proj")})
     before = model.checksums()

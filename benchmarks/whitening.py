@@ -1,0 +1,119 @@
+"""What it costs to whiten value gradients by decomposition (eigh) and by following the last turn's root (newton):
+
+    python -m benchmarks.whitening [--d-v 576] [--turns 60] [--rows 400] [--decay 1.0] [--floor 0.01] [--device cuda]
+
+A made stream: rows of heavy-tailed length, eigenvalues that fall like i^-decay, directions that turn as it goes on. The
+first rows, as many as --warm-up turns bring and d_v + 2 at least, enter the statistics before anything is whitened.
+Agreement is ||g_tilde (newton) - g_tilde (eigh)|| / ||g_tilde (eigh)|| of a turn's rows, eigh in float64. Flops are
+counted: a product of d x d matrices as 2 d^3, of N rows with one as 2 N d^2, a decomposition with eigenvectors as 9 d^3
+(Golub and Van Loan, Matrix Computations, section 8.3: 4/3 to make it tridiagonal, the rest for vectors). Seconds
+are medians over the turns in which both were timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from nets import LifelongNormalizer, Whitening
+
+T = TypeVar("T")
+
+
+def value_grads(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
+    d_v, turns = arguments.d_v, arguments.warm_up + arguments.turns
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    spread = 1e-4 * torch.arange(1, d_v + 1, device=device) ** (-arguments.decay / 2)
+    first = torch.linalg.qr(drawn(d_v, d_v)).Q
+    last = torch.linalg.qr(first + drawn(d_v, d_v) / d_v**0.5).Q
+    least = -(-(d_v + 2) // arguments.rows)
+    for turn in range(turns):
+        rows = arguments.rows * (max(least - arguments.warm_up, 0) + 1 if turn == 0 else 1)
+        made = drawn(rows, 1).abs() * drawn(rows, d_v) * spread
+        late = torch.rand(rows, 1, generator=generator, device=device) < turn / turns
+        yield torch.where(late, made @ last.T, made @ first.T)
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def newton_flops(found: Whitening, d_v: int, rows: int) -> float:
+    """Turning Sigma into the kept basis, two products a step and for each residual, and the rows."""
+    steps = int(found.followed["whitening_steps"] or 0)
+    tried = found.followed["whitening_residual"] is not None
+    products = 2 + 2 * (steps + 1) if tried else 0
+    return (
+        2.0 * d_v**3 * products + 6.0 * rows * d_v**2 + (9.0 * d_v**3 if found.followed["whitening_decomposed"] else 0)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-v", type=int, default=576)
+    parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--warm-up", type=int, default=20)
+    parser.add_argument("--decay", type=float, default=1.0)
+    parser.add_argument("--floor", type=float, default=0.01)
+    parser.add_argument("--compared", type=int, default=10, help="every so many turns eigh is computed and timed too")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    device, d_v, floor = torch.device(arguments.device), arguments.d_v, arguments.floor
+    followed = LifelongNormalizer(1, d_v, full=True, follow=True).to(device)
+    plain = LifelongNormalizer(1, d_v, full=True).to(device)
+
+    agreement, decomposed, steps, flops = [], [], [], []
+    seconds: dict[str, list[float]] = {"newton": [], "eigh": []}
+    for turn, rows in enumerate(value_grads(arguments, device)):
+        for normalizer in (followed, plain):
+            normalizer.observe(torch.zeros(len(rows), 1, device=device), rows, 512)
+        if turn < arguments.warm_up:
+            continue
+        here = turn - arguments.warm_up
+        took, (found, ours) = timed(lambda r=rows: whitened(followed, floor, r), device)  # type: ignore[misc]
+        flops.append(newton_flops(found, d_v, len(rows)))
+        decomposed.append(here) if found.followed["whitening_decomposed"] else steps.append(
+            found.followed["whitening_steps"] or 0
+        )
+        if here % arguments.compared == 0 or here == arguments.turns - 1:
+            theirs_took, (_, theirs) = timed(lambda r=rows: whitened(plain, floor, r), device)  # type: ignore[misc]
+            agreement.append(float((ours - theirs).norm() / theirs.norm()))
+            seconds["eigh"].append(theirs_took)
+        if not found.followed["whitening_decomposed"]:
+            seconds["newton"].append(took)
+    eigh = 11.0 * d_v**3 + 2.0 * arguments.rows * d_v**2
+    print(f"d_v = {d_v}, {arguments.rows} rows a turn, eigenvalues as i^-{arguments.decay}, shift {floor}, {device}")
+    print(f"  g_tilde differs by at most   {max(agreement):8.1e} in {len(agreement)} turns")
+    print(f"  decomposed after all in      {len(decomposed):8d} of {arguments.turns} turns: {decomposed}")
+    if steps:
+        print(f"  steps in all others          {statistics.mean(steps):8.2f} on average, {max(steps):.0f} at most")
+        print(f"  seconds a turn, newton       {statistics.median(seconds['newton']):8.3f}")
+    print(f"  seconds a turn, eigh         {statistics.median(seconds['eigh']):8.3f}")
+    print(f"  flops a turn, newton         {statistics.mean(flops):8.2e} on average, in products")
+    print(f"  flops a turn, eigh           {eigh:8.2e}, most of them not in products")
+
+
+def whitened(normalizer: LifelongNormalizer, floor: float, rows: Tensor) -> tuple[Whitening, Tensor]:
+    found = normalizer.whitening(0.0, floor, "shift")
+    return found, normalizer.whiten_values(rows, found)
+
+
+if __name__ == "__main__":
+    main()

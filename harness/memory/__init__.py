@@ -1,0 +1,1 @@
+"""What a run will keep in memory, worked out before anything is loaded."""

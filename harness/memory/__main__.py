@@ -1,0 +1,5 @@
+"""`python -m harness.memory` runs it."""
+
+from harness.memory.command import main
+
+main()

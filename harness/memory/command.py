@@ -1,0 +1,117 @@
+"""What a run keeps in memory, item by item, before anything is loaded, and whether a device has room for it.
+
+    python -m harness.memory model=mistral-7b editor=stableedit --gib 24
+
+Settings are those of main.py. Of the model only its config.json is read: with model.name_or_path=FOLDER, a folder that
+holds that file alone will do. Activations are estimated from sizes; everything else is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import psutil
+import torch
+import transformers
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from config.compose import check_command_line, compose_config
+from config.schema import RunConfig, to_run_config
+from harness.job import source_of
+from harness.memory.items import Facts, Item, highest, items, what_fits
+from model.source import outline
+
+GIB = 1 << 30
+OWN = 0.5  # GiB that CUDA, its libraries and torch's allocator keep for themselves
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see python -m harness.memory --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A mistake of the user's ends in one line, and exit code 1; so does a run that does not fit."""
+    transformers.logging.set_verbosity_error()
+    try:
+        work(parse(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m harness.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as main.py takes them")
+    parser.add_argument("--gib", type=float, help="room of a GPU that is not here; default: this machine's device")
+    parser.add_argument("--tokens", type=int, default=24, help="of a fact with its answer; default 24")
+    parser.add_argument("--answer-tokens", type=int, default=4, help="of those, the answer's; default 4")
+    chosen = parser.parse_intermixed_args(arguments)
+    if not 0 < chosen.answer_tokens < chosen.tokens:
+        raise ValueError(
+            f"--answer-tokens {chosen.answer_tokens}: must be above 0 and below --tokens {chosen.tokens}, which counts "
+            "the question too"
+        )
+    if chosen.gib is not None and not chosen.gib > OWN:
+        raise ValueError(f"--gib {chosen.gib}: must be above {OWN}, which CUDA keeps for itself")
+    return chosen
+
+
+def work(chosen: argparse.Namespace) -> None:
+    check_command_line(chosen.settings)
+    cfg = to_run_config(compose_config(chosen.settings))
+    device, room, about = device_of(cfg, chosen.gib)
+    facts = Facts(chosen.tokens, chosen.answer_tokens)
+    sketch = outline(source_of(cfg), cfg.model.edit_modules, cfg.model.auto_layers)
+
+    def size(other: RunConfig) -> int:
+        return highest(items(other, sketch, facts, device), on_one_device(other, device))
+
+    found, needed = items(cfg, sketch, facts, device), size(cfg)
+    console = Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
+    console.print(as_table(found, needed, on_one_device(cfg, device)))
+    if needed <= room:
+        console.print(f"{needed / GIB:.1f} GiB at most: fits {about}")
+        return
+    switches, then = what_fits(cfg, size, room)
+    last = "" if then <= room else ", which is still too much: edit fewer modules, or set model.device_map=auto"
+    raise ValueError(
+        f"{needed / GIB:.1f} GiB at most, more than {about}; with {' '.join(switches)} it is {then / GIB:.1f} GiB{last}"
+    )
+
+
+def on_one_device(cfg: RunConfig, device: torch.device) -> bool:
+    return cfg.editor_device == "auto" or torch.device(cfg.editor_device).type == device.type
+
+
+def device_of(cfg: RunConfig, gib: float | None) -> tuple[torch.device, int, str]:
+    """Where the model will be, the bytes that there are for it, and in words."""
+    if gib is not None:
+        return torch.device("cuda"), int((gib - OWN) * GIB), f"a GPU of {gib:g} GiB"
+    named = cfg.model_device if cfg.model_device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(named).type == "cpu":
+        total = psutil.virtual_memory().total
+        return torch.device("cpu"), total, f"this machine's memory of {total / GIB:.1f} GiB"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"model_device={named}: this machine has no GPU; --gib 24 says how large the one is that is meant"
+        )
+    total = torch.cuda.get_device_properties(named).total_memory
+    return torch.device(named), total - int(OWN * GIB), f"{named} of {total / GIB:.1f} GiB"
+
+
+def as_table(found: Sequence[Item], needed: int, together: bool) -> Table:
+    table = Table(box=SIMPLE)
+    for heading in ("item", "GiB", "when", "what"):
+        table.add_column(heading, justify="right" if heading == "GiB" else "left")
+    for one in found:
+        where = "" if together or not one.of_editor else ", where the editor is"
+        table.add_row(one.name, f"{one.bytes / GIB:.3f}", one.while_in or "always", one.about + where)
+    table.add_row("at most", f"{needed / GIB:.3f}", "", "always, and in the most crowded part of a turn")
+    return table

@@ -1,0 +1,152 @@
+"""What a run will keep, against what it does keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from config.compose import compose_config
+from config.schema import RunConfig, to_run_config
+from harness.job import build_editor, source_of
+from harness.job.devices import DTYPES
+from harness.memory.command import main
+from harness.memory.items import Facts, Item, items
+from model import LanguageModel
+from model.source import Outline, outline
+from tests.commands import MODULES, save_tiny_model
+
+CPU, FACTS = torch.device("cpu"), Facts(tokens=10, answer_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), byte_tokenizer)
+
+
+def planned(folder: Path, *settings: str, device: torch.device = CPU) -> tuple[RunConfig, Outline, dict[str, Item]]:
+    named = [f"model.name_or_path={folder}", f"model.edit_modules=[{','.join(MODULES)}]"]
+    cfg = to_run_config(compose_config([*named, *settings]))
+    sketch = outline(source_of(cfg), cfg.model.edit_modules, cfg.model.auto_layers)
+    return cfg, sketch, {one.name: one for one in items(cfg, sketch, FACTS, device)}
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+@pytest.mark.parametrize("half", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["master", "in_place"])
+def test_weights_are_those_of_the_loaded_model(folder: Path, half: str, precision: str) -> None:
+    cfg, sketch, found = planned(folder, f"model.half={half}", f"model.edit_precision={precision}")
+    model = LanguageModel.load(
+        source_of(cfg), None, sketch.shapes, dtype=DTYPES[cfg.model.half], device=CPU, master=precision == "master"
+    )
+    own = {weight.data_ptr() for weight in model.model.parameters()}
+    masters = [one.master for one in model.edited.values() if one.master.data_ptr() not in own]
+    assert found["weights"].bytes == size(*model.model.parameters())
+    assert found["originals"].bytes == size(*(one.original for one in model.edited.values()))
+    assert size(*masters) == (found["masters"].bytes if "masters" in found else 0)
+    assert found["set aside"].bytes == size(*model.snapshot().values())
+    rows = cfg.dataset.n_edits * FACTS.answer_tokens
+    captures = model.empty_captures(rows, None).values()
+    assert found["captures"].bytes == size(*(side for one in captures for side in (one.keys, one.value_grads)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("editor=stableedit",),
+        ("editor=stableedit", "editor.whitening_floor_mode=shift", "editor.whitening_solver=newton"),
+        ("editor=ultraedit", "editor.statistics_scope=module"),
+        ("editor=mend", "editor.rank=8"),
+        ("editor=rledit", "editor.rank=8"),
+    ],
+)
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
+def test_the_editors_state_is_that_of_the_editor(folder: Path, settings: tuple[str, ...], device: torch.device) -> None:
+    cfg, sketch, found = planned(folder, *settings, device=device)
+    model: Any = type("Shapes", (), {"shapes": sketch.shapes, "devices": [CPU]})()
+    editor = build_editor(cfg, model, CPU)
+    assert found["statistics"].bytes == size(*editor.state_dict().values())
+    parameters = list(editor.rule.parameters())  # type: ignore[attr-defined]
+    assert (found["optimiser"].bytes if "optimiser" in found else 0) == 3 * size(*parameters)
+
+
+@pytest.mark.parametrize("inside", [224, 512])
+def test_activations_are_about_what_autograd_keeps(folder: Path, inside: int) -> None:
+    """A layer more costs what it costs, or up to twice as much, whatever the size of its MLP."""
+    cfg = planned(folder, "dataset.n_edits=3", "dataset.batch_size=1")[0]
+    estimated, kept = [], []
+    for layers in (3, 6):
+        sketch = Outline(None, {"m": (inside, 64)}, weights=0, width=64, vocabulary=64, layers=layers, lowest=1)
+        estimated += [one.bytes for one in items(cfg, sketch, FACTS, CPU) if one.name == "activations"]
+        kept.append(bytes_kept(layers, inside))
+    assert 1 < (estimated[1] - estimated[0]) / (kept[1] - kept[0]) < 2
+
+
+def bytes_kept(layers: int, inside: int) -> int:
+    """By autograd, for three questions of ten tokens, above the first layer's MLP but one."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=inside, num_hidden_layers=layers, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(lambda _m, _i, o: o.requires_grad_())
+    kept: dict[int, Tensor] = {}
+    own = {weight.data_ptr() for weight in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(3, 10, dtype=torch.int64), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def mistral(folder: Path) -> list[str]:
+    """The folder of Mistral-7B v0.3 as far as its sizes go, without weights."""
+    transformers.MistralConfig(vocab_size=32768, sliding_window=None).save_pretrained(folder)
+    modules = ",".join(f"model.layers.{layer}.mlp.down_proj" for layer in (28, 29, 30, 31))
+    return ["model=mistral-7b", f"model.name_or_path={folder}", f"model.edit_modules=[{modules}]"]
+
+
+def test_stableedit_on_mistral_7b_fits_24_gib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*mistral(tmp_path), "editor=stableedit", "--gib", "24"])
+    printed = capsys.readouterr().out
+    assert "fits a GPU of 24 GiB" in printed
+    assert "7.25e+09 numbers in bf16" in printed
+
+
+def test_what_does_not_fit_names_what_makes_it_fit(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*mistral(tmp_path), "model.half=fp32", "--gib", "24"])
+    assert "more than a GPU of 24 GiB; with model.half=bf16 it is 1" in str(end.value)
+    with pytest.raises(SystemExit) as end:
+        main([*mistral(tmp_path), "--gib", "10"])
+    assert "still too much: edit fewer modules, or set model.device_map=auto" in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--gib", "0"], "--gib 0.0: must be above"),
+        (["--tokens", "4", "--answer-tokens", "4"], "below --tokens 4"),
+        (["editor.alhpa=1"], "did you mean editor.alpha?"),
+        (["--gib", "24", "editor.alhpa=1"], "did you mean editor.alpha?"),
+        (["--gb", "1"], "see python -m harness.memory --help"),
+    ],
+)
+def test_mistakes_are_one_line(line: list[str], words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    message = str(end.value)
+    assert message.startswith("error: ")
+    assert words in message
+    assert "\n" not in message
