@@ -11,7 +11,14 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from config.schema.checks import ConfigError
 from config.schema.dataset import DatasetConfig, JsonlConfig, SyntheticConfig, WikiBigEditConfig
-from config.schema.editor import ClosedFormConfig, EditorConfig, HyperNetworkConfig, RidgeNetworkConfig, RLEditConfig
+from config.schema.editor import (
+    ClosedFormConfig,
+    EditorConfig,
+    FineTuningConfig,
+    HyperNetworkConfig,
+    RidgeNetworkConfig,
+    RLEditConfig,
+)
 from config.schema.model import ModelConfig
 from config.schema.run import RunConfig, root_mistakes
 
@@ -81,3 +88,4 @@ def register() -> None:
     store.store(group="schema", name="hypernetwork", node=HyperNetworkConfig)
     store.store(group="schema", name="ridge_network", node=RidgeNetworkConfig)
     store.store(group="schema", name="rledit", node=RLEditConfig)
+    store.store(group="schema", name="fine_tuning", node=FineTuningConfig)

@@ -63,6 +63,20 @@ class UpdateEvery(Enum):
     turn = "turn"
 
 
+class Order(Enum):
+    """Whether a mini-batch takes all of its steps before the next one begins, or all take a step in each epoch."""
+
+    depth = "depth"
+    breadth = "breadth"
+
+
+class AnswerLoss(Enum):
+    """What predicts the answer's tokens: those before each, teacher-forced, or the prompt's last one all of them."""
+
+    tokens = "tokens"
+    prompt_last = "prompt_last"
+
+
 @dataclass
 class EditorConfig(Section):
     """What all editors share."""
@@ -92,6 +106,14 @@ class EditorConfig(Section):
     def needs_warm_up(self) -> str | None:
         """The setting that makes no sense without warm-up turns before the first edit; None where there is none."""
         return None
+
+    def unused(self) -> tuple[str, ...]:
+        """The keys of all editors that this one does not ask for."""
+        return ()
+
+
+CAPTURE_KEYS = ("batch_size", "token", "passes", "cache_dir", "statistics_scope")
+"""Keys of the gradient-capture family that editors of other families have no use for."""
 
 
 @dataclass
@@ -199,3 +221,31 @@ class RLEditConfig(RidgeNetworkConfig):
             *at_least("editor.back_depth", self.back_depth, 1, "1 answers for this turn only"),
             *at_least("editor.trajectory_length", self.trajectory_length, 1, "null takes a whole pass"),
         ]
+
+
+@dataclass
+class FineTuningConfig(EditorConfig):
+    """FT-L, FT-M and LocFT-BF: steps of Adam, of size editor.lr, on the weights of the edit modules."""
+
+    num_steps: int = 25
+    """Steps of each mini-batch of facts, at most."""
+    facts_per_step: int | None = 1
+    """Facts a mini-batch; null = all of the turn."""
+    order: Order = Order.depth
+    answer_loss: AnswerLoss = AnswerLoss.tokens
+    stop_loss: float = 0.01
+    """Nats a token: a mini-batch with a smaller loss takes no step; 0 = all take num_steps."""
+    norm_constraint: float | None = None
+    """Largest |entry| of what a turn changes in a weight; null = no bound."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *at_least("editor.num_steps", self.num_steps, 1),
+            *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of the turn"),
+            *not_negative("editor.stop_loss", self.stop_loss),
+            *positive("editor.norm_constraint", self.norm_constraint),
+        ]
+
+    def unused(self) -> tuple[str, ...]:
+        return CAPTURE_KEYS
