@@ -9,6 +9,7 @@ import torch
 from editor.base import EditableModel, Editor
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.fine_tuning import FineTuning
+from editor.grace import GRACE
 from editor.malmen import MALMEN
 from editor.mend import MEND
 from editor.rledit import RLEdit
@@ -28,6 +29,8 @@ EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     "ft_l": FineTuning,
     "ft_m": FineTuning,
     "locft_bf": FineTuning,
+    # memory: beside the weights of one edit module
+    "grace": GRACE,
 }
 
 

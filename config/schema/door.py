@@ -15,6 +15,7 @@ from config.schema.editor import (
     ClosedFormConfig,
     EditorConfig,
     FineTuningConfig,
+    GraceConfig,
     HyperNetworkConfig,
     RidgeNetworkConfig,
     RLEditConfig,
@@ -89,3 +90,4 @@ def register() -> None:
     store.store(group="schema", name="ridge_network", node=RidgeNetworkConfig)
     store.store(group="schema", name="rledit", node=RLEditConfig)
     store.store(group="schema", name="fine_tuning", node=FineTuningConfig)
+    store.store(group="schema", name="grace", node=GraceConfig)

@@ -111,6 +111,10 @@ class EditorConfig(Section):
         """The keys of all editors that this one does not ask for."""
         return ()
 
+    def has_one_module(self) -> bool:
+        """Whether it is an editor of one module."""
+        return False
+
 
 CAPTURE_KEYS = ("batch_size", "token", "passes", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
@@ -249,3 +253,37 @@ class FineTuningConfig(EditorConfig):
 
     def unused(self) -> tuple[str, ...]:
         return CAPTURE_KEYS
+
+
+@dataclass
+class MemoryConfig(EditorConfig):
+    """Editors that keep what they learn beside the weights of one edit module."""
+
+    num_steps: int = 100
+    """Steps of training a turn."""
+    stop_loss: float = 0.0
+    """Nats a token: training ends below it; 0 = after num_steps."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *at_least("editor.num_steps", self.num_steps, 1),
+            *not_negative("editor.stop_loss", self.stop_loss),
+        ]
+
+    def unused(self) -> tuple[str, ...]:
+        return CAPTURE_KEYS
+
+    def has_one_module(self) -> bool:
+        return True
+
+
+@dataclass
+class GraceConfig(MemoryConfig):
+    """GRACE: a codebook of inputs, and what is put out near them."""
+
+    eps_init: float = 1.0
+    """Radius of a new entry, in the unit of the module's inputs (Euclidean)."""
+
+    def mistakes(self) -> list[str]:
+        return [*super().mistakes(), *positive("editor.eps_init", self.eps_init)]

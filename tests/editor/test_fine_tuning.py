@@ -147,7 +147,7 @@ def test_a_step_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.Mo
         return {name: each / (next(calls) < 2 * len(LLAMA)) for name, each in found.items()}, losses
 
     monkeypatch.setattr(model, "weight_gradients", break_the_third)
-    with pytest.raises(FloatingPointError, match="turn 3: the update of .* the weights are those of the turn before"):
+    with pytest.raises(FloatingPointError, match=r"turn 3: the update of .* the weights are those of the turn before"):
         FineTuning(model, settings(), CPU).edit(model, random_turn(3, Phase.EDIT))
     assert all(torch.equal(before[name], weight) for name, weight in model.snapshot().items())
 
