@@ -3,9 +3,9 @@
     python -m benchmarks.codebook [--entries 20000] [--tokens 256] [--rounds 5] [--device cuda] [--half bf16]
 
 Models have the shapes of SmolLM2-135M and of Llama-3-8B and random weights, which cost as much as trained ones; of the
-larger, one of its 32 layers is timed, and counted 32 times; both go without embeddings and head. Keys are drawn around
-the module's own inputs, as far from each other as these are; radii are a tenth of that distance. Beside it, the product
-of all d_k numbers of inputs and keys, which the look-up does without.
+larger, one of its 32 layers is timed, and counted 32 times; both go without embeddings and head. One input in ten
+has a key; the other keys are drawn around the inputs, as far from each other as these are, and radii are a tenth of it.
+Beside it, the product of all d_k numbers of inputs and keys, which the look-up does without.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def codebook_around(
     generator = torch.Generator(inputs.device).manual_seed(0)
     keys = inputs[torch.randint(len(inputs), (entries,), generator=generator, device=inputs.device)]
     keys = keys + inputs.std(0) * torch.randn(keys.shape, generator=generator, device=inputs.device)
+    keys[: len(inputs) // 10] = inputs[: len(inputs) // 10]
     apart = torch.cdist(inputs[:50], inputs[50:100]).median()
     values = torch.zeros((entries, 8), device=inputs.device)
     return Codebook.of(keys, values, torch.full((entries,), 0.1 * float(apart), device=inputs.device), [()] * entries)

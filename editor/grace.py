@@ -41,8 +41,8 @@ class GRACESettings:
 class Codebook:
     """Entries: keys, what is put out near them, how near, and the answer that each stands for.
 
-    The look-up is exact, and costs one product of sketches: ||Q^T (x - k)|| <= ||x - k|| for Q with orthonormal columns,
-    so that only pairs whose sketches lie within the largest radius need their d_k numbers compared.
+    The look-up is exact, and costs one product of sketches: ||Q^T (x - k)|| <= ||x - k|| for Q with orthonormal
+    columns, so that only pairs whose sketches lie within the largest radius need their d_k numbers compared.
     """
 
     keys: Tensor  # (m, d_k)
@@ -127,8 +127,8 @@ class GRACE:
     the module puts out. Position by position, so it holds in batches, with padding, and in cached generation alike.
 
     The key of a fact is the module's input at the prompt's last token. Its value starts as what the module puts out
-    there and is trained by Adam on -log p(answer | prompt), until that is below `stop_loss` a token; the facts of a turn
-    side by side. Let d be the distance of a fact's key to the nearest key, of radius eps (section 3 of the paper):
+    there and is trained by Adam on -log p(answer | prompt), until that is below `stop_loss` a token; the facts of a
+    turn side by side. Let d be the distance of a fact's key to the nearest key, of radius eps:
     d > eps + eps_init: an entry of radius eps_init is added. Else, if the answers are the same, eps expands to hold the
     key. Else the keys share the way: the old radius becomes d/2, where it was larger, and the new entry's is d/2.
     What the paper leaves open, the same input asked again with another answer (d = 0): its value is trained anew.
@@ -140,8 +140,8 @@ class GRACE:
         """`model` has one edit module. The codebook lies on `device`."""
         ((self.name, (d_k, d_v)),) = model.shapes.items()
         self.settings, self.device = settings, device
-        empty = [torch.zeros(size, device=device) for size in ((0, d_k), (0, d_v), (0,))]
-        self.codebook = Codebook.of(*empty, ())
+        keys, values, radii = (torch.zeros(size, device=device) for size in ((0, d_k), (0, d_v), (0,)))
+        self.codebook = Codebook.of(keys, values, radii, ())
         model.wrap(self.name, self._forward)
 
     def _forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:

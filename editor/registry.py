@@ -14,6 +14,7 @@ from editor.malmen import MALMEN
 from editor.mend import MEND
 from editor.rledit import RLEdit
 from editor.stableedit import StableEdit
+from editor.wise import WISE
 
 # A class with several names has a YAML for each: ULTRAEDIT is StableEdit with diagonal statistics, another ridge and no
 # warm-up (config/editor/ultraedit.yaml); FT-L, FT-M and LocFT-BF are three ways to fine-tune.
@@ -31,6 +32,7 @@ EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     "locft_bf": FineTuning,
     # memory: beside the weights of one edit module
     "grace": GRACE,
+    "wise": WISE,
 }
 
 

@@ -19,6 +19,7 @@ from config.schema.editor import (
     HyperNetworkConfig,
     RidgeNetworkConfig,
     RLEditConfig,
+    WiseConfig,
 )
 from config.schema.model import ModelConfig
 from config.schema.run import RunConfig, root_mistakes
@@ -91,3 +92,4 @@ def register() -> None:
     store.store(group="schema", name="rledit", node=RLEditConfig)
     store.store(group="schema", name="fine_tuning", node=FineTuningConfig)
     store.store(group="schema", name="grace", node=GraceConfig)
+    store.store(group="schema", name="wise", node=WiseConfig)

@@ -7,7 +7,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from config.schema.checks import Section, at_least, filled, not_negative, positive
+from config.schema.checks import Section, at_least, filled, fraction, not_negative, positive
 
 
 class Token(Enum):
@@ -217,11 +217,10 @@ class RLEditConfig(RidgeNetworkConfig):
     """Turns that edits stay in the model for while training; null = a whole pass."""
 
     def mistakes(self) -> list[str]:
-        decay = [] if 0 < self.time_decay <= 1 else [f"editor.time_decay={self.time_decay}: must lie in (0, 1]"]
         return [
             *super().mistakes(),
             *not_negative("editor.reg_coef", self.reg_coef),
-            *decay,
+            *fraction("editor.time_decay", self.time_decay),
             *at_least("editor.back_depth", self.back_depth, 1, "1 answers for this turn only"),
             *at_least("editor.trajectory_length", self.trajectory_length, 1, "null takes a whole pass"),
         ]
@@ -287,3 +286,44 @@ class GraceConfig(MemoryConfig):
 
     def mistakes(self) -> list[str]:
         return [*super().mistakes(), *positive("editor.eps_init", self.eps_init)]
+
+
+@dataclass
+class WiseConfig(MemoryConfig):
+    """WISE: a side memory of one module, and a router."""
+
+    alpha: float = 5.0
+    """Unrelated inputs should have a smaller activation ||a (W' - W)||."""
+    beta: float = 20.0
+    """Edited ones should have a larger one."""
+    gamma: float = 10.0
+    """And one that much larger than unrelated ones."""
+    shards: int = 2
+    """Parts of a turn's facts, each trained in a subspace of its own."""
+    mask_ratio: float = 0.2
+    """Part of the side memory's entries that a shard may change, in (0, 1]."""
+    merge_density: float = 0.53
+    """Part of a shard's changes that TIES keeps, the largest, in (0, 1]."""
+    merge_weight: float = 1.0
+    """Factor of what was merged."""
+    route_ratio: float = 1.0
+    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]."""
+    unrelated: int = 64
+    """Inputs kept of each warm-up turn: those are what unrelated text is known by."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *not_negative("editor.alpha", self.alpha),
+            *positive("editor.beta", self.beta),
+            *not_negative("editor.gamma", self.gamma),
+            *at_least("editor.shards", self.shards, 1),
+            *fraction("editor.mask_ratio", self.mask_ratio),
+            *fraction("editor.merge_density", self.merge_density),
+            *positive("editor.merge_weight", self.merge_weight),
+            *fraction("editor.route_ratio", self.route_ratio),
+            *at_least("editor.unrelated", self.unrelated, 1),
+        ]
+
+    def needs_warm_up(self) -> str | None:
+        return "editor=wise, which knows unrelated text from warm-up turns,"

@@ -275,7 +275,8 @@ def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
         ("editor.eps_init=0", "editor.eps_init=0.0: must be a finite number above 0"),
         (
             f"model.edit_modules=[{','.join(MODULES)}]",
-            f"model.edit_modules: 2 modules, and editor=grace edits one; name it, as in model.edit_modules=[{MODULES[1]}]",
+            "model.edit_modules: 2 modules, and editor=grace edits one; name it, as in "
+            f"model.edit_modules=[{MODULES[1]}]",
         ),
     ],
 )
