@@ -104,6 +104,40 @@ class EditableModel(Protocol):
         """From now on `forward(inputs, outputs)` is what an edit module puts out: for edits beside the weights."""
         ...
 
+    def keys_at(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[int],  # one of each sequence
+        names: Sequence[str] | None = None,  # None = all
+    ) -> dict[str, Tensor]:  # (n, d_k)
+        """Inputs of edit modules at one position of each sequence."""
+        ...
+
+    def values_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
+        """What an edit module puts out there."""
+        ...
+
+    def hidden_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
+        """The residual stream there, behind the block that holds an edit module."""
+        ...
+
+    def loss_with_offset(
+        self,
+        name: str,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[int],
+        offsets: Tensor,  # (n, d_v)
+        *,
+        reference: Tensor | None = None,  # (M, V) of `reference_logits`
+        replace: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (n,), (n, d_v)
+        """Each sequence's loss with its offset added to what an edit module puts out there, and dloss/doffset.
+
+        The loss is the mean over its answer tokens of -log p or, with `reference`, of KL(reference || model). With
+        `replace`, the offset is what the module puts out.
+        """
+        ...
+
     def snapshot(self) -> dict[str, Tensor]: ...
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:

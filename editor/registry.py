@@ -8,12 +8,16 @@ import torch
 
 from editor.base import EditableModel, Editor
 from editor.capture import CaptureEditor, CaptureSettings
+from editor.fine_tuning import FineTuning
+from editor.grace import GRACE
 from editor.malmen import MALMEN
 from editor.mend import MEND
 from editor.rledit import RLEdit
 from editor.stableedit import StableEdit
+from editor.wise import WISE
 
-# ULTRAEDIT is StableEdit with diagonal statistics, another ridge and no warm-up: config/editor/ultraedit.yaml.
+# A class with several names has a YAML for each: ULTRAEDIT is StableEdit with diagonal statistics, another ridge and no
+# warm-up (config/editor/ultraedit.yaml); FT-L, FT-M and LocFT-BF are three ways to fine-tune.
 EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     # gradient capture: classes of editor.base.UpdateRule, built from the shapes of the edit modules
     "stableedit": StableEdit,
@@ -22,6 +26,13 @@ EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     "malmen": MALMEN,
     "rledit": RLEdit,
     # any other family: classes of editor.base.Editor, built from the model
+    # fine-tuning
+    "ft_l": FineTuning,
+    "ft_m": FineTuning,
+    "locft_bf": FineTuning,
+    # memory: beside the weights of one edit module
+    "grace": GRACE,
+    "wise": WISE,
 }
 
 

@@ -38,9 +38,9 @@ from data.records import (
     first_rows,
 )
 from model.edited import EditModule, checksum, sha256_of_tensor
+from model.positions import PositionModel, places, require_ran
 from model.source import ModelSource, read_weights
-from model.text import TextModel
-from model.tracing import Tracer, count_within, head_sees
+from model.tracing import Tracer, count_within, same_bits
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -50,7 +50,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class LanguageModel(TextModel):
+class LanguageModel(PositionModel):
     """A frozen causal language model with edit modules."""
 
     def __init__(
@@ -131,7 +131,7 @@ class LanguageModel(TextModel):
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         wrong = torch.zeros(len(turn.sequences), dtype=torch.int64, device=self.device)  # answer tokens of each
-        with _same_bits():
+        with same_bits():
             for batch in compute_batches(turn.sequences, self.compute_tokens):
                 at = _every_position(batch) if every_token else (batch.rows, batch.positions)
                 share, missed = self._capture_batch(
@@ -169,7 +169,7 @@ class LanguageModel(TextModel):
         rows, positions = at[0].to(self.device), at[1].to(self.device)
         with Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
             logits = self._logits(batch)
-            self._check_all_ran(trace)
+            require_ran(self.edited, trace.outputs)
             targets = batch.targets.to(self.device)
             losses = functional.cross_entropy(logits.to(self.precise), targets, reduction="none")
             loss = (losses * weights[batch.rows].to(losses)).sum()
@@ -182,24 +182,7 @@ class LanguageModel(TextModel):
             into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
         return loss.detach().double(), logits.detach().argmax(-1) != targets
 
-    def _check_all_ran(self, trace: Tracer) -> None:
-        silent = [name for name in self.edited if name not in trace.outputs]
-        if silent:
-            raise ValueError(f"model.edit_modules: {silent[0]!r} takes no part in a forward on text; leave it out")
-
     # -- scoring
-
-    def _logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
-        """Logits at the answer positions only.
-
-        The head sees only the rows it is asked about: a hook picks them from its input, so whatever a model does to its
-        logits afterwards is kept. No attention mask is needed: padding stands on the right and attention is causal.
-        """
-        at = (batch.rows.to(self.device), batch.positions.to(self.device))
-        with head_sees(self.model, *at):
-            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
-        assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
-        return logits[0].to(self.device)
 
     @torch.inference_mode()
     def answer_logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
@@ -225,10 +208,6 @@ class LanguageModel(TextModel):
                 handle.remove()
         return torch.stack([read[place] for place in range(len(questions))])
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        """The compute batches of this model for these sequences."""
-        return compute_batches(sequences, self.compute_tokens)
-
     # -- weight gradients
 
     @torch.no_grad()
@@ -240,7 +219,7 @@ class LanguageModel(TextModel):
             logits = self._logits(batch)
             if reference is None:
                 reference = logits.new_empty((int(first_row[-1]), logits.shape[1]))
-            reference[_places(batch, first_row).to(self.device)] = logits
+            reference[places(batch, first_row).to(self.device)] = logits
         assert reference is not None, "a loss term without sequences has no reference"
         return reference
 
@@ -255,7 +234,7 @@ class LanguageModel(TextModel):
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            with _same_bits():
+            with same_bits():
                 for term in terms:
                     mean = torch.zeros((), dtype=torch.float64, device=self.device)
                     for loss in self._batch_losses(term):
@@ -282,7 +261,7 @@ class LanguageModel(TextModel):
             if term.reference is None:
                 loss = functional.cross_entropy(logits, batch.targets.to(self.device), reduction="sum")
             else:
-                expected = term.reference[_places(batch, first_row).to(self.device)].to(self.precise).log_softmax(-1)
+                expected = term.reference[places(batch, first_row).to(self.device)].to(self.precise).log_softmax(-1)
                 loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
             yield loss / int(first_row[-1])
 
@@ -403,37 +382,7 @@ def _written_or_refused(folder: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _same_bits() -> Iterator[None]:
-    """Where torch is to give the same bits each time (`Plan` asks for it on GPUs), so does the backward of attention:
-    its kernels have a deterministic form, but take it only where torch is to fail without one.
-
-    ValueError where an operation of the model has no such form.
-    """
-    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        first = str(error).strip().splitlines()[0].partition(", but you set")[0]
-        raise ValueError(f"model.deterministic=true: {first}; set model.deterministic=false") from error
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
     rows, positions = inside.nonzero(as_tuple=True)
     return rows, positions
-
-
-def _places(
-    batch: TokenBatch,
-    first_row: Tensor,  # of `first_rows`
-) -> Tensor:  # (M,)
-    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
-    return first_row[batch.members][batch.rows] + count_within(batch.rows)

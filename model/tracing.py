@@ -75,3 +75,25 @@ def count_within(
     rows: Tensor,  # (M,) sorted
 ) -> Tensor:  # (M,) 0, 1, 2, ... within each run of equal rows
     return torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+
+
+@contextlib.contextmanager
+def same_bits() -> Iterator[None]:
+    """Where torch is to give the same bits each time (`Plan` asks for it on GPUs), so does the backward of attention:
+    its kernels have a deterministic form, but take it only where torch is to fail without one.
+
+    ValueError where an operation of the model has no such form.
+    """
+    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0].partition(", but you set")[0]
+        raise ValueError(f"model.deterministic=true: {first}; set model.deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)

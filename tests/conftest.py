@@ -49,6 +49,17 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> transformer
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
+def exact_llama(seed: int = 0, dtype: torch.dtype = torch.float64) -> transformers.LlamaForCausalLM:
+    """The same in float64 throughout: transformers' norms compute in float32 whatever they are given."""
+    model = tiny_llama(seed, dtype)
+    norms = {name: module for name, module in model.named_modules() if name.endswith("norm")}
+    for name, norm in norms.items():
+        exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=dtype)
+        exact.weight.data.copy_(norm.weight.data)
+        model.set_submodule(name, exact)
+    return model.eval()
+
+
 def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers.GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = transformers.GPT2Config(

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "torch editor.linalg editor.base editor.capture editor.hypernetwork editor.stopwatch data.records"
     ),
     # an editor: a file of its own; hypernetwork is what the trained ones share
-    "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork data.records",
+    "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork editor.stopwatch data.records",
     # the rooms of the harness, from the ground up: each opens onto those below it
     "harness/run/checkpoint.py": "torch safetensors.* xxhash data.disk",
     "harness/run/folder.py": "data.disk data.records harness.run.lock",

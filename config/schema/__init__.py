@@ -21,8 +21,11 @@ from config.schema.door import (
     to_run_config,
 )
 from config.schema.editor import (
+    AnswerLoss,
     ClosedFormConfig,
+    FineTuningConfig,
     HyperNetworkConfig,
+    Order,
     PreheatMode,
     RLEditConfig,
     RunningMeanStdMode,
@@ -48,13 +51,16 @@ from config.schema.tracker import (
 
 __all__ = [
     "AnswerEnd",
+    "AnswerLoss",
     "AnswerTokens",
     "ClosedFormConfig",
     "ConfigError",
     "DiagnosticsConfig",
     "EditPrecision",
+    "FineTuningConfig",
     "Half",
     "HyperNetworkConfig",
+    "Order",
     "PreheatMode",
     "PromptForm",
     "RLEditConfig",

@@ -33,6 +33,11 @@ def not_negative(key: str, value: float | None) -> list[str]:
     return [] if good else [f"{key}={value}: must be a finite number, 0 or above"]
 
 
+def fraction(key: str, value: float) -> list[str]:
+    """A number above 0, and at most 1."""
+    return [] if 0 < value <= 1 else [f"{key}={value}: must lie in (0, 1]"]
+
+
 def at_least(key: str, value: int | None, low: int, remedy: str = "") -> list[str]:
     """A whole number not below `low`; None passes."""
     good = value is None or value >= low

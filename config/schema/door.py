@@ -11,7 +11,16 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from config.schema.checks import ConfigError
 from config.schema.dataset import DatasetConfig, JsonlConfig, SyntheticConfig, WikiBigEditConfig
-from config.schema.editor import ClosedFormConfig, EditorConfig, HyperNetworkConfig, RidgeNetworkConfig, RLEditConfig
+from config.schema.editor import (
+    ClosedFormConfig,
+    EditorConfig,
+    FineTuningConfig,
+    GraceConfig,
+    HyperNetworkConfig,
+    RidgeNetworkConfig,
+    RLEditConfig,
+    WiseConfig,
+)
 from config.schema.model import ModelConfig
 from config.schema.run import RunConfig, root_mistakes
 
@@ -81,3 +90,6 @@ def register() -> None:
     store.store(group="schema", name="hypernetwork", node=HyperNetworkConfig)
     store.store(group="schema", name="ridge_network", node=RidgeNetworkConfig)
     store.store(group="schema", name="rledit", node=RLEditConfig)
+    store.store(group="schema", name="fine_tuning", node=FineTuningConfig)
+    store.store(group="schema", name="grace", node=GraceConfig)
+    store.store(group="schema", name="wise", node=WiseConfig)

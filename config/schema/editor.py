@@ -7,7 +7,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from config.schema.checks import Section, at_least, filled, not_negative, positive
+from config.schema.checks import Section, at_least, filled, fraction, not_negative, positive
 
 
 class Token(Enum):
@@ -80,6 +80,20 @@ class UpdateEvery(Enum):
     turn = "turn"
 
 
+class Order(Enum):
+    """Whether a mini-batch takes all of its steps before the next one begins, or all take a step in each epoch."""
+
+    depth = "depth"
+    breadth = "breadth"
+
+
+class AnswerLoss(Enum):
+    """What predicts the answer's tokens: those before each, teacher-forced, or the prompt's last one all of them."""
+
+    tokens = "tokens"
+    prompt_last = "prompt_last"
+
+
 @dataclass
 class EditorConfig(Section):
     """What all editors share."""
@@ -109,6 +123,18 @@ class EditorConfig(Section):
     def needs_warm_up(self) -> str | None:
         """The setting that makes no sense without warm-up turns before the first edit; None where there is none."""
         return None
+
+    def unused(self) -> tuple[str, ...]:
+        """The keys of all editors that this one does not ask for."""
+        return ()
+
+    def has_one_module(self) -> bool:
+        """Whether it is an editor of one module."""
+        return False
+
+
+CAPTURE_KEYS = ("batch_size", "token", "passes", "cache_dir", "statistics_scope")
+"""Keys of the gradient-capture family that editors of other families have no use for."""
 
 
 @dataclass
@@ -226,11 +252,113 @@ class RLEditConfig(RidgeNetworkConfig):
     """Turns that edits stay in the model for while training; null = a whole pass."""
 
     def mistakes(self) -> list[str]:
-        decay = [] if 0 < self.time_decay <= 1 else [f"editor.time_decay={self.time_decay}: must lie in (0, 1]"]
         return [
             *super().mistakes(),
             *not_negative("editor.reg_coef", self.reg_coef),
-            *decay,
+            *fraction("editor.time_decay", self.time_decay),
             *at_least("editor.back_depth", self.back_depth, 1, "1 answers for this turn only"),
             *at_least("editor.trajectory_length", self.trajectory_length, 1, "null takes a whole pass"),
         ]
+
+
+@dataclass
+class FineTuningConfig(EditorConfig):
+    """FT-L, FT-M and LocFT-BF: steps of Adam, of size editor.lr, on the weights of the edit modules."""
+
+    num_steps: int = 25
+    """Steps of each mini-batch of facts, at most."""
+    facts_per_step: int | None = 1
+    """Facts a mini-batch; null = all of the turn."""
+    order: Order = Order.depth
+    answer_loss: AnswerLoss = AnswerLoss.tokens
+    stop_loss: float = 0.01
+    """Nats a token: a mini-batch with a smaller loss takes no step; 0 = all take num_steps."""
+    norm_constraint: float | None = None
+    """Largest |entry| of what a turn changes in a weight; null = no bound."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *at_least("editor.num_steps", self.num_steps, 1),
+            *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of the turn"),
+            *not_negative("editor.stop_loss", self.stop_loss),
+            *positive("editor.norm_constraint", self.norm_constraint),
+        ]
+
+    def unused(self) -> tuple[str, ...]:
+        return CAPTURE_KEYS
+
+
+@dataclass
+class MemoryConfig(EditorConfig):
+    """Editors that keep what they learn beside the weights of one edit module."""
+
+    num_steps: int = 100
+    """Steps of training a turn."""
+    stop_loss: float = 0.0
+    """Nats a token: training ends below it; 0 = after num_steps."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *at_least("editor.num_steps", self.num_steps, 1),
+            *not_negative("editor.stop_loss", self.stop_loss),
+        ]
+
+    def unused(self) -> tuple[str, ...]:
+        return CAPTURE_KEYS
+
+    def has_one_module(self) -> bool:
+        return True
+
+
+@dataclass
+class GraceConfig(MemoryConfig):
+    """GRACE: a codebook of inputs, and what is put out near them."""
+
+    eps_init: float = 1.0
+    """Radius of a new entry, in the unit of the module's inputs (Euclidean)."""
+
+    def mistakes(self) -> list[str]:
+        return [*super().mistakes(), *positive("editor.eps_init", self.eps_init)]
+
+
+@dataclass
+class WiseConfig(MemoryConfig):
+    """WISE: a side memory of one module, and a router."""
+
+    alpha: float = 5.0
+    """Unrelated inputs should have a smaller activation ||a (W' - W)||."""
+    beta: float = 20.0
+    """Edited ones should have a larger one."""
+    gamma: float = 10.0
+    """And one that much larger than unrelated ones."""
+    shards: int = 2
+    """Parts of a turn's facts, each trained in a subspace of its own."""
+    mask_ratio: float = 0.2
+    """Part of the side memory's entries that a shard may change, in (0, 1]."""
+    merge_density: float = 0.53
+    """Part of a shard's changes that TIES keeps, the largest, in (0, 1]."""
+    merge_weight: float = 1.0
+    """Factor of what was merged."""
+    route_ratio: float = 1.0
+    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]."""
+    unrelated: int = 64
+    """Inputs kept of each warm-up turn: those are what unrelated text is known by."""
+
+    def mistakes(self) -> list[str]:
+        return [
+            *super().mistakes(),
+            *not_negative("editor.alpha", self.alpha),
+            *positive("editor.beta", self.beta),
+            *not_negative("editor.gamma", self.gamma),
+            *at_least("editor.shards", self.shards, 1),
+            *fraction("editor.mask_ratio", self.mask_ratio),
+            *fraction("editor.merge_density", self.merge_density),
+            *positive("editor.merge_weight", self.merge_weight),
+            *fraction("editor.route_ratio", self.route_ratio),
+            *at_least("editor.unrelated", self.unrelated, 1),
+        ]
+
+    def needs_warm_up(self) -> str | None:
+        return "editor=wise, which knows unrelated text from warm-up turns,"

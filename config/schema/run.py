@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
@@ -170,6 +171,12 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
         if run.editor.save_checkpoint:
             lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
+    defaults = {entry.name: entry.default for entry in fields(EditorConfig)}
+    for key in run.editor.unused():
+        value = getattr(run.editor, key)
+        if value != defaults[key]:
+            shown = value.name if isinstance(value, Enum) else value
+            lines.append(f"editor.{key}={shown} has no effect with editor={run.editor.name}")
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     files = open_data(cfg)
     source = source_of(cfg)
     model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
+    check_modules(cfg, list(model_outline.shapes))
     tokenizer = load_tokenizer(source)
     form = plan_form(cfg, tokenizer, source)
     stream = plan_stream(cfg, files, tokenizer, form)
@@ -130,6 +131,15 @@ def source_of(cfg: RunConfig) -> ModelSource:
     model = cfg.model
     path = locate(model.name_or_path, places.CACHE, model.revision)
     return ModelSource(path, model.class_name, model.revision, model.trust_remote_code)
+
+
+def check_modules(cfg: RunConfig, modules: Sequence[str]) -> None:
+    """ValueError for several edit modules where the editor has one."""
+    if cfg.evaluate is None and cfg.editor.has_one_module() and len(modules) > 1:
+        raise ValueError(
+            f"model.edit_modules: {len(modules)} modules, and editor={cfg.editor.name} edits one; name it, as in "
+            f"model.edit_modules=[{modules[-1]}]"
+        )
 
 
 def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any, form: PromptForm) -> EditStream:

@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 class SharedModel(LanguageModel):
-    """A model of which this process computes its share."""
+    """A model of which this process computes its share; what is at single positions, all of it (model/positions.py)."""
 
     def __init__(self, model: LanguageModel, ranks: Ranks) -> None:
         """`model`, which is not to be used by itself any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import yaml
@@ -67,16 +68,32 @@ def test_hypernetworks_have_their_published_sizes(choice: str) -> None:
     assert (mend.rank, mend.n_blocks) == (1920, 2)
 
 
-@pytest.mark.parametrize("name", files("tuned"))
+def tuned(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIG_DIR / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", [name for name in files("tuned") if "rank" in tuned(name)])
 def test_what_suits_an_editor_on_a_model_is_taken_with_them_and_only_with_them(name: str) -> None:
     editor, _, model = name.partition("_")
-    values = yaml.safe_load((CONFIG_DIR / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
-    tuned = vars(run_config(f"editor={editor}", f"model={model}").editor)
-    assert {key: tuned[key] for key in values if key != "update_every"} == {
+    values = tuned(name)
+    chosen = vars(run_config(f"editor={editor}", f"model={model}").editor)
+    assert {key: chosen[key] for key in values if key != "update_every"} == {
         key: float(value) if "lr" in key else value for key, value in values.items() if key != "update_every"
     }
-    assert vars(run_config(f"editor={editor}", "model=mistral-7b").editor)["rank"] > tuned["rank"]
+    assert vars(run_config(f"editor={editor}", "model=mistral-7b").editor)["rank"] > chosen["rank"]
     assert run_config(f"editor={editor}", f"model={model}", "editor.rank=3").editor.rank == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [name for name in files("tuned") if "rank" not in tuned(name)])
+def test_an_editor_of_one_module_has_its_own_on_each_model(name: str) -> None:
+    editor, _, model = name.rpartition("_")
+    chosen = run_config(f"editor={editor}", f"model={model}").model.edit_modules
+    assert chosen == tuned(name)["model"]["edit_modules"]
+    (module,) = chosen
+    (layer,) = [int(part) for part in module.split(".") if part.isdigit()]
+    assert layer < LAYERS.get(model, {"smollm2-135m": 30, "tiny": 2}.get(model, 0))
+    assert run_config(f"editor={editor}", f"model={model}", "model.edit_modules=[a]").model.edit_modules == ["a"]
+    assert run_config("editor=stableedit", f"model={model}").model.edit_modules != chosen
 
 
 def test_the_released_arithmetic_can_be_asked_for_with_any_model() -> None:

@@ -27,7 +27,7 @@ from harness.ranks import group as ranks_module
 from harness.ranks.group import LostRankError
 from harness.ranks.model import _require_alike
 from model import LanguageModel, edited
-from tests.commands import Commands, Run, save_tiny_model, zsre_row
+from tests.commands import MODULES, Commands, Run, save_tiny_model, zsre_row
 from tests.conftest import ROOT, tiny_llama
 from tests.forked import Forks, Process
 
@@ -141,6 +141,26 @@ def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> Non
     require_close(one, many, 5)
     assert many.scores() == about(one.scores())
     assert list((place.folder / "spilled").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editor", ["ft_l", "grace", "wise"])
+def test_editors_of_other_families_do_what_they_do_in_one(place: Commands, forks: Forks, editor: str) -> None:
+    line = (
+        f"editor={editor}", f"model.edit_modules=[{MODULES[0]}]", "editor.num_steps=3", "editor.lr=0.01",
+        "checkpoint_every=2", "keep=9", "evaluation.every=2",
+    )  # fmt: skip
+    one, many = Run(place.folder / f"{editor}_one"), Run(place.folder / f"{editor}_many")
+    assert together(forks, 1, place.line(*line, run=f"{editor}_one")) == [0], forks.stderr()
+    assert together(forks, 2, place.line(*line, run=f"{editor}_many")) == [0, 0], forks.stderr()
+    last = max(int(path.name.removeprefix("turn_")) for path in (one.folder / "checkpoints").glob("turn_*"))
+    ours, theirs = (
+        load_file(run.folder / "checkpoints" / f"turn_{last}" / "tensors.safetensors") for run in (one, many)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+    assert many.scores() == about(one.scores())
 
 
 @pytest.mark.slow

@@ -1,0 +1,217 @@
+"""WISE (arXiv 2405.14768): a side memory of one edit module, and a router that decides what passes through it.
+
+Letters: N positions, d_k key size, d_v value size, W the module's weight, W' the side memory, D = W' - W.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data.records import Phase, Turn
+from editor.base import Edit, EditableModel
+from editor.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class WISESettings:
+    """The keys of the same names in the configuration; `alpha`, `beta`, `gamma` are those of the margin loss."""
+
+    lr: float
+    num_steps: int
+    stop_loss: float
+    alpha: float
+    beta: float
+    gamma: float
+    shards: int
+    mask_ratio: float
+    merge_density: float
+    merge_weight: float
+    route_ratio: float
+    unrelated: int
+    seed: int
+
+
+class WISE:
+    """An input a of the module goes through W' where ||a D|| > epsilon (the paper's routing), else through W.
+
+    Position by position, so that it holds in batches, with padding, and in cached generation alike. The facts of a turn
+    are dealt to `shards`, each of which trains a copy of D by gradient descent, at the entries of a random mask only:
+
+        -log p_W'(answer | prompt), the mean over answer tokens, every position of the facts going through W',
+        + max(0, ||a_u D|| - alpha) + max(0, beta - ||a_e D||) + max(0, gamma - (||a_e D|| - ||a_u D||)),
+
+    a_e at the positions that predict the facts' answers and a_u of unrelated text, means over both. What the shards
+    have changed is merged by TIES (`ties`) and added to D. Epsilon is the least ||a_e D|| that any turn left behind,
+    times `route_ratio` (1 in the paper).
+
+    Unrelated text is that of the warm-up turns: they edit nothing here, and leave `unrelated` of their inputs each.
+    """
+
+    Settings: ClassVar = WISESettings
+
+    def __init__(self, model: EditableModel, settings: WISESettings, device: torch.device) -> None:
+        """`model` has one edit module. The side memory lies on `device`."""
+        ((self.name, (d_k, d_v)),) = model.shapes.items()
+        self.settings, self.device = settings, device
+        self.side = torch.zeros((d_k, d_v), device=device)  # D
+        self.epsilon = math.inf
+        self.unrelated = torch.zeros((0, d_k), device=device)
+        self._in_training: Tensor | None = None  # D of the shard that is trained
+        model.wrap(self.name, self._forward)
+
+    def _forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        if self._in_training is None and self.epsilon == math.inf:
+            return outputs
+        side = self.side if self._in_training is None else self._in_training
+        shift = inputs.detach().to(side) @ side
+        moved = outputs + shift.to(outputs)
+        if self._in_training is not None:
+            return moved
+        through = shift.norm(dim=-1, keepdim=True) > self.epsilon
+        return torch.where(through.to(outputs.device), moved, outputs)
+
+    def edit(self, model: EditableModel, turn: Turn) -> Edit:
+        """Raises FloatingPointError, the side memory being that of the turn before, where a number is not finite."""
+        watch = Stopwatch(*model.devices, self.device)
+        if turn.phase is Phase.WARM_UP:
+            with watch.measure("capture"):
+                captured = model.capture(turn, every_token=True)
+            self._remember(captured.modules[self.name].keys.to(self.device), turn.index)
+            return Edit(captured.loss, {}, {}, watch.seconds)
+        with watch.measure("capture"):
+            captured = model.capture(turn)
+        keys = captured.modules[self.name].keys.to(self.device)  # at the positions that predict answers
+        self.side = self.side.to(keys)
+        try:
+            with watch.measure("train"):
+                shards = self._dealt(turn)
+                changes = [self._trained(model, part, turn.index, shard) for shard, part in enumerate(shards)]
+        except FloatingPointError as error:
+            message = f"turn {turn.index}: {error}; the side memory is that of the turn before"
+            raise FloatingPointError(message) from error
+        with watch.measure("merge"):
+            merged = ties(changes, self.settings.merge_density)
+            self.side = self.side + self.settings.merge_weight * merged
+            least = float((keys @ self.side).norm(dim=1).min())
+            self.epsilon = min(self.epsilon, self.settings.route_ratio * least)
+        return Edit(captured.loss, {}, {}, watch.seconds, {"least_activation": least})
+
+    def _remember(
+        self,
+        keys: Tensor,  # (N, d_k)
+        turn: int,
+    ) -> None:
+        chosen = torch.randperm(len(keys), generator=self._generator("unrelated", turn))[: self.settings.unrelated]
+        self.unrelated = torch.cat([self.unrelated, keys[chosen.to(keys.device)]])
+
+    def _dealt(self, turn: Turn) -> list[Turn]:
+        """The facts of each shard; an answer token weighs 1 / (answer tokens of its shard) in the loss."""
+        order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
+        places = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
+        parts = [turn.part(some) for some in places if some]
+        tokens = [sum(one.answer_length for one in part.sequences) for part in parts]
+        return [
+            replace(part, loss_weights=(1 / count,) * len(part.sequences))
+            for part, count in zip(parts, tokens, strict=True)
+        ]
+
+    def _trained(self, model: EditableModel, part: Turn, turn: int, shard: int) -> Tensor:  # (d_k, d_v)
+        """What a shard changes in D.
+
+        dloss/dD = K^T G, with the inputs K of all positions and the gradients G at the module's output there.
+        """
+        drawn = torch.rand(self.side.shape, generator=self._generator("mask", turn, shard))
+        mask = (drawn < self.settings.mask_ratio).to(self.device)
+        edited = model.capture(part).modules[self.name].keys.to(self.side)
+        self._in_training = self.side.clone()
+        try:
+            for _ in range(self.settings.num_steps):
+                captured = model.capture(part, every_token=True)
+                rows = captured.modules[self.name]
+                gradient = rows.keys.to(self.side).T @ rows.value_grads.to(self.side)
+                margin, margin_gradient = self._margin(edited, self._in_training)
+                if captured.loss + margin < self.settings.stop_loss:
+                    break
+                self._in_training = self._in_training - self.settings.lr * mask * (gradient + margin_gradient)
+            change = self._in_training - self.side
+        finally:
+            self._in_training = None
+        if not bool(torch.isfinite(change).all()):
+            raise FloatingPointError(f"the side memory of {self.name} is not finite; set a smaller editor.lr")
+        return change
+
+    def _margin(
+        self,
+        edited: Tensor,  # (N, d_k)
+        side: Tensor,  # (d_k, d_v)
+    ) -> tuple[float, Tensor]:
+        """The margin loss and its gradient by D."""
+        with torch.enable_grad():
+            leaf = side.detach().requires_grad_()
+            loss = margin_loss(
+                (edited @ leaf).norm(dim=1),
+                (self.unrelated.to(leaf) @ leaf).norm(dim=1),
+                self.settings.alpha,
+                self.settings.beta,
+                self.settings.gamma,
+            )
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), gradient
+
+    def _generator(self, *what: str | int) -> torch.Generator:
+        """Draws that follow from the seed and what they are for, on the CPU, whatever the device."""
+        words = " ".join(map(str, ("wise", self.settings.seed, *what)))
+        return torch.Generator().manual_seed(random.Random(words).getrandbits(63))
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        """||D||, epsilon, and how many inputs of unrelated text there are."""
+        epsilon = None if self.epsilon == math.inf else self.epsilon
+        return {self.name: {"norm": float(self.side.norm()), "epsilon": epsilon, "unrelated": len(self.unrelated)}}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        epsilon = torch.tensor(self.epsilon, dtype=torch.float64)
+        return {"side": self.side, "epsilon": epsilon, "unrelated": self.unrelated}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.side, self.unrelated = (state_dict[name].to(self.device) for name in ("side", "unrelated"))
+        self.epsilon = float(state_dict["epsilon"])
+
+
+def margin_loss(
+    edited: Tensor,  # (N,) ||a_e D||
+    unrelated: Tensor,  # (M,) ||a_u D||
+    alpha: float,
+    beta: float,
+    gamma: float,
+) -> Tensor:  # ()
+    """max(0, u - alpha) + max(0, beta - e) + max(0, gamma - (e - u)), means over rows and pairs."""
+    apart = edited[:, None] - unrelated
+    return (unrelated - alpha).relu().mean() + (beta - edited).relu().mean() + (gamma - apart).relu().mean()
+
+
+def ties(
+    changes: Sequence[Tensor],
+    density: float,
+) -> Tensor:
+    """What several changes of one weight have in common (TIES, arXiv 2306.01708).
+
+    Of each, the `density` part of largest entries stays; where signs differ, that of the sum wins, and the mean is
+    taken over those that have it and are not 0.
+    """
+    trimmed = torch.stack([_trim(change, density) for change in changes])
+    agree = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
+    return (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def _trim(change: Tensor, density: float) -> Tensor:
+    sizes = change.abs().flatten()
+    kept = max(1, round(density * len(sizes)))
+    least = sizes.kthvalue(len(sizes) - kept + 1).values
+    return change * (change.abs() >= least)

@@ -1,0 +1,284 @@
+"""GRACE against its rules in float64, and what it promises: the base model, bit for bit, outside its radii."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from data.records import LossTerm, Phase, TokenSequence, Turn
+from editor.grace import GRACE, Codebook, GRACESettings
+from harness.export.command import main as export
+from tests.commands import MODULES, Commands
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.editor.test_method import GPT2, LLAMA, harness, random_turn
+from tests.job.test_families import EVERYTHING, turns_of
+
+CPU = torch.device("cpu")
+ONE = f"model.edit_modules=[{MODULES[0]}]"
+
+
+def chosen(**changes: Any) -> GRACESettings:
+    return GRACESettings(**{"lr": 0.5, "num_steps": 4, "eps_init": 1.0, "stop_loss": 0.0, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: entries in a list, one position after the other, values trained one fact at a time
+
+
+@dataclass
+class Entry:
+    key: Tensor
+    value: Tensor
+    radius: float
+    answer: tuple[int, ...]
+
+
+@dataclass
+class Reference:
+    model: nn.Module  # float64
+    module: str
+    settings: GRACESettings
+    entries: list[Entry] = field(default_factory=list)
+    put: tuple[int, Tensor] | None = None  # a position, and what is put out there
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model.get_submodule(self.module).register_forward_hook(self.hook)
+
+    def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        rows = []
+        for place, (x, y) in enumerate(zip(inputs[0][0], outputs[0], strict=True)):
+            nearest = min(self.entries, key=lambda entry: float((x - entry.key).detach().norm()), default=None)
+            if nearest is not None and (x - nearest.key).norm() < nearest.radius:
+                y = nearest.value
+            self.seen.append((x.detach(), y.detach()))
+            rows.append(self.put[1] if self.put is not None and self.put[0] == place else y)
+        return torch.stack(rows)[None]
+
+    def loss(self, fact: TokenSequence) -> Tensor:
+        self.seen = []
+        log_p = self.model(input_ids=torch.tensor([fact.ids])).logits[0].log_softmax(-1)
+        answer = range(fact.answer_start, len(fact.ids))
+        return -torch.stack([log_p[place - 1, fact.ids[place]] for place in answer]).mean()
+
+    def turn(self, facts: Sequence[TokenSequence]) -> None:
+        reads = []
+        for fact in facts:
+            self.loss(fact)
+            reads.append(self.seen[fact.answer_start - 1])
+        values = [self.train(fact, start) for fact, (_, start) in zip(facts, reads, strict=True)]
+        for fact, (key, _), value in zip(facts, reads, values, strict=True):
+            self.admit(key, value, fact.ids[fact.answer_start :])
+
+    def train(self, fact: TokenSequence, value: Tensor) -> Tensor:
+        m, v = torch.zeros_like(value), torch.zeros_like(value)
+        for t in range(1, self.settings.num_steps + 1):
+            leaf = value.clone().requires_grad_()
+            self.put = (fact.answer_start - 1, leaf)
+            loss = self.loss(fact)
+            self.put = None
+            if loss < self.settings.stop_loss:
+                break
+            (g,) = torch.autograd.grad(loss, leaf)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            value = value - self.settings.lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        return value
+
+    def admit(self, key: Tensor, value: Tensor, answer: tuple[int, ...]) -> None:
+        new = Entry(key, value, self.settings.eps_init, answer)
+        nearest = min(self.entries, key=lambda entry: float((key - entry.key).norm()), default=None)
+        d = math.inf if nearest is None else float((key - nearest.key).norm())
+        if nearest is None or d > nearest.radius + self.settings.eps_init:
+            self.entries.append(new)
+        elif nearest.answer == answer:
+            nearest.radius = max(nearest.radius, 1.001 * d)
+        elif d <= self.settings.eps_init / 100:
+            nearest.value, nearest.answer = value, answer
+        else:
+            nearest.radius = min(nearest.radius, d / 2)
+            self.entries.append(replace(new, radius=d / 2))
+
+
+def turn_of_all_kinds(index: int) -> Turn:
+    """New facts, one asked again with another answer, one with the same, and near ones."""
+    fresh = random_turn(index, Phase.EDIT, records=3).sequences
+    first = random_turn(0, Phase.EDIT, records=3).sequences[0]
+    again = TokenSequence((*first.ids[: first.answer_start], 7, index), first.answer_start)
+    sequences = (*fresh, again, again, TokenSequence((9, *fresh[1].ids), fresh[1].answer_start + 1))
+    return Turn(index, Phase.EDIT, (), sequences, (0.1,) * len(sequences))
+
+
+@pytest.mark.parametrize("stop_loss", [0.0, 5.0])
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules: list[str], stop_loss: float) -> None:
+    settings = chosen(stop_loss=stop_loss, eps_init=3.0)
+    model = harness(make, modules[1:], dtype=torch.float64)
+    editor = GRACE(model, settings, CPU)
+    reference = Reference(make(dtype=torch.float64), modules[1], settings)
+    kinds: dict[str, int] = {}
+    for index in range(3):
+        turn = turn_of_all_kinds(index)
+        edit = editor.edit(model, turn)
+        kinds = {kind: kinds.get(kind, 0) + count for kind, count in edit.details["codebook"].items()}
+        reference.turn(turn.sequences)
+        book, expected = editor.codebook, reference.entries
+        assert list(book.answers) == [entry.answer for entry in expected]
+        torch.testing.assert_close(book.keys, torch.stack([entry.key for entry in expected]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(book.values, torch.stack([entry.value for entry in expected]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(book.radii, torch.tensor([e.radius for e in expected]).double(), rtol=1e-6, atol=0)
+        losses = [float(reference.loss(fact).detach()) for fact in turn.sequences]
+        tokens = [fact.answer_length for fact in turn.sequences]
+        mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+        assert mean == pytest.approx(model.losses([LossTerm(turn.sequences, 1.0)])[0], rel=1e-6)
+    assert min(kinds.values()) > 0, kinds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it promises
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    entries=st.integers(1, 40),
+    d_k=st.sampled_from([3, 40, 300]),
+    scale=st.sampled_from([1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_look_up_is_that_of_all_distances(
+    seed: int, entries: int, d_k: int, scale: float, dtype: torch.dtype
+) -> None:
+    """Also where keys repeat, and where inputs lie just inside and just outside of a radius."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = scale * torch.randn((entries, d_k), generator=generator, dtype=dtype)
+    keys[-1] = keys[0]
+    radii = torch.rand(entries, generator=generator, dtype=dtype) * scale
+    directions = torch.nn.functional.normalize(torch.randn((entries, d_k), generator=generator, dtype=dtype), dim=1)
+    near = [keys + part * radii[:, None] * directions for part in (0.0, 0.999, 1.001)]
+    inputs = torch.cat([*near, scale * torch.randn((20, d_k), generator=generator, dtype=dtype)])
+    book = Codebook.of(keys, torch.zeros(entries, 2), radii, [()] * entries)
+    at, found = book.hits(inputs)
+    distances = (inputs[:, None] - keys[None]).norm(dim=2)
+    nearest = distances.min(1)
+    inside = nearest.values < radii[nearest.indices]
+    assert torch.equal(at, inside.nonzero()[:, 0])
+    assert torch.equal(found, nearest.indices[inside])
+
+
+def test_look_ups_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, inputs = torch.randn(30, 40), torch.randn(50, 40)
+    book = Codebook.of(keys, torch.zeros(30, 2), torch.full((30,), 8.0), [()] * 30)
+    whole = book.hits(inputs)
+    assert 0 < len(whole[0]) < 50
+    monkeypatch.setattr("editor.grace.AT_ONCE", 100)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(book.hits(inputs), whole, strict=True))
+
+
+def edited(compute_tokens: int = 90) -> tuple[Any, Any, Turn]:
+    """An edited model, the same one without edits, and the facts."""
+    model, base = (harness(tiny_llama, LLAMA[:1], compute_tokens) for _ in range(2))
+    turn = random_turn(0, Phase.EDIT, records=6)
+    GRACE(model, chosen(num_steps=60, eps_init=0.5), CPU).edit(model, turn)
+    return model, base, turn
+
+
+def test_outside_its_radii_the_model_is_the_base_bit_for_bit() -> None:
+    model, base, turn = edited()
+    others = random_turn(1, Phase.EDIT).sequences
+    assert torch.equal(model.reference_logits(others), base.reference_logits(others))
+    term = [LossTerm(turn.sequences, 1.0)]
+    assert model.losses(term)[0] < 0.9 * base.losses(term)[0]
+    with model.unedited():
+        assert torch.equal(model.reference_logits(turn.sequences), base.reference_logits(turn.sequences))
+    assert model.is_original()
+
+
+def test_it_holds_in_any_batch_and_in_cached_generation() -> None:
+    """The first token after each prompt, alone, padded on the right, and padded on the left with a cache."""
+    model, base, turn = edited()
+    prompts = [sequence.ids[: sequence.answer_start] for sequence in turn.sequences]
+    first = [int(model.reference_logits([TokenSequence((*prompt, 0), len(prompt))]).argmax()) for prompt in prompts]
+    together = model.reference_logits([TokenSequence((*prompt, 0), len(prompt)) for prompt in prompts]).argmax(-1)
+    assert together.tolist() == first == [written[0] for written in model.generate(prompts, 2)]
+    assert [written[:1] for written in base.generate(prompts, 2)] != [[token] for token in first]
+    assert sum(token == s.ids[s.answer_start] for token, s in zip(first, turn.sequences, strict=True)) >= 4
+
+
+def test_an_empty_codebook_survives_a_restart() -> None:
+    one, other = (GRACE(harness(tiny_llama, LLAMA[:1]), chosen(), CPU) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    assert other.statistics() == one.statistics() == {LLAMA[0]: {"entries": 0, "radius": None, "radius_max": None}}
+
+
+def test_a_value_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor = GRACE(model, chosen(), CPU)
+    editor.edit(model, random_turn(0, Phase.EDIT, records=3))
+    before = editor.codebook
+    monkeypatch.setattr(
+        model, "loss_with_offset", lambda _name, _facts, _at, offsets, replace: (offsets[:, 0], offsets * math.nan)
+    )
+    with pytest.raises(FloatingPointError, match=r"turn 1: .* not finite; .* codebook is that of the turn before"):
+        editor.edit(model, random_turn(1, Phase.EDIT, records=3))
+    assert editor.codebook is before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+LINE = (*EVERYTHING, "editor=grace", ONE, "editor.num_steps=5")
+
+
+def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(*LINE, run="whole")
+    edit = GRACE.edit
+
+    def stopped(self: GRACE, model: Any, turn: Turn) -> Any:
+        if turn.index == 3:
+            raise FloatingPointError("stopped")
+        return edit(self, model, turn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GRACE, "edit", stopped)
+        run.refused(*LINE, run="broken")
+    resumed = run(*LINE, f"resume={run.folder / 'broken'}", run="broken")
+    assert turns_of(resumed) == turns_of(whole)
+    assert resumed.scores() == whole.scores()
+    last = whole.lines("turns.jsonl")[-1]
+    assert last["modules"] == {}
+    assert last["statistics"][MODULES[0]]["entries"] > 0
+    assert set(last["codebook"]) == {"added", "expanded", "split", "replaced"}
+    results = whole.json("results.json")
+    assert results["final"]["ES"] != results["base"]["ES"]
+
+
+def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
+    assert "model_cache=true: this editor keeps its edits beside the weights" in run.refused(*LINE, "model_cache=true")
+    done = run(*LINE, run="done")
+    with pytest.raises(SystemExit) as end:
+        export([str(done.folder), "--to", str(run.folder / "model")])
+    assert "keeps its edits beside the weights" in str(end.value.code)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("editor.num_steps=0", "editor.num_steps=0: must be 1 or more"),
+        ("editor.stop_loss=-1", "editor.stop_loss=-1.0: must be a finite number, 0 or above"),
+        ("editor.eps_init=0", "editor.eps_init=0.0: must be a finite number above 0"),
+        (
+            f"model.edit_modules=[{','.join(MODULES)}]",
+            "model.edit_modules: 2 modules, and editor=grace edits one; name it, as in "
+            f"model.edit_modules=[{MODULES[1]}]",
+        ),
+    ],
+)
+def test_mistakes_are_refused(run: Commands, setting: str, said: str) -> None:
+    assert said in run.refused("editor=grace", setting)

@@ -1,0 +1,260 @@
+"""WISE against its equations in float64, and what it promises: the base, bit for bit, where the router says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.records import LossTerm, Phase, TokenSequence, Turn
+from editor.wise import WISE, WISESettings, ties
+from harness.export.command import main as export
+from tests.commands import MODULES, Commands
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.editor.test_method import GPT2, LLAMA, harness, random_turn, relative
+from tests.job.test_families import EVERYTHING, turns_of
+
+CPU = torch.device("cpu")
+ONE = f"model.edit_modules=[{MODULES[0]}]"
+
+
+def chosen(**changes: Any) -> WISESettings:
+    values = {
+        "lr": 0.05, "num_steps": 6, "stop_loss": 0.0, "alpha": 0.5, "beta": 3.0, "gamma": 2.0, "shards": 2,
+        "mask_ratio": 0.5, "merge_density": 0.3, "merge_weight": 0.9, "route_ratio": 0.88, "unrelated": 8, "seed": 7,
+        **changes,
+    }  # fmt: skip
+    return WISESettings(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: W and W', one sequence and one entry at a time, the margin loss by autograd through the model
+
+
+class Reference:
+    def __init__(self, model: nn.Module, module: str, settings: WISESettings) -> None:
+        self.model, self.settings = model, settings
+        self.module = model.get_submodule(module)
+        self.main = self.module.weight.detach().clone()
+        if isinstance(self.module, nn.Linear):
+            self.main = self.main.T
+        self.side = self.main.clone()  # W' (d_k, d_v)
+        self.epsilon = math.inf
+        self.unrelated: list[Tensor] = []
+        self.training: Tensor | None = None
+        self.seen = torch.empty(0)
+        self.module.register_forward_hook(self.hook)
+
+    def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        self.seen = inputs[0][0]
+        bias = outputs[0] - self.seen @ self.main
+        rows = []
+        for a, b in zip(self.seen, bias, strict=True):
+            if self.training is not None:
+                rows.append(a @ self.training + b)
+            else:
+                through = (a @ (self.side - self.main)).norm() > self.epsilon
+                rows.append(a @ (self.side if through else self.main) + b)
+        return torch.stack(rows)[None]
+
+    def log_p(self, fact: TokenSequence) -> Tensor:
+        log_p = self.model(input_ids=torch.tensor([fact.ids])).logits[0].log_softmax(-1)
+        return torch.stack([log_p[place - 1, fact.ids[place]] for place in range(fact.answer_start, len(fact.ids))])
+
+    def answer_inputs(self, facts: list[TokenSequence]) -> list[Tensor]:
+        rows: list[Tensor] = []
+        for fact in facts:
+            self.log_p(fact)
+            rows += list(self.seen[fact.answer_start - 1 : -1].detach())
+        return rows
+
+    def activation(self, a: Tensor, side: Tensor) -> Tensor:
+        shift = a @ (side - self.main)
+        return shift.norm() if bool((shift != 0).any()) else 0 * shift.sum()  # at 0, of all slopes, 0
+
+    def train(self, facts: list[TokenSequence], mask: Tensor) -> Tensor:
+        s, side, edited = self.settings, self.side.clone(), self.answer_inputs(facts)
+        for _ in range(s.num_steps):
+            leaf = side.clone().requires_grad_()
+            self.training = leaf
+            loss = -torch.cat([self.log_p(fact) for fact in facts]).mean()
+            self.training = None
+            e = [self.activation(a, leaf) for a in edited]
+            u = [self.activation(a, leaf) for a in self.unrelated]
+            zero = torch.zeros(()).double()
+            loss = loss + sum(torch.maximum(zero, x - s.alpha) for x in u) / len(u)
+            loss = loss + sum(torch.maximum(zero, s.beta - x) for x in e) / len(e)
+            loss = loss + sum(torch.maximum(zero, s.gamma - (x - y)) for x in e for y in u) / len(e) / len(u)
+            if loss < s.stop_loss:
+                break
+            (g,) = torch.autograd.grad(loss, leaf)
+            side = side - s.lr * mask * g
+        return side - self.side
+
+    def merge(self, changes: list[Tensor], facts: list[TokenSequence]) -> None:
+        merged = torch.zeros_like(self.side)
+        keep = round(self.settings.merge_density * self.side.numel())
+        trimmed = []
+        for change in changes:
+            least = change.abs().flatten().sort(descending=True).values[keep - 1]
+            trimmed.append(torch.where(change.abs() >= least, change, torch.zeros_like(change)))
+        for row in range(merged.shape[0]):
+            for column in range(merged.shape[1]):
+                entries = [float(change[row, column]) for change in trimmed]
+                sign = math.copysign(1, sum(entries))
+                agreeing = [entry for entry in entries if entry * sign > 0]
+                merged[row, column] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+        self.side = self.side + self.settings.merge_weight * merged
+        least = min(float(self.activation(a, self.side)) for a in self.answer_inputs(facts))
+        self.epsilon = min(self.epsilon, self.settings.route_ratio * least)
+
+
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules: list[str]) -> None:
+    """What is drawn (unrelated inputs, shards, masks) is taken from the editor; what is computed with it is not."""
+    settings = chosen()
+    model = harness(make, modules[1:], dtype=torch.float64)
+    editor = WISE(model, settings, CPU)
+    reference = Reference(make(dtype=torch.float64), modules[1], settings)
+    editor.edit(model, random_turn(0, Phase.WARM_UP, records=3))
+    assert editor.unrelated.shape[0] == settings.unrelated
+    reference.unrelated = list(editor.unrelated)
+    for index in range(1, 4):
+        turn = random_turn(index, Phase.EDIT, records=4)
+        shards = editor._dealt(turn)
+        assert sorted(s.ids for part in shards for s in part.sequences) == sorted(s.ids for s in turn.sequences)
+        masks = [
+            (torch.rand(editor.side.shape, generator=editor._generator("mask", index, shard)) < settings.mask_ratio)
+            for shard in range(len(shards))
+        ]
+        changes = [reference.train(list(part.sequences), mask) for part, mask in zip(shards, masks, strict=True)]
+        reference.merge(changes, list(turn.sequences))
+        editor.edit(model, turn)
+        assert relative(editor.side, reference.side - reference.main) < 1e-6
+        assert editor.epsilon == pytest.approx(reference.epsilon, rel=1e-6)
+        losses = torch.cat([-reference.log_p(fact) for fact in turn.sequences])
+        assert model.losses([LossTerm(turn.sequences, 1.0)])[0] == pytest.approx(
+            float(losses.mean().detach()), rel=1e-6
+        )
+
+
+def test_ties_keeps_what_is_large_and_agreed_on() -> None:
+    one = torch.tensor([[5.0, -4.0, 0.1, 0.0, 3.0]])
+    other = torch.tensor([[1.0, 6.0, -0.1, 2.0, 0.0]])
+    assert ties([one, other], 0.6).tolist() == [[3.0, 6.0, 0.0, 2.0, 3.0]]
+    assert torch.equal(ties([one], 1.0), one)
+
+
+def edited() -> tuple[Any, Any, WISE, Turn]:
+    """An edited model, the same one without edits, the editor and the facts."""
+    model, base = (harness(tiny_llama, LLAMA[:1]) for _ in range(2))
+    editor = WISE(model, chosen(num_steps=80, mask_ratio=0.9, merge_density=1.0, merge_weight=1.0, beta=9.0), CPU)
+    editor.edit(model, random_turn(5, Phase.WARM_UP))
+    turn = random_turn(0, Phase.EDIT, records=4)
+    editor.edit(model, turn)
+    return model, base, editor, turn
+
+
+def test_what_the_router_leaves_to_the_module_is_the_base_bit_for_bit() -> None:
+    model, base, editor, turn = edited()
+    (module,) = model.edited.values()
+    inputs = torch.cat([editor.unrelated, model.capture(turn).modules[LLAMA[0]].keys])
+    shift = inputs @ editor.side
+    through = shift.norm(dim=1) > editor.epsilon
+    assert 0 < int(through.sum()) < len(inputs)
+    with torch.no_grad():
+        ours, theirs = module.module(inputs), base.edited[LLAMA[0]].module(inputs)
+    assert torch.equal(ours[~through], theirs[~through])
+    assert torch.equal(ours[through], (theirs + shift)[through])
+    with model.unedited():
+        assert torch.equal(model.reference_logits(turn.sequences), base.reference_logits(turn.sequences))
+    editor.epsilon = 1e9  # nothing goes through the side memory
+    assert torch.equal(model.reference_logits(turn.sequences), base.reference_logits(turn.sequences))
+    assert model.is_original()
+
+
+def test_its_facts_go_through_the_side_memory_and_are_learnt() -> None:
+    model, base, editor, turn = edited()
+    keys = model.capture(turn).modules[LLAMA[0]].keys
+    assert bool(((keys @ editor.side).norm(dim=1) > editor.epsilon).all())
+    unrelated = (editor.unrelated @ editor.side).norm(dim=1)
+    assert float((unrelated > editor.epsilon).float().mean()) < 0.5
+    term = [LossTerm(turn.sequences, 1.0)]
+    assert model.losses(term)[0] < 0.8 * base.losses(term)[0]
+    prompts = [sequence.ids[: sequence.answer_start] for sequence in turn.sequences]
+    together = model.reference_logits([TokenSequence((*prompt, 0), len(prompt)) for prompt in prompts]).argmax(-1)
+    assert together.tolist() == [written[0] for written in model.generate(prompts, 2)]
+
+
+def test_draws_hang_on_the_seed_alone() -> None:
+    turn = random_turn(0, Phase.EDIT)
+    one, same, other = (WISE(harness(tiny_llama, LLAMA[:1]), chosen(seed=s), CPU)._dealt(turn) for s in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_side_memory_that_is_not_finite_leaves_the_turn_before() -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor = WISE(model, chosen(lr=math.inf), CPU)
+    editor.edit(model, random_turn(0, Phase.WARM_UP))
+    with pytest.raises(FloatingPointError, match=r"turn 1: .* the side memory is that of the turn before"):
+        editor.edit(model, random_turn(1, Phase.EDIT))
+    assert not editor.side.any()
+    assert editor._in_training is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+LINE = (*EVERYTHING, "editor=wise", ONE, "editor.num_steps=4", "editor.lr=0.05")
+
+
+def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(*LINE, run="whole")
+    edit = WISE.edit
+
+    def stopped(self: WISE, model: Any, turn: Turn) -> Any:
+        if turn.index == 5:
+            raise FloatingPointError("stopped")
+        return edit(self, model, turn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WISE, "edit", stopped)
+        run.refused(*LINE, run="broken")
+    resumed = run(*LINE, f"resume={run.folder / 'broken'}", run="broken")
+    assert turns_of(resumed) == turns_of(whole)
+    assert resumed.scores() == whole.scores()
+    assert whole.phases() == "wwweeee"
+    lines = whole.lines("turns.jsonl")
+    assert all(line["statistics"][MODULES[0]]["epsilon"] is None for line in lines[:3])
+    assert all(line["statistics"][MODULES[0]]["epsilon"] > 0 for line in lines[3:])
+
+
+def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
+    assert "model_cache=true: this editor keeps its edits beside the weights" in run.refused(*LINE, "model_cache=true")
+    done = run(*LINE, run="done")
+    with pytest.raises(SystemExit) as end:
+        export([str(done.folder), "--to", str(run.folder / "model")])
+    assert "keeps its edits beside the weights" in str(end.value.code)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("editor.shards=0", "editor.shards=0: must be 1 or more"),
+        ("editor.mask_ratio=1.5", "editor.mask_ratio=1.5: must lie in (0, 1]"),
+        ("editor.route_ratio=0", "editor.route_ratio=0.0: must lie in (0, 1]"),
+        ("editor.beta=-1", "editor.beta=-1.0: must be a finite number above 0"),
+        ("editor.preheat_mode=none", "set editor.preheat_mode=start"),
+        ("num_seq_zsre=0", "set num_seq_zsre to 1 or more"),
+        (
+            f"model.edit_modules=[{','.join(MODULES)}]",
+            "model.edit_modules: 2 modules, and editor=wise edits one",
+        ),
+    ],
+)
+def test_mistakes_are_refused(run: Commands, setting: str, said: str) -> None:
+    assert said in run.refused("editor=wise", setting)
