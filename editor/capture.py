@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.records import Allocate, Capture, LowRankUpdate, Turn, TurnCapture, WeightChange, first_rows
+from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, TurnCapture, WeightChange, first_rows
 from editor import linalg
 from editor.base import Edit, EditableModel, UpdateRule
 from editor.stopwatch import Stopwatch
@@ -23,7 +23,8 @@ class CaptureSettings:
     """How often a turn is captured and updated, and at which positions.
 
     The published methods have one pass. In later ones only those facts are captured and pushed further that the model,
-    as the pass before left it, does not say: an answer whose tokens are all its first choice is left alone.
+    as the pass before left it, does not say: an answer whose tokens are all its first choice is left alone. Warm-up
+    turns have one: their facts are there for the statistics, and pushing them further only harms the model.
     """
 
     passes: int = 1
@@ -43,7 +44,8 @@ class CaptureEditor:
         """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
         watch = Stopwatch(*model.devices, self.device)
         todo, done = turn, _Passes()
-        while len(done.losses) < self.settings.passes and todo.sequences:
+        passes = self.settings.passes if turn.phase is Phase.EDIT else 1
+        while len(done.losses) < passes and todo.sequences:
             try:
                 todo = self._pass(model, todo, done, watch)
             except FloatingPointError as error:

@@ -106,7 +106,8 @@ class EditorConfig(Section):
     """Rows a chunk inside the editor; bounds memory, never changes a result."""
     token: Token = Token.ans
     passes: int = 1
-    """How often a turn is captured and updated; later passes push those facts that the model does not say yet."""
+    """How often an edit turn is captured and updated; later passes push those facts that the model does not say yet.
+    Warm-up turns have one."""
     preheat_mode: PreheatMode = PreheatMode.none
     cache_dir: str | None = None
     """Folder that a turn's captures spill to, removed with the run; null = they stay in memory."""
