@@ -28,6 +28,7 @@ from editor.base import Edit
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.watch.diagnostics import TurnDiagnostics
 from model import edited as edited_modules
+from nets import LifelongNormalizer
 
 aten = torch.ops.aten
 VIEWS = {"view", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "diagonal", "split"}
@@ -87,6 +88,7 @@ def diagonal_start(rule: StableEdit, floor: float) -> None:
     """As after a decomposition of a covariance that falls like 1/i, a thousand rows a dimension."""
     for group in rule.normalizers:
         normalizer = rule.normalizers[group]
+        assert isinstance(normalizer, LifelongNormalizer)
         d_v = normalizer.value_mean.numel()
         spectrum = 1 / torch.arange(1, d_v + 1, device=rule.device, dtype=torch.float64)
         normalizer.count.fill_(1000 * d_v)

@@ -25,7 +25,7 @@ FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 # Those whose covariance changes little from one turn to the next, so that its root can be followed.
 LASTING: frozenset[Mode] = frozenset({"stable", "frozen"})
 
-# Size of a covariance that the CPU decomposes about as fast as it follows its root.
+# From this size of a covariance on, auto follows its root on the CPU too, where that has not been seen to be faster.
 QUICKLY_DECOMPOSED = 1024
 
 # Names of the quantiles of the whitening matrix's eigenvalues in turns.jsonl.

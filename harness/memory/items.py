@@ -166,7 +166,8 @@ def what_fits(cfg: RunConfig, size: Callable[[RunConfig], int], limit: int) -> t
     enough = next((name for name, needed in alone.items() if needed <= limit), None)
     if enough is not None:
         return [enough], alone[enough]
-    taken, needed = [], size(cfg)
+    taken: list[str] = []
+    needed = size(cfg)
     for name, change in SWITCHES.items():
         if size(change(cfg)) < needed:
             cfg, taken = change(cfg), [*taken, name]

@@ -531,6 +531,17 @@ def scores_shown(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.partition(" percent")[2].partition("  a turn")[0]
 
 
+def test_a_root_that_is_followed_goes_on_bit_for_bit(run: Commands) -> None:
+    """The last root is where the next one begins: the run was stopped once it had one."""
+    newton = ("editor.whitening_floor_mode=shift", "editor.whitening_solver=newton")
+    whole = run(*LOOP, *newton, run="whole")
+    folder = stopped(run, LanguageModel, "apply", 5, *newton)
+    run(*LOOP, *newton, f"resume={folder}", run="fresh")
+    require_same(whole.folder, folder)
+    statistics = [group for line in whole.lines("turns.jsonl")[5:] for group in line["statistics"].values()]
+    assert any(group["whitening_residual"] is not None for group in statistics)
+
+
 @pytest.mark.parametrize("resume", ["auto", "folder"])
 def test_a_finished_run_is_not_run_again(
     run: Commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resume: str
