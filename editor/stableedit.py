@@ -25,9 +25,6 @@ FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 # Those whose covariance changes little from one turn to the next, so that its root can be followed.
 LASTING: frozenset[Mode] = frozenset({"stable", "frozen"})
 
-# From this size of a covariance on, auto follows its root on the CPU too, where that has not been seen to be faster.
-QUICKLY_DECOMPOSED = 1024
-
 # Names of the quantiles of the whitening matrix's eigenvalues in turns.jsonl.
 SPECTRUM = {
     "whitening_min": 0.0,
@@ -46,8 +43,8 @@ class StableEditSettings:
     `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
     diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
     alone, the last two whitening as stable does.
-    `whitening_solver`: auto = newton where the floor is a shift and the rows of earlier turns count, on a GPU or from
-    d_v = 1,024.
+    `whitening_solver`: auto = newton on a GPU, where the floor is a shift and the rows of earlier turns count. On a CPU
+    decomposing is faster at every size (benchmarks/whitening.py).
     """
 
     lr: float
@@ -60,12 +57,12 @@ class StableEditSettings:
     whitening_prior: float
     whitening_solver: Literal["auto", "eigh", "newton"] = "auto"
 
-    def follows(self, d_v: int, device: torch.device) -> bool:
+    def follows(self, device: torch.device) -> bool:
         """Whether a covariance's root is found from the last turn's (newton), rather than by decomposition (eigh)."""
         if self.whitening_solver != "auto":
             return self.whitening_solver == "newton"
         can = self.whitening_floor_mode == "shift" and self.RunningMeanStd_mode in LASTING
-        return can and (device.type != "cpu" or d_v >= QUICKLY_DECOMPOSED)
+        return can and device.type != "cpu"
 
 
 class StableEdit(nn.Module):
@@ -93,7 +90,7 @@ class StableEdit(nn.Module):
         for name, (d_k, d_v) in shapes.items():
             if self.groups[name] not in self.normalizers:
                 self.normalizers[self.groups[name]] = LifelongNormalizer(
-                    d_k, d_v, full, follow=full and settings.follows(d_v, device)
+                    d_k, d_v, full, follow=full and settings.follows(device)
                 )
         self.to(device)
         self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import transformers
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerFast
 
@@ -120,13 +122,21 @@ class Run:
 
 
 @contextmanager
+def _composed_once() -> Iterator[None]:
+    """Hydra composes every configuration twice, first to see whether it sets hydra.mode itself; none of ours does."""
+    with mock.patch.object(Hydra, "get_mode", lambda *_, **__: None):
+        yield
+
+
+@contextmanager
 def command_line(arguments: list[str]) -> Iterator[None]:
     """sys.argv, and afterwards the logging and the Hydra that a process of its own would have taken with it."""
     before, root = sys.argv, logging.getLogger()
     handlers, level, environment = list(root.handlers), root.level, dict(os.environ)
     sys.argv = ["main.py", *arguments]
     try:
-        yield
+        with _composed_once():
+            yield
     finally:
         sys.argv = before
         for handler in set(root.handlers) - set(handlers):

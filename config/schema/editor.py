@@ -64,8 +64,8 @@ class WhiteningFloorMode(Enum):
 class WhiteningSolver(Enum):
     """How a covariance's inverse root is found: by decomposition, or by Newton's method from the last turn's.
 
-    auto = newton where whitening_floor_mode=shift and RunningMeanStd_mode is stable or frozen, on a GPU or for value
-    sizes of 1,024 and more; else eigh.
+    auto = newton where whitening_floor_mode=shift and RunningMeanStd_mode is stable or frozen, on a GPU;
+    else eigh.
     """
 
     auto = "auto"
