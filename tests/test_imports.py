@@ -46,12 +46,20 @@ MAY_IMPORT = {
     "editor/__init__.py": "",
     "editor/registry.py": "torch editor.*",
     "editor/stopwatch.py": "torch",
-    "editor/capture.py": "torch editor.linalg editor.base editor.stopwatch data.records",
+    "editor/updates.py": "torch editor.linalg data.records",
+    "editor/capture.py": "torch editor.base editor.stopwatch editor.updates data.records",
+    "editor/target_vectors.py": "torch editor.base data.records",
+    "editor/located.py": (
+        "torch editor.linalg editor.base editor.stopwatch editor.target_vectors editor.updates data.records"
+    ),
     "editor/meta_train.py": (
         "torch editor.linalg editor.base editor.capture editor.hypernetwork editor.stopwatch data.records"
     ),
-    # an editor: a file of its own; hypernetwork is what the trained ones share
-    "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork editor.stopwatch data.records",
+    # an editor: a file of its own; hypernetwork is what the trained ones share, located what the locate-then-edit ones do
+    "editor/*.py": (
+        "torch nets editor.linalg editor.base editor.hypernetwork editor.located editor.stopwatch editor.target_vectors "
+        "editor.updates data.records"
+    ),
     # the rooms of the harness, from the ground up: each opens onto those below it
     "harness/run/checkpoint.py": "torch safetensors.* xxhash data.disk",
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
