@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.records import FactContexts, Phase, TokenSequence, Turn
+from data.records import FactContexts, LossTerm, Phase, TokenSequence, Turn
 from editor import linalg
 from editor.alphaedit import AlphaEdit, AlphaEditSettings
 from editor.base import LocateInputs
@@ -217,6 +217,25 @@ def test_rome_makes_the_module_put_out_the_value_at_the_key(make: Callable[..., 
     offset = target_vectors(model, name, facts, start, TargetSettings(**TARGETS)).offsets
     rome(model).edit(model, turn_of(0, 1))
     torch.testing.assert_close(mean_values(model, name, facts), start + offset)
+
+
+@FAMILIES
+@pytest.mark.parametrize("kind", ["memit", "alphaedit", "rome"])
+def test_the_model_has_the_facts_afterwards(kind: str, make: Callable[..., Any], names: list[str]) -> None:
+    model = language_model(make, names[:1] if kind == "rome" else names)
+    strong = {**TARGETS, "v_num_grad_steps": 40, "clamp_norm_factor": 4.0, "v_weight_decay": 0.0, "kl_factor": 0.0}
+    given = LocateInputs(lambda turn: [FactContexts((s,), (s.answer_start - 1,)) for s in turn.sequences],
+                         second_moments)  # fmt: skip
+    editor: Any = {
+        "memit": lambda: MEMIT(model, MEMITSettings(**strong, mom2_update_weight=1e-3, moment_ridge=0.0,
+                                                    keep_keys=True), CPU, given),
+        "alphaedit": lambda: AlphaEdit(model, AlphaEditSettings(**strong, nullspace_threshold=1e9, L2=1e-4,
+                                                                keep_keys=True), CPU, given),
+        "rome": lambda: ROME(model, ROMESettings(**strong, moment_ridge=0.0), CPU, given),
+    }[kind]()  # fmt: skip
+    turn = turn_of(0, 1)
+    before = editor.edit(model, turn).loss
+    assert model.losses([LossTerm(turn.sequences, 1.0)])[0] < 0.5 * before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
