@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, choice, question, samples, text, texts
+from data.dataset import Dataset, Row, answer, choice, question, samples, subject, text, texts
 from data.records import EditRecord, Question
 
 
@@ -23,6 +23,7 @@ def _easy_edit(row: Row, index: int, seed: int) -> EditRecord:
         edit=question(row, "prompt", "target_new"),
         rephrase=question(row, "rephrase_prompt", "target_new"),
         locality=question(row, "locality_prompt", "locality_ground_truth"),
+        subject=subject(row, "subject"),
     )
 
 
@@ -32,22 +33,24 @@ def _zsre(row: Row, index: int, seed: int) -> EditRecord:
         edit=question(row, "src", "ans"),
         rephrase=question(row, "rephrase", "ans"),
         locality=question(row, "loc", "loc_ans"),
+        subject=subject(row, "subject"),
     )
 
 
 def _rome(row: Row, index: int, seed: int) -> EditRecord:
     """One paraphrase and one neighbourhood prompt, chosen by (seed, row); neighbours share the old object."""
     rewrite = _object(row, "requested_rewrite")
-    prompt, subject = text(rewrite, "prompt"), text(rewrite, "subject")
+    prompt, about = text(rewrite, "prompt"), text(rewrite, "subject")
     if "{}" not in prompt:
         raise ValueError(f"requested_rewrite.prompt {prompt!r} has no {{}} where the subject belongs")
     new, old = (answer(_object(rewrite, target), "str") for target in ("target_new", "target_true"))
     chosen = choice(seed, index)
     return EditRecord(
         index,
-        edit=Question(prompt.replace("{}", subject), new),
+        edit=Question(prompt.replace("{}", about), new),
         rephrase=Question(chosen.choice(texts(row, "paraphrase_prompts")), new),
         locality=Question(chosen.choice(texts(row, "neighborhood_prompts")), old),
+        subject=about.strip(),
     )
 
 
@@ -62,7 +65,7 @@ FORMS = {"requested_rewrite": _rome, "src": _zsre, "prompt": _easy_edit}
 DATASET = Dataset(
     "counterfact",
     (
-        *("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+        *("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth", "subject"),
         *("src", "rephrase", "ans", "loc", "loc_ans"),
         *("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"),
     ),

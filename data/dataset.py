@@ -98,6 +98,11 @@ def question_or_none(row: Row, prompt: str, reply: str) -> Question | None:
     return None if prompt in row and row[prompt] is None else question(row, prompt, reply)
 
 
+def subject(row: Row, name: str) -> str | None:
+    """What the fact is about, without the whitespace around it; None where the row does not say."""
+    return None if row.get(name) is None else answer(row, name)
+
+
 def choice(seed: int, index: int) -> random.Random:
     """The generator for what is chosen in row `index`: no other row, and no order of reading, changes the choice."""
     return random.Random(f"{seed},{index}")

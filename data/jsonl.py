@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from data.dataset import Dataset, Row, question, question_or_none
+from data.dataset import Dataset, Row, question, question_or_none, subject, text
 from data.records import EditRecord, Question
 
 
@@ -39,7 +39,21 @@ def _to_record(names: Mapping[str, str], row: Row, index: int, seed: int) -> Edi
         locality=_probe(names, row, "locality", "locality_answer"),
         persona=_probe(names, row, "persona", "answer"),
         multi_hop=_probe(names, row, "multi_hop", "multi_hop_answer"),
+        subject=_subject(names, row),
     )
+
+
+def _subject(names: Mapping[str, str], row: Row) -> str | None:
+    """The row's subject, null in rows without one. ValueError where it does not occur in the prompt."""
+    if "subject" not in names:
+        return None
+    field, prompt = names["subject"], names["prompt"]
+    if field not in row:
+        text(row, field)
+    found = subject(row, field)
+    if found is not None and found not in text(row, prompt):
+        raise ValueError(f"field {field!r}, {found!r}, does not occur in field {prompt!r}, {row[prompt]!r}")
+    return found
 
 
 def _probe(names: Mapping[str, str], row: Row, prompt: str, reply: str) -> Question | None:
@@ -52,6 +66,6 @@ def _unnamed(row: Row, index: int, seed: int) -> EditRecord:
 
 OUR_NAMES = (
     *("prompt", "answer", "rephrase", "locality", "locality_answer"),
-    *("persona", "multi_hop", "multi_hop_answer"),
+    *("persona", "multi_hop", "multi_hop_answer", "subject"),
 )
 DATASET = OwnFile("jsonl", (), _unnamed, fetchable=False)

@@ -324,6 +324,23 @@ def prepare(files: Sequence[DataFile], settings: Settings, loader: Downloader) -
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+CORPUS = """\
+Editors that locate a fact (rome, memit, alphaedit) are told what to leave alone by the keys of text: corpus.path=FILE.
+FILE is plain UTF-8 text, or JSON Lines whose rows have the text of a document in a field `text`:
+
+  python - <<'EOF'
+  import datasets, json
+  rows = datasets.load_dataset("wikimedia/wikipedia", "20231101.en", split="train", streaming=True)
+  with open("wikipedia.jsonl", "w", encoding="utf-8") as file:
+      file.writelines(json.dumps({"text": row["text"]}) + "\\n" for row in rows.take(100_000))
+  EOF
+
+100,000 documents of Wikipedia are what was published; corpus.tokens (default 10,000,000) ends the reading earlier.
+Fewer tokens than twice the size of a key (14,336 for Llama-3-8B) are warned of. Second moments are computed once for a
+model, text and module, and kept in the cache; a run that is stopped meanwhile goes on where it was.
+"""
+
+
 def select_files(names: Sequence[str]) -> list[DataFile]:
     """The files of the named data sets (`zsre`) or paths (`zsre/zsre_train.json`), all for no name; ValueError else."""
     chosen: list[DataFile] = []
@@ -373,7 +390,12 @@ def list_files(files: Sequence[DataFile], raw_dir: Path) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Fetch and verify the full data sets.")
-    parser.add_argument("datasets", nargs="*", metavar="dataset", help="data set or file, e.g. zsre; none = all")
+    parser.add_argument(
+        "datasets",
+        nargs="*",
+        metavar="dataset",
+        help="data set or file, e.g. zsre; none = all; corpus = how to bring text",
+    )
     parser.add_argument("--to", type=Path, default=Path("data/raw"), metavar="FOLDER", help="default: data/raw")
     parser.add_argument(
         "--endpoint",
@@ -389,6 +411,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.datasets == ["corpus"]:
+        sys.stdout.write(CORPUS)
+        return 0
     files, hosts = select_files(arguments.datasets), parse_hosts(arguments.endpoint)
     if arguments.list:
         Console(width=None if sys.stdout.isatty() else 160).print(list_files(files, arguments.to))

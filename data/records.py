@@ -37,7 +37,7 @@ class EditRecord:
     """One fact to write, with the questions that probe it.
 
     A probe the data does not hold is None and is left out of the scores, never scored as an empty string.
-    `index` is the row of the file the record was read from.
+    `index` is the row of the file the record was read from. `subject` is what the fact is about, where the data says.
     """
 
     index: int
@@ -46,6 +46,7 @@ class EditRecord:
     locality: Question | None = None
     persona: Question | None = None
     multi_hop: Question | None = None
+    subject: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,18 @@ class Turn:
             sequences=tuple(self.sequences[place] for place in places),
             loss_weights=tuple(self.loss_weights[place] for place in places),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FactContexts:
+    """A fact in the contexts that its target vector is sought over: as it is put, then behind each prefix."""
+
+    sequences: tuple[TokenSequence, ...]
+    positions: tuple[int, ...]  # of the fact token in each
+    essence: TokenSequence | None = (
+        None  # "{subject} is a", then one token that says nothing; None: no subject is known
+    )
+    essence_position: int = 0  # of the fact token there
 
 
 @dataclass(frozen=True, slots=True)

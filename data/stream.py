@@ -75,6 +75,41 @@ def tokenize(
     return sequences
 
 
+def subject_ends(
+    questions: Sequence[Question],
+    subjects: Sequence[str],
+    tokenizer: Tokenizer,
+    answer_tokens: AnswerTokens,
+    form: PromptForm = RAW,
+) -> list[int]:
+    """Position of the last token of each prompt's subject in what `tokenize` makes of the question.
+
+    The token that holds the last character of the subject, where the prompt names it last. Raises ValueError for a
+    tokenizer without character offsets, and where a subject does not occur in its prompt.
+    """
+    if not questions:
+        return []
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"editor.fact_token=subject_last needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
+            "offsets: set editor.fact_token=last"
+        )
+    for question, subject in zip(questions, subjects, strict=True):
+        if subject not in question.prompt:
+            raise ValueError(f"the subject {subject!r} does not occur in the prompt {question.prompt!r}")
+    texts = [form.text(question.prompt) for question in questions]
+    if answer_tokens == "joint":
+        texts = [_head(text, form) + question.answer for text, question in zip(texts, questions, strict=True)]
+    offsets = tokenizer(texts, add_special_tokens=not form.brings_special_tokens, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    ends = [len(form.before) + q.prompt.rindex(s) + len(s) for q, s in zip(questions, subjects, strict=True)]
+    return [
+        next(place for place, (_, end) in enumerate(spans) if end >= border)
+        for spans, border in zip(offsets, ends, strict=True)
+    ]
+
+
 def prompt_ids(questions: Sequence[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
     """Token ids of prompts in their form, without answers: what a model goes on from when it answers by itself."""
     return _prompt_ids([form.text(question) for question in questions], tokenizer, form)
@@ -100,7 +135,7 @@ def _tokenize_joint(
             f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
             "offsets: set dataset.answer_tokens=separate"
         )
-    heads = [prompt if prompt[-1:].isspace() else prompt + form.gap for prompt, _ in pairs]
+    heads = [_head(prompt, form) for prompt, _ in pairs]
     texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
     encoded = tokenizer(
         texts,
@@ -115,6 +150,11 @@ def _tokenize_joint(
             encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], heads, strict=True
         )
     ]
+
+
+def _head(prompt: str, form: PromptForm) -> str:
+    """What stands before the answer's text: a prompt that ends in whitespace gets no gap."""
+    return prompt if prompt[-1:].isspace() else prompt + form.gap
 
 
 def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: int) -> TokenSequence:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, question, samples, text
+from data.dataset import Dataset, Row, answer, question, samples, subject, text
 from data.records import EditRecord, Question
 
 
@@ -14,12 +14,13 @@ def to_record(row: Row, index: int, seed: int) -> EditRecord:
         edit=question(row, "src", "ans"),
         rephrase=question(row, "rephrase", "ans"),
         locality=Question(locality if locality.endswith("?") else locality + "?", answer(row, "loc_ans")),
+        subject=subject(row, "subject"),
     )
 
 
 DATASET = Dataset(
     "zsre",
-    ("src", "rephrase", "ans", "loc", "loc_ans"),
+    ("src", "rephrase", "ans", "loc", "loc_ans", "subject"),
     to_record,
     raw_files={
         "train": ("zsre/zsre_train.json",),

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.records import (
     Allocate,
     Capture,
+    FactContexts,
     LossTerm,
     LowRankUpdate,
     Phase,
@@ -79,6 +80,14 @@ def shape_name(shape: tuple[int, int]) -> str:
 def statistics_group(name: str, shape: tuple[int, int], scope: StatisticsScope) -> str:
     """The name that a module's running statistics have: its shape's, where it shares them, or its own."""
     return shape_name(shape) if scope == "shape" else name
+
+
+@dataclass(frozen=True)
+class LocateInputs:
+    """What locate-then-edit editors are given beside the model: they read no text and open no file."""
+
+    contexts: Callable[[Turn], Sequence[FactContexts]]  # of each fact of a turn
+    second_moments: Callable[[str], Tensor]  # module -> C = E[k k^T] (d_k, d_k) of its keys over text
 
 
 class EditableModel(Protocol):

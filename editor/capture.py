@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, TurnCapture, WeightChange, first_rows
-from editor import linalg
 from editor.base import Edit, EditableModel, UpdateRule
 from editor.stopwatch import Stopwatch
+from editor.updates import added_up, changed_by
 
 
 @dataclass(frozen=True)
@@ -95,42 +95,15 @@ class _Passes:
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """Of all passes together."""
-        return {
-            name: _together([updates[name] for updates in self._updates])
-            for name in (self._updates[0] if self._updates else ())
-        }
+        return added_up(self._updates)
 
     def changes(self) -> dict[str, WeightChange]:
         """Of all passes together; `largest` is that of a single pass."""
-        if len(self._changes) < 2:
-            return dict(*self._changes)
-        return {
-            name: WeightChange(
-                norm=_norm(update),
-                largest=max(changes[name].largest for changes in self._changes),
-                drift=self._changes[-1][name].drift,
-            )
-            for name, update in self.updates().items()
-        }
+        return changed_by(self.updates(), self._changes)
 
     def details(self) -> dict[str, Any]:
         """Facts pushed and loss before, by pass; nothing of a turn that has one."""
         return {"passes": {"facts": self.facts, "loss": self.losses}} if len(self.losses) > 1 else {}
-
-
-def _together(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    """The sum of updates of one module, as factors where all are."""
-    if len(updates) == 1:
-        return updates[0]
-    lefts = [update.left for update in updates if update.left is not None]
-    if len(lefts) == len(updates):
-        return LowRankUpdate(torch.cat(lefts, dim=1), torch.cat([update.right for update in updates]))
-    return LowRankUpdate(None, torch.stack([linalg.dense((update.left, update.right)) for update in updates]).sum(0))
-
-
-def _norm(update: LowRankUpdate) -> float:
-    factors = (update.left, update.right)
-    return max(0.0, linalg.inner_product(factors, factors)) ** 0.5
 
 
 def _some_rows(

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
-from editor.base import EditableModel, Editor
+from editor.alphaedit import AlphaEdit
+from editor.base import EditableModel, Editor, LocateInputs
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.fine_tuning import FineTuning
 from editor.grace import GRACE
 from editor.malmen import MALMEN
+from editor.memit import MEMIT
 from editor.mend import MEND
 from editor.rledit import RLEdit
+from editor.rome import ROME
 from editor.stableedit import StableEdit
 from editor.wise import WISE
 
@@ -25,6 +28,10 @@ EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     "mend": MEND,
     "malmen": MALMEN,
     "rledit": RLEdit,
+    # locate then edit: classes of editor.base.Editor, built from the model and editor.base.LocateInputs
+    "rome": ROME,
+    "memit": MEMIT,
+    "alphaedit": AlphaEdit,
     # any other family: classes of editor.base.Editor, built from the model
     # fine-tuning
     "ft_l": FineTuning,
@@ -36,8 +43,17 @@ EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
 }
 
 
-def build(kind: Any, model: EditableModel, settings: Any, device: torch.device, capture: CaptureSettings) -> Editor:
-    """An editor of the class `kind`; `capture` is for those of the gradient-capture family."""
+def build(
+    kind: Any,
+    model: EditableModel,
+    settings: Any,
+    device: torch.device,
+    capture: CaptureSettings,
+    located: LocateInputs | None = None,
+) -> Editor:
+    """An editor of the class `kind`; `capture` is for the gradient-capture family, `located` for locate-then-edit."""
     if hasattr(kind, "update"):
         return CaptureEditor(kind(model.shapes, settings, device), device, capture)
+    if located is not None:
+        return kind(model, settings, device, located)
     return kind(model, settings, device)

@@ -88,6 +88,23 @@ class PositionModel(TextModel):
         require_ran(wanted, found)
         return found
 
+    @torch.no_grad()
+    def token_keys(self, sequences: Sequence[TokenSequence]) -> Iterator[dict[str, Tensor]]:  # (N, d_k)
+        """Inputs of the edit modules at all tokens but each sequence's last, a compute batch at a time."""
+        wanted = {name: edited.module for name, edited in self.edited.items()}
+        for batch in self.batches(sequences):
+            found: dict[str, Tensor] = {}
+            inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]  # (B, L)
+
+            def keep(name: str, tensor: Tensor, found: dict[str, Tensor] = found, inside: Tensor = inside) -> None:
+                rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
+                found[name] = rows.to(self.device, self.precise)
+
+            with _hooks({module: _reader(name, lambda inputs, _: inputs[0], keep) for name, module in wanted.items()}):
+                self._logits(batch)
+            require_ran(wanted, found)
+            yield found
+
     def _block_of(self, name: str) -> nn.Module:
         """The layer that holds a module: the member of the outermost list of modules on the way to it."""
         path = name.split(".")

@@ -42,6 +42,7 @@ def zsre_row(i: int) -> dict[str, Any]:
         "ans": str(7919 * i % 100003),
         "loc": f"what is the colour of cup {i}",
         "loc_ans": f"c{i}",
+        "subject": f"box {i}",
     }
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data/dataset.py": "data.records",
     "data/made.py": "data.dataset data.disk",
     "data/batches.py": "numpy torch data.records",
+    "data/corpus.py": "data.batches data.disk data.prompts data.records",
     "data/stream.py": "numpy data.*",
     "data/training.py": "numpy data.*",
     "data/repeats.py": "numpy data.records",
@@ -46,12 +47,20 @@ MAY_IMPORT = {
     "editor/__init__.py": "",
     "editor/registry.py": "torch editor.*",
     "editor/stopwatch.py": "torch",
-    "editor/capture.py": "torch editor.linalg editor.base editor.stopwatch data.records",
+    "editor/updates.py": "torch editor.linalg data.records",
+    "editor/capture.py": "torch editor.base editor.stopwatch editor.updates data.records",
+    "editor/target_vectors.py": "torch editor.base data.records",
+    "editor/located.py": (
+        "torch editor.linalg editor.base editor.stopwatch editor.target_vectors editor.updates data.records"
+    ),
     "editor/meta_train.py": (
         "torch editor.linalg editor.base editor.capture editor.hypernetwork editor.stopwatch data.records"
     ),
-    # an editor: a file of its own; hypernetwork is what the trained ones share
-    "editor/*.py": "torch nets editor.linalg editor.base editor.hypernetwork editor.stopwatch data.records",
+    # an editor: a file of its own; hypernetwork is what the trained ones share, located what ROME and its kin do
+    "editor/*.py": (
+        "torch nets editor.linalg editor.base editor.hypernetwork editor.located editor.stopwatch "
+        "editor.target_vectors editor.updates data.records"
+    ),
     # the rooms of the harness, from the ground up: each opens onto those below it
     "harness/run/checkpoint.py": "torch safetensors.* xxhash data.disk",
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
@@ -79,6 +88,7 @@ MAY_IMPORT = {
     "harness/evaluation/retention.py": "data.stream",
     "harness/evaluation/scoring.py": "data.progress harness.evaluation.* harness.run.* harness.watch.*",
     "harness/evaluation/__init__.py": "harness.evaluation.*",
+    "harness/job/moments.py": "torch safetensors config.schema data.* harness.* model",
     "harness/job/*.py": "torch config.schema data.* editor.* glue_eval.* harness.* model.*",
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model.*",

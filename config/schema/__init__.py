@@ -10,6 +10,7 @@ from config.schema.checks import (
     ConfigError,
     quoted,
 )
+from config.schema.corpus import CorpusConfig
 from config.schema.dataset import (
     AnswerEnd,
     AnswerTokens,
@@ -23,8 +24,10 @@ from config.schema.door import (
 from config.schema.editor import (
     AnswerLoss,
     ClosedFormConfig,
+    FactToken,
     FineTuningConfig,
     HyperNetworkConfig,
+    LocateConfig,
     Order,
     PreheatMode,
     RLEditConfig,
@@ -55,11 +58,14 @@ __all__ = [
     "AnswerTokens",
     "ClosedFormConfig",
     "ConfigError",
+    "CorpusConfig",
     "DiagnosticsConfig",
     "EditPrecision",
+    "FactToken",
     "FineTuningConfig",
     "Half",
     "HyperNetworkConfig",
+    "LocateConfig",
     "Order",
     "PreheatMode",
     "PromptForm",

@@ -141,6 +141,8 @@ class FieldMap:
     multi_hop: str | None = None
     """A question that needs the new fact; goes with `multi_hop_answer`."""
     multi_hop_answer: str | None = None
+    subject: str | None = None
+    """What the fact is about, as the prompt names it; null in a row without one."""
 
 
 @dataclass

@@ -12,13 +12,16 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from config.schema.checks import ConfigError
 from config.schema.dataset import DatasetConfig, JsonlConfig, SyntheticConfig, WikiBigEditConfig
 from config.schema.editor import (
+    AlphaEditConfig,
     ClosedFormConfig,
     EditorConfig,
     FineTuningConfig,
     GraceConfig,
     HyperNetworkConfig,
+    MemitConfig,
     RidgeNetworkConfig,
     RLEditConfig,
+    RomeConfig,
     WiseConfig,
 )
 from config.schema.model import ModelConfig
@@ -93,3 +96,6 @@ def register() -> None:
     store.store(group="schema", name="fine_tuning", node=FineTuningConfig)
     store.store(group="schema", name="grace", node=GraceConfig)
     store.store(group="schema", name="wise", node=WiseConfig)
+    store.store(group="schema", name="rome", node=RomeConfig)
+    store.store(group="schema", name="memit", node=MemitConfig)
+    store.store(group="schema", name="alphaedit", node=AlphaEditConfig)

@@ -10,8 +10,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from config.schema.checks import Section, at_least, device, filled
+from config.schema.corpus import CorpusConfig
 from config.schema.dataset import DatasetConfig, PromptForm
-from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
+from config.schema.editor import EditorConfig, HyperNetworkConfig, LocateConfig, PreheatMode
 from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig
@@ -24,6 +25,7 @@ class RunConfig(Section):
     dataset: DatasetConfig = MISSING
     model: ModelConfig = MISSING
     editor: EditorConfig = MISSING
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     glue: GlueConfig = field(default_factory=GlueConfig)
@@ -171,12 +173,14 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
         if run.editor.save_checkpoint:
             lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
-    defaults = {entry.name: entry.default for entry in fields(EditorConfig)}
+    defaults = {entry.name: entry.default for entry in fields(run.editor)}
     for key in run.editor.unused():
         value = getattr(run.editor, key)
         if value != defaults[key]:
             shown = value.name if isinstance(value, Enum) else value
             lines.append(f"editor.{key}={shown} has no effect with editor={run.editor.name}")
+    if run.corpus != CorpusConfig() and not isinstance(run.editor, LocateConfig):
+        lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:

@@ -10,7 +10,7 @@ from pathlib import Path
 from config.compose import choices_of, compose_config
 from config.schema import quoted, to_run_config
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
-from harness.job import build_editor, load_model, make_plan
+from harness.job import build_editor, load_model, locate_inputs, make_plan
 from harness.ranks import joined
 from harness.watch import RunProgress
 
@@ -26,9 +26,10 @@ def edit(
     """A model with the facts written into it, ready to be asked; nothing is written to disk.
 
     `model` is a preset of config/model, or the folder or Hugging Face name of any causal language model, which needs
-    a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt` and an `answer`. `settings` are those of the
-    command line. Up to 100 facts are one turn; more of them are turns of `dataset.n_edits`, which must share them out
-    evenly. ValueError, in one line, for what is wrong with any of them, before a weight is read.
+    a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt`, an `answer` and, for editors that ask for it, a
+    `subject`. `settings` are those of the command line. Up to 100 facts are one turn; more of them are turns of
+    `dataset.n_edits`, which must share them out evenly. ValueError, in one line, for what is wrong with any of them,
+    before a weight is read.
     """
     rows = [_row(place, fact) for place, fact in enumerate(facts)]
     if not rows:
@@ -44,7 +45,7 @@ def edit(
                 "set dataset.n_edits to a number that divides them"
             )
         edited = load_model(cfg, plan)
-        chosen = build_editor(cfg, edited, plan.editor_device)
+        chosen = build_editor(cfg, edited, plan.editor_device, located=locate_inputs(cfg, plan, edited))
         with RunProgress().turns(len(plan.stream)) as bar:
             for turn in plan.stream.from_turn(0):
                 chosen.edit(edited, turn)
@@ -52,17 +53,17 @@ def edit(
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 
-def _row(place: int, fact: Mapping[str, str]) -> dict[str, str]:
+def _row(place: int, fact: Mapping[str, str]) -> dict[str, str | None]:
     missing = [name for name in ("prompt", "answer") if not str(fact.get(name) or "").strip()]
     if missing:
         raise ValueError(f"fact {place} has no {missing[0]}: give it one, {{'prompt': ..., 'answer': ...}}")
-    return {"prompt": fact["prompt"], "answer": fact["answer"]}
+    return {"prompt": fact["prompt"], "answer": fact["answer"], "subject": fact.get("subject")}
 
 
 def _choices(model: str, editor: str, path: Path, facts: int) -> list[str]:
     """What the command line of such a run says."""
     preset = model in choices_of("model")
     chosen = [f"model={model}"] if preset else ["model=huggingface", f"model.name_or_path={quoted(model)}"]
-    fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer")]
+    fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer", "subject")]
     size = f"dataset.n_edits={min(facts, FACTS_A_TURN)}"
     return [*chosen, f"editor={editor}", "dataset=jsonl", f"dataset.valid_path={quoted(str(path))}", size, *fields]

@@ -1,6 +1,6 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
-from harness.job.build import build_editor, settings_of
+from harness.job.build import build_editor, locate_inputs, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.loading import load_model
@@ -26,6 +26,7 @@ __all__ = [
     "export_folder",
     "is_saved",
     "load_model",
+    "locate_inputs",
     "make_evaluation",
     "make_hidden_states",
     "make_plan",

@@ -8,20 +8,42 @@ from typing import Any
 
 import torch
 
-from config.schema import RunConfig, Token
+from config.schema import LocateConfig, RunConfig, Token
 from data.records import Allocate
-from editor.base import EditableModel, Editor
+from editor.base import EditableModel, Editor, LocateInputs
 from editor.capture import CaptureSettings
 from editor.registry import EDITORS, build
+from harness.job.facts import Contexts, write_prefixes
+from harness.job.moments import second_moments
+from harness.job.plan import Plan
+from model import LanguageModel
 
 
 def build_editor(
-    cfg: RunConfig, model: EditableModel, device: torch.device, allocate: Allocate | None = None
+    cfg: RunConfig,
+    model: EditableModel,
+    device: torch.device,
+    allocate: Allocate | None = None,
+    located: LocateInputs | None = None,
 ) -> Editor:
     """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
     capture = CaptureSettings(cfg.editor.passes, cfg.editor.token is Token.all, allocate)
-    return build(kind, model, settings_of(kind.Settings, cfg), device, capture)
+    return build(kind, model, settings_of(kind.Settings, cfg), device, capture, located)
+
+
+def locate_inputs(
+    cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str | None = None
+) -> LocateInputs | None:
+    """Facts in contexts that the model writes, and second moments of its keys; None for editors that ask for neither.
+
+    `model` has its weights as they were loaded; `fingerprint` is its own, for who has it already.
+    """
+    if not isinstance(cfg.editor, LocateConfig):
+        return None
+    prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
+    contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
+    return LocateInputs(contexts, second_moments(cfg, plan, model, fingerprint or model.fingerprint()).pop)
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:

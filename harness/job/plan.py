@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import torch
 
-from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from config.schema import AnswerEnd, LocateConfig, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from data.corpus import Corpus, open_corpus
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate
@@ -29,6 +30,7 @@ from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
 from harness.job.data import open_data
 from harness.job.devices import devices
+from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
 from harness.ranks import Ranks
 from harness.run import places
@@ -40,7 +42,8 @@ from model.source import ModelSource, Outline, end_tokens, load_tokenizer, locat
 log = logging.getLogger(__name__)
 
 
-PASSAGE = places.ROOT / "data" / "sample" / "passage.txt"
+SAMPLES = places.ROOT / "data" / "sample"
+PASSAGE = SAMPLES / "passage.txt"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Plan:
     generation: Generation | None  # None: off
     examples: Examples | None  # None: none are kept
     passage: Passage | None  # None: off
+    corpus: Corpus | None  # None: the editor asks for no text
     ranks: Ranks  # the processes that share the work
 
     @property
@@ -78,7 +82,8 @@ class Plan:
         """SHA-256 of every file that the run's numbers come from."""
         network = {"network": self.network.digest} if self.network else {}
         passage = {"perplexity": self.passage.sha256} if self.passage else {}
-        return {split: file.sha256 for split, file in self.files.items()} | network | passage
+        corpus = {"corpus": self.corpus.sha256} if self.corpus else {}
+        return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpus
 
 
 def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
@@ -106,6 +111,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check = partial(check_context, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
+    check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
+    corpus = plan_corpus(cfg)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -122,6 +129,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         generation=generation,
         examples=examples,
         passage=passage,
+        corpus=corpus,
         ranks=ranks,
     )
 
@@ -161,6 +169,12 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
     if cfg.evaluate is None:
         warn_of_repeats(stream, files["eval"].path)
     return stream
+
+
+def plan_corpus(cfg: RunConfig) -> Corpus | None:
+    """The text whose keys say what is to stay, None where the editor asks for none."""
+    asks = cfg.evaluate is None and isinstance(cfg.editor, LocateConfig)
+    return open_corpus(cfg.corpus.path, SAMPLES) if asks else None
 
 
 def check_lengths(

@@ -35,6 +35,7 @@ DATA = {
     "network": "editor.load_checkpoint",
     "perplexity": "evaluation.perplexity",
     "glue": "glue.rows",
+    "corpus": "corpus.path",
 }
 MOST_NAMED = 8  # keys that fit into an error message
 NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold many files

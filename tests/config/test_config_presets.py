@@ -13,7 +13,9 @@ from config.schema import (
     AnswerTokens,
     ClosedFormConfig,
     EditPrecision,
+    FactToken,
     HyperNetworkConfig,
+    LocateConfig,
     PreheatMode,
     RLEditConfig,
     RunConfig,
@@ -85,15 +87,36 @@ def test_what_suits_an_editor_on_a_model_is_taken_with_them_and_only_with_them(n
 
 
 @pytest.mark.parametrize("name", [name for name in files("tuned") if "rank" not in tuned(name)])
-def test_an_editor_of_one_module_has_its_own_on_each_model(name: str) -> None:
+def test_an_editor_of_certain_modules_has_its_own_on_each_model(name: str) -> None:
     editor, _, model = name.rpartition("_")
     chosen = run_config(f"editor={editor}", f"model={model}").model.edit_modules
     assert chosen == tuned(name)["model"]["edit_modules"]
-    (module,) = chosen
-    (layer,) = [int(part) for part in module.split(".") if part.isdigit()]
-    assert layer < LAYERS.get(model, {"smollm2-135m": 30, "tiny": 2}.get(model, 0))
+    layers = [int(part) for module in chosen for part in module.split(".") if part.isdigit()]
+    assert layers == list(range(layers[0], layers[0] + len(chosen)))
+    assert layers[-1] < LAYERS.get(model, {"smollm2-135m": 30, "tiny": 2}.get(model, 0))
+    if editor not in ("memit", "alphaedit"):
+        assert len(layers) == 1
     assert run_config(f"editor={editor}", f"model={model}", "model.edit_modules=[a]").model.edit_modules == ["a"]
     assert run_config("editor=stableedit", f"model={model}").model.edit_modules != chosen
+
+
+@pytest.mark.parametrize("model", ["gpt-j", "llama-3-instruct", "mistral-7b", "qwen2.5-7b"])
+def test_editors_that_locate_have_their_published_numbers(model: str) -> None:
+    rome, memit, alphaedit = (run_config(f"editor={name}", f"model={model}") for name in ("rome", "memit", "alphaedit"))
+    for run in (rome, memit, alphaedit):
+        assert isinstance(run.editor, LocateConfig)
+        assert run.editor.fact_token is FactToken.subject_last
+        assert (run.editor.v_weight_decay, run.editor.kl_factor) == (0.5, 0.0625)
+        assert not run.warms_up()
+    assert (rome.editor.v_num_grad_steps, rome.editor.clamp_norm_factor) == (20, 4)  # type: ignore[attr-defined]
+    for run in (memit, alphaedit):
+        assert isinstance(run.editor, LocateConfig)
+        assert (run.editor.v_num_grad_steps, run.editor.clamp_norm_factor) == (25, 0.75)
+        assert run.editor.v_lr == (0.5 if model == "gpt-j" else 0.1)
+        assert len(run.model.edit_modules) == (6 if model == "gpt-j" else 5)
+    assert (memit.editor.mom2_update_weight, memit.editor.keep_keys) == (15_000, False)  # type: ignore[attr-defined]
+    numbers = vars(alphaedit.editor)
+    assert (numbers["nullspace_threshold"], numbers["L2"], numbers["keep_keys"]) == (0.02, 10, True)
 
 
 def test_the_released_arithmetic_can_be_asked_for_with_any_model() -> None:

@@ -137,6 +137,32 @@ class TestFields:
         assert record.edit == Question("Where is A?\n", "B")
 
 
+class TestSubjects:
+    @pytest.mark.parametrize("case", ["zsre", "counterfact, EasyEdit", "counterfact, zsRE"])
+    def test_what_a_fact_is_about_where_the_row_says(self, case: str) -> None:
+        assert read(case, subject=" A ").subject == "A"
+        assert read(case, subject=None).subject is None
+        assert read(case).subject is None
+        with pytest.raises(ValueError, match=r"field 'subject' is a number \(3\), not text"):
+            read(case, subject=3)
+
+    def test_romes_form_always_says(self) -> None:
+        record = read("counterfact, ROME")
+        assert record.subject == "A"
+        assert record.subject in record.edit.prompt
+
+    def test_own_files_name_the_field(self) -> None:
+        own = DATASETS["jsonl"].with_fields({"prompt": "q", "answer": "a", "subject": "s"})
+        row = {"q": "Where is A?", "a": "B", "s": "A"}
+        assert own.fields == ("q", "a", "s")
+        assert own.to_record(row, 0, 0).subject == "A"
+        assert own.to_record({**row, "s": None}, 0, 0).subject is None
+        with pytest.raises(ValueError, match="field 's', 'C', does not occur in field 'q', 'Where is A"):
+            own.to_record({**row, "s": "C"}, 0, 0)
+        with pytest.raises(ValueError, match="no field 's'"):
+            own.to_record(without(row, "s"), 0, 0)
+
+
 class TestChoice:
     @pytest.mark.parametrize("case", ["fever", "counterfact, ROME"])
     def test_follows_seed_and_row_alone(self, case: str) -> None:
@@ -170,8 +196,8 @@ class TestOwnFile:
                 "locality and .locality_answer go together",
             ),
             (
-                {"prompt": "q", "answer": "a", "subject": "s"},
-                "subject: no such entry; set one of prompt",
+                {"prompt": "q", "answer": "a", "topic": "t"},
+                "topic: no such entry; set one of prompt",
             ),
         ],
     )

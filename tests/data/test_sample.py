@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from data import DATASETS
 from data.sample.build import (
     EXAMPLES,
     FOLDER,
@@ -226,3 +227,11 @@ def test_tables_hold_no_stray_blanks_or_doubled_subjects() -> None:
         assert all(answer and answer == answer.strip() for answer in (*fact.answers, fact.subject))
     keys = [(fact.relation.name, fact.subject) for fact in every_fact()]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("dataset", ["zsre", "counterfact"])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_samples_say_what_their_facts_are_about(dataset: str, split: str) -> None:
+    rows = json.loads((FOLDER / f"{dataset}_{split}.json").read_text(encoding="utf-8"))
+    records = [DATASETS[dataset].to_record(row, index, 0) for index, row in enumerate(rows)]
+    assert all(record.subject and record.subject in record.edit.prompt for record in records)

@@ -13,8 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from data.batches import compute_batches
+from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, TokenSequence
-from data.stream import EditStream, check_context, mini_batch_weights, tokenize
+from data.stream import EditStream, check_context, mini_batch_weights, subject_ends, tokenize
 
 BOS, EOS = "<s>", "</s>"
 
@@ -66,6 +67,47 @@ TOKENIZERS = {
 VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 WORDS = st.lists(VISIBLE, min_size=1, max_size=4).map(" ".join)
 ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12).map(lambda t: f"x{t}x")
+
+
+QA = PromptForm("Q: ", "\nA:")
+FORMS = pytest.mark.parametrize("form", [PromptForm(), QA], ids=["raw", "qa"])
+BOTH = pytest.mark.parametrize("answer_tokens", ["joint", "separate"])
+
+
+class TestSubjects:
+    @pytest.mark.parametrize("name", sorted(TOKENIZERS))
+    @FORMS
+    @BOTH
+    @settings(max_examples=25, deadline=None)
+    @given(before=WORDS, subject=WORDS, after=WORDS)
+    def test_the_token_with_the_subjects_last_character(
+        self, name: str, form: PromptForm, answer_tokens: Any, before: str, subject: str, after: str
+    ) -> None:
+        """Up to it there is as much text as up to the subject's end, and before it less."""
+        tokenizer, question = TOKENIZERS[name], Question(f"{before} {subject} {after}", "Rome")
+        [place] = subject_ends([question], [subject], tokenizer, answer_tokens, form)
+        [sequence] = tokenize([question], tokenizer, answer_tokens, form)
+        last = question.prompt.rindex(subject) + len(subject)
+        text = (form.before + question.prompt[:last]).replace(" ", "").replace("\n", "")
+
+        def characters(upto: int) -> int:
+            tokens = tokenizer.convert_ids_to_tokens(list(sequence.ids[1:upto]))
+            return sum(len(token.strip("▁ĠĊ").replace("<unk>", "")) for token in tokens)
+
+        assert characters(place) < len(text) <= characters(place + 1)
+        assert place < sequence.answer_start
+
+    def test_several_questions_and_none(self) -> None:
+        questions = [Question("Rome is in", "it"), Question("in Rome", "x")]
+        assert subject_ends(questions, ["Rome", "Rome"], byte_level(), "joint") == [3, 2]
+        assert subject_ends([], [], byte_level(), "joint") == []
+
+    def test_where_it_is_named_last(self) -> None:
+        assert subject_ends([Question("a in b in c", "x")], ["in"], byte_level(), "joint") == [7]
+
+    def test_a_subject_that_is_not_there(self) -> None:
+        with pytest.raises(ValueError, match="the subject 'Oslo' does not occur in the prompt 'Rome is in'"):
+            subject_ends([Question("Rome is in", "it")], ["Oslo"], byte_level(), "joint")
 
 
 class TestJoint:

@@ -1,0 +1,117 @@
+"""Text that second moments of keys are taken over: files to documents to windows of token ids, streamed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.batches import PADDING
+from data.disk import sha256_of
+from data.prompts import Tokenizer
+from data.records import TokenSequence
+
+BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
+TOGETHER = 64  # documents
+SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text files, JSON Lines with a field `text`, and, of `rows`, JSON arrays whose every text counts."""
+
+    texts: tuple[Path, ...]
+    rows: tuple[Path, ...]
+    sha256: str  # of all of them
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(path.stat().st_size for path in (*self.texts, *self.rows))
+
+    def documents(self) -> Iterator[str]:
+        """ValueError, naming file and line, for a row without text."""
+        for path in self.texts:
+            yield from _lines_of_json(path) if path.suffix in (".jsonl", ".json") else _blocks(path)
+        for path in self.rows:
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                yield "\n".join(_strings(row))
+
+    def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
+        """Documents cut every `window` tokens, up to `tokens` in all.
+
+        Special tokens stand where the tokenizer puts them, around each document. Behind a window stands one token more
+        that says nothing, since nothing is asked of a sequence's last one.
+        """
+        documents, left = self.documents(), tokens
+        while left and (some := list(itertools.islice(documents, TOGETHER))):
+            for ids in tokenizer(some)["input_ids"]:
+                for start in range(0, len(ids), window):
+                    cut = ids[start : start + window][:left]
+                    left -= len(cut)
+                    if cut:
+                        yield TokenSequence((*cut, PADDING), len(cut))
+
+
+def open_corpus(path: str | None, sample_dir: Path) -> Corpus:
+    """The corpus at `corpus.path`, None for the shipped texts. ValueError where it is no text file."""
+    if path is None:
+        texts: tuple[Path, ...] = (sample_dir / "passage.txt",)
+        rows: tuple[Path, ...] = tuple(sample_dir / name for name in SAMPLES)
+        return Corpus(texts, rows, _digest([*texts, *rows]))
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")
+    corpus = Corpus((file,), (), _digest([file]))
+    if not any(document.strip() for document in corpus.documents()):
+        raise ValueError(f"corpus.path={path}: holds no text; name another file, or set it to null")
+    return corpus
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256("\n".join(map(sha256_of, files)).encode()).hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """A text file in pieces of whole lines."""
+    block: list[str] = []
+    size = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                block.append(line)
+                size += len(line)
+                if size >= BLOCK:
+                    yield "".join(block)
+                    block, size = [], 0
+    except UnicodeDecodeError as error:
+        raise ValueError(f"corpus.path={path}: no UTF-8 ({error.reason}); name a plain text file") from error
+    if block:
+        yield "".join(block)
+
+
+def _lines_of_json(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"corpus.path={path}, line {number}: not an object of JSON Lines; mend it") from error
+            if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
+                raise ValueError(f"corpus.path={path}, line {number}: no text in a field 'text'; mend it")
+            yield row["text"]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a row, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)

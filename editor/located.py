@@ -1,0 +1,248 @@
+"""What ROME, MEMIT and AlphaEdit share: keys of facts, factors of second moments, keys that earlier turns edited.
+
+Letters: n facts of a turn, m of earlier turns, d_k key size, d_v value size, C = E[k k^T] second moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.records import FactContexts, LossTerm, LowRankUpdate, TokenSequence, Turn, WeightChange
+from editor import linalg
+from editor.base import Edit, EditableModel, LocateInputs
+from editor.stopwatch import Stopwatch
+from editor.target_vectors import TargetSettings, target_vectors
+
+
+def mean_keys(model: EditableModel, name: str, facts: Sequence[FactContexts]) -> Tensor:  # (n, d_k)
+    """Each fact's key: the module's input at the fact token, the mean over the fact's contexts."""
+    return _means(model.keys_at(*in_contexts(facts), [name])[name], facts)
+
+
+def mean_values(model: EditableModel, name: str, facts: Sequence[FactContexts]) -> Tensor:  # (n, d_v)
+    """What the module puts out at the mean key, for it is linear."""
+    return _means(model.values_at(name, *in_contexts(facts)), facts)
+
+
+def in_contexts(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int]]:
+    """All sequences of all facts in order, and their positions."""
+    return [s for fact in facts for s in fact.sequences], [at for fact in facts for at in fact.positions]
+
+
+def as_put(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int]]:
+    """Each fact's own sequence, without a prefix."""
+    return [fact.sequences[0] for fact in facts], [fact.positions[0] for fact in facts]
+
+
+def _means(rows: Tensor, facts: Sequence[FactContexts]) -> Tensor:
+    return torch.stack([own.mean(0) for own in rows.split([len(fact.sequences) for fact in facts])])
+
+
+def loss_of(model: EditableModel, turn: Turn) -> float:
+    """Of the facts as they are put, nats a token."""
+    return model.losses([LossTerm(turn.sequences, 1.0)])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second moments
+
+
+class Whitening:
+    """Keys in coordinates in which C is the identity: y = L^(-1) k, where C = L L^T.
+
+    `ridge`, in units of C's mean eigenvalue, is added to its diagonal: text with fewer tokens than d_k leaves
+    directions that it says nothing of. ValueError where C has no factor all the same.
+    """
+
+    def __init__(self, name: str, second_moments: Tensor, ridge: float, device: torch.device) -> None:
+        matrix = second_moments.to(device).double()
+        matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            raise ValueError(
+                f"editor.moment_ridge={ridge}: the second moments of the keys of {name} have no inverse; bring more "
+                "text (corpus.path, corpus.tokens), or set a larger editor.moment_ridge"
+            )
+        self.factor = factor  # L (d_k, d_k) float64
+
+    def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
+        return torch.linalg.solve_triangular(self.factor, keys.T, upper=False).T
+
+    def leave(self, left: Tensor) -> Tensor:  # (d_k, n) -> (d_k, n): L^(-T) left
+        return torch.linalg.solve_triangular(self.factor.T, left, upper=True)
+
+    def statistics(self) -> dict[str, float | None]:
+        return {}
+
+
+class NullSpace:
+    """Keys projected onto the eigenvectors of C with eigenvalues below `threshold`: P k (AlphaEdit, section 3.2).
+
+    P is kept as the narrower of two bases, its own and that of what it leaves out. ValueError where it is zero.
+    """
+
+    def __init__(self, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> None:
+        values, vectors = torch.linalg.eigh(second_moments.to(device).double())
+        self.size = int((values < threshold).sum())  # eigenvalues ascend
+        if not self.size:
+            raise ValueError(
+                f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
+                f"lies below, the least is {float(values[0]):.3g}; set a larger one"
+            )
+        self._is_complement = 2 * self.size > len(values)
+        self._basis = vectors[:, self.size :].clone() if self._is_complement else vectors[:, : self.size].clone()
+
+    def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
+        inside = (keys @ self._basis) @ self._basis.T
+        return keys - inside if self._is_complement else inside
+
+    def leave(self, left: Tensor) -> Tensor:  # (d_k, n): it lies within the null space, as all projected keys do
+        return left
+
+    def statistics(self) -> dict[str, float | None]:
+        """Dimensions of the null space."""
+        return {"null_space": float(self.size)}
+
+
+class Coordinates(Protocol):
+    """Where a layer is solved in: a map of keys, and the adjoint map of what is solved back to weights."""
+
+    def enter(self, keys: Tensor) -> Tensor: ...
+    def leave(self, left: Tensor) -> Tensor: ...
+    def statistics(self) -> dict[str, float | None]: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class KeptKeys:
+    """K_0, the keys of earlier turns in a module's coordinates: rows or, once these outnumber d_k, K_0^T K_0."""
+
+    def __init__(self, d_k: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = torch.zeros((0, d_k), dtype=dtype, device=device)
+        self.gram: Tensor | None = None  # (d_k, d_k) float64
+        self.count = 0
+
+    def spread(self, keys: Tensor, ridge: float) -> Tensor:  # (n, d_k) -> (d_k, n)
+        """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T."""
+        if self.gram is not None:
+            return linalg.spread_of_keys(keys, self.gram, ridge, as_gram=True)
+        return linalg.spread_of_keys(keys, self.rows.double(), ridge)
+
+    def add(self, keys: Tensor) -> None:  # (n, d_k)
+        self.count += len(keys)
+        if self.gram is not None:
+            self.gram += keys.T @ keys
+            return
+        self.rows = torch.cat([self.rows, keys.to(self.rows.dtype)])
+        if len(self.rows) > self.rows.shape[1]:
+            rows = self.rows.double()
+            self.gram, self.rows = rows.T @ rows, self.rows[:0]
+
+    def state(self) -> dict[str, Tensor]:
+        held = {"rows": self.rows} if self.gram is None else {"gram": self.gram}
+        return held | {"count": torch.tensor(self.count)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        device = self.rows.device
+        self.count = int(state["count"])
+        self.gram = state["gram"].to(device) if "gram" in state else None
+        self.rows = state["rows"].to(device) if "rows" in state else self.rows[:0]
+
+
+class LayerByLayer:
+    """The facts of a turn spread over layers (MEMIT, section 4.3): the update of MEMIT and of AlphaEdit.
+
+    Target vectors z are found at the last layer L. Then, layer by layer, on the model as the layers before left it,
+    R = (z - h_L)/(layers left) and DeltaW = (ridge M + K_0^T K_0 + K^T K)^(-1) K^T R, M being what `coordinates` say.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        coordinates: Callable[[str], Coordinates],  # of each edit module
+        targets: TargetSettings,
+        given: LocateInputs,
+        *,
+        ridge: float,
+        keep_keys: bool,
+        device: torch.device,
+    ) -> None:
+        self.coordinates = {name: coordinates(name) for name in model.shapes}
+        self.targets, self.given, self.ridge = targets, given, ridge
+        self.keep_keys, self.device = keep_keys, device
+        self.kept: dict[str, KeptKeys] = {}  # from the first turn on, when the keys' precision is known
+
+    def edit(self, model: EditableModel, turn: Turn) -> Edit:
+        """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
+        watch = Stopwatch(*model.devices, self.device)
+        facts, names = self.given.contexts(turn), list(model.shapes)
+        done: list[str] = []
+        try:
+            with watch.measure("targets"):
+                loss = loss_of(model, turn)
+                start = model.hidden_at(names[-1], *as_put(facts))
+                found = target_vectors(model, names[-1], facts, start, self.targets)
+            updates: dict[str, LowRankUpdate] = {}
+            changes: dict[str, WeightChange] = {}
+            for name in names:
+                updates |= self._update(model, name, facts, start + found.offsets, len(names) - len(done), watch)
+                with watch.measure("apply"):
+                    changes |= model.apply({name: updates[name]})
+                done.append(name)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"turn {turn.index}: {error}; {_weights(done)}") from error
+        return Edit(loss, updates, changes, watch.seconds, {"targets": found.details()})
+
+    def _update(
+        self,
+        model: EditableModel,
+        name: str,
+        facts: Sequence[FactContexts],
+        targets: Tensor,  # (n, d_v) z
+        layers_left: int,
+        watch: Stopwatch,
+    ) -> dict[str, LowRankUpdate]:
+        with watch.measure("keys"):
+            raw = mean_keys(model, name, facts)
+            residual = (targets - model.hidden_at(list(model.shapes)[-1], *as_put(facts))) / layers_left
+        with watch.measure("solve"):
+            coordinates = self.coordinates[name]
+            keys = coordinates.enter(raw.to(self.device).double())
+            kept = self.kept.setdefault(name, KeptKeys(raw.shape[1], raw.dtype, self.device))
+            left = coordinates.leave(kept.spread(keys, self.ridge))
+            if self.keep_keys:
+                kept.add(keys)
+        return {name: LowRankUpdate(left.to(raw), residual)}
+
+    def statistics(self) -> dict[str, dict[str, float | None]]:
+        """Keys of earlier turns, by module, and what its coordinates have to say."""
+        return {
+            name: {"kept_keys": float(kept.count), **self.coordinates[name].statistics()}
+            for name, kept in self.kept.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{name}/{part}": held for name, kept in self.kept.items() for part, held in kept.state().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            name, _, part = key.rpartition("/")
+            parts.setdefault(name, {})[part] = tensor
+        for name, state in parts.items():
+            rows = state.get("rows", state.get("gram"))
+            assert rows is not None
+            self.kept[name] = KeptKeys(rows.shape[1], rows.dtype, self.device)
+            self.kept[name].load(state)
+
+
+def _weights(done: Sequence[str]) -> str:
+    if not done:
+        return "the weights are those of the turn before"
+    return f"the weights are those of the turn before, but that {', '.join(done)} took the update"

@@ -1,0 +1,148 @@
+"""Target vectors: what a fact's hidden state should be for the model to say the fact (ROME, section 3.1; MEMIT, 4.2).
+
+Letters: n facts, d_v size of a hidden state, s sequences (each fact's contexts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.records import FactContexts
+from editor.base import EditableModel
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, as Kingma and Ba have them
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """The keys of the same names in the configuration: steps and step size of Adam, the weights of the penalties, the
+    bound of ||delta|| in units of ||h||, the loss below which a fact is left.
+    """
+
+    v_num_grad_steps: int
+    v_lr: float
+    v_weight_decay: float
+    kl_factor: float
+    clamp_norm_factor: float
+    v_loss_stop: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Offsets that make the model say the facts, and how they were found."""
+
+    offsets: Tensor  # (n, d_v) delta
+    losses: Tensor  # (n,) -log p of the answer, mean over contexts and tokens, where the search ended
+    steps: Tensor  # (n,) of Adam
+
+    @classmethod
+    def of_all(cls, each: Sequence[Targets]) -> Targets:
+        """Of facts that were sought one after another."""
+        parts = ([getattr(one, part) for one in each] for part in ("offsets", "losses", "steps"))
+        return cls(*map(torch.cat, parts))
+
+    def details(self) -> dict[str, float]:
+        """For the turn's line: means over the facts."""
+        return {"loss": float(self.losses.mean()), "steps": float(self.steps.double().mean())}
+
+
+def target_vectors(
+    model: EditableModel,
+    name: str,  # of the module that the offsets are added to
+    facts: Sequence[FactContexts],
+    start: Tensor,  # (n, d_v) h, which the offsets are measured by
+    settings: TargetSettings,
+) -> Targets:
+    """Minimise, by Adam and each fact for itself,
+
+        mean_j -log p(o* | x_j + prompt; h + delta) + kl_factor KL(p(. | "{subject} is a") || p_delta)
+            + v_weight_decay ||delta||^2 / ||h||^2
+
+    over delta, the x_j being the fact's contexts and -log p the mean over the answer's tokens; a fact without a subject
+    has no KL term. After each step ||delta|| is clamped at clamp_norm_factor ||h||; a fact whose loss is below
+    v_loss_stop is left. All facts that are still looked for share the compute batches. (ROME's equation 4 has the two
+    sides of the KL the other way round.)
+    Raises FloatingPointError where a loss is not finite.
+    """
+    search = _Search(model, name, facts, start, settings)
+    searching = list(range(len(facts)))
+    for step in range(1, settings.v_num_grad_steps + 1):
+        loss, gradient = search.loss(searching)
+        if not bool(torch.isfinite(loss).all()):
+            raise FloatingPointError(f"the loss of a target vector is not finite in step {step}")
+        going = loss >= settings.v_loss_stop
+        searching = [fact for fact, goes in zip(searching, going.tolist(), strict=True) if goes]
+        if not searching:
+            break
+        search.step(searching, gradient[going], step)
+    return Targets(search.offsets, search.said, search.steps)
+
+
+class _Search:
+    """The offsets, and Adam's state, of all facts."""
+
+    def __init__(
+        self, model: EditableModel, name: str, facts: Sequence[FactContexts], start: Tensor, settings: TargetSettings
+    ) -> None:
+        self.model, self.name, self.facts, self.settings = model, name, facts, settings
+        self.offsets = torch.zeros_like(start)
+        self.said, self.steps = start.new_zeros(len(facts)), torch.zeros(len(facts), dtype=torch.int64)
+        self.sizes = start.norm(dim=1)  # ||h||
+        self.first, self.second = torch.zeros_like(start), torch.zeros_like(start)
+        self.with_essence = [place for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
+        essences = [essence for fact in facts if (essence := fact.essence) and settings.kl_factor]
+        self.reference = model.reference_logits(essences) if essences else None  # (essences, V)
+
+    def loss(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:  # (len(chosen),), (len(chosen), d_v)
+        """The objective and its gradient."""
+        offsets = self.offsets[chosen]
+        said, gradient = self._contexts(chosen, offsets)
+        self.said[chosen] = said
+        drift, drift_gradient = self._essences(chosen, offsets)
+        decay = self.settings.v_weight_decay / self.sizes[chosen].square()
+        loss = said + self.settings.kl_factor * drift + decay * offsets.square().sum(1)
+        return loss, gradient + self.settings.kl_factor * drift_gradient + 2 * decay[:, None] * offsets
+
+    def _contexts(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of the answers, the mean over each fact's contexts."""
+        facts = [self.facts[place] for place in chosen]
+        owner = torch.tensor([place for place, fact in enumerate(facts) for _ in fact.sequences], device=offsets.device)
+        sequences = [sequence for fact in facts for sequence in fact.sequences]
+        positions = [position for fact in facts for position in fact.positions]
+        losses, gradients = self.model.loss_with_offset(self.name, sequences, positions, offsets[owner])
+        share = 1 / offsets.new_tensor([len(fact.sequences) for fact in facts])
+        said = torch.zeros_like(share).index_add_(0, owner, losses.to(share)) * share
+        return said, torch.zeros_like(offsets).index_add_(0, owner, gradients) * share[:, None]
+
+    def _essences(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """KL of what follows the subject, of those facts that have one."""
+        drift, gradient = offsets.new_zeros(len(chosen)), torch.zeros_like(offsets)
+        rows = {fact: row for row, fact in enumerate(self.with_essence)}
+        there = [place for place, fact in enumerate(chosen) if fact in rows]
+        if not there or self.reference is None:
+            return drift, gradient
+        facts = [self.facts[chosen[place]] for place in there]
+        losses, gradients = self.model.loss_with_offset(
+            self.name,
+            [fact.essence for fact in facts if fact.essence],
+            [fact.essence_position for fact in facts],
+            offsets[there],
+            reference=self.reference[[rows[chosen[place]] for place in there]],
+        )
+        drift[there], gradient[there] = losses.to(drift), gradients
+        return drift, gradient
+
+    def step(self, chosen: Sequence[int], gradient: Tensor, step: int) -> None:
+        """One of Adam, then the clamp."""
+        (beta1, beta2), settings = BETAS, self.settings
+        self.first[chosen] = beta1 * self.first[chosen] + (1 - beta1) * gradient
+        self.second[chosen] = beta2 * self.second[chosen] + (1 - beta2) * gradient.square()
+        mean, square = self.first[chosen] / (1 - beta1**step), self.second[chosen] / (1 - beta2**step)
+        offsets = self.offsets[chosen] - settings.v_lr * mean / (square.sqrt() + EPSILON)
+        most = settings.clamp_norm_factor * self.sizes[chosen]
+        self.offsets[chosen] = offsets * (most / offsets.norm(dim=1)).clamp_max(1.0)[:, None]
+        self.steps[chosen] += 1

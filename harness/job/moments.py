@@ -1,0 +1,174 @@
+"""Second moments of keys over text, C = E[k k^T] of each edit module: streamed once, kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config.schema import RunConfig
+from data.corpus import Corpus
+from data.disk import sync, whole_or_absent
+from data.progress import progress_bar
+from data.records import TokenSequence
+from harness.job.plan import Plan
+from harness.run import places
+from harness.run.checkpoint import write_safetensors
+from harness.run.folder import canonical_json, versions
+from harness.run.interrupt import postponed
+from model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+FORMAT: Final = 1  # to be raised when the same text gives other moments
+TOGETHER: Final = 32  # windows between two looks at the clock and at signals
+SAVE_SECONDS: Final = 300.0
+
+
+def second_moments(cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str) -> dict[str, Tensor]:
+    """C (d_k, d_k) float32 of each edit module, on the CPU; `model` has its weights as they were loaded.
+
+    What is not in the cache is computed there; broken off, it goes on where it was. Each of several processes computes
+    all of it, in the same order, so that all have the same bits.
+    """
+    assert plan.corpus is not None
+    folder = places.CACHE / "moments"
+    files = {name: folder / f"{_key(cfg, plan, plan.corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
+    kept = {name: _read(file) for name, file in files.items()}
+    if not model.everywhere(all(found is not None for found in kept.values())):
+        part = folder / f"{_key(cfg, plan, plan.corpus, fingerprint, list(files))}.part.safetensors"
+        sums = MomentSums(model, part, writes=plan.ranks.is_first)
+        windows = plan.corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
+        sums.add_up(windows, _total(plan.corpus, cfg.corpus.tokens))
+        kept = {name: (sums.moments(name), sums.tokens) for name in files}
+        if plan.ranks.is_first:
+            for name, file in files.items():
+                _write(file, {"moments": sums.moments(name)}, tokens=sums.tokens)
+            part.unlink(missing_ok=True)
+    found = {name: one for name, one in kept.items() if one is not None}
+    _warn(model.shapes, {name: tokens for name, (_, tokens) in found.items()}, cfg.corpus.path)
+    return {name: moments for name, (moments, _) in found.items()}
+
+
+class MomentSums:
+    """Sums of k k^T over windows of text, kept on disk from time to time and where a signal ends the process."""
+
+    def __init__(self, model: LanguageModel, path: Path, writes: bool = True) -> None:
+        self.model, self.path, self.writes = model, path, writes
+        self.windows, self.tokens = 0, 0
+        self.sums = {
+            name: torch.zeros((d_k, d_k), dtype=torch.float64, device=model.device)
+            for name, (d_k, _) in model.shapes.items()
+        }
+        self._restore()
+
+    def moments(self, name: str) -> Tensor:  # (d_k, d_k)
+        return (self.sums[name] / self.tokens).float().cpu()
+
+    def add_up(self, windows: Iterable[TokenSequence], total: int | None) -> None:
+        """All windows behind those that are in the sums."""
+        left, saved = iter(windows), time.monotonic()
+        for _ in islice(left, self.windows):
+            pass
+        with progress_bar("second moments of keys", total, "tokens", done=self.tokens) as bar:
+            try:
+                while some := list(islice(left, TOGETHER)):
+                    with self._whole():
+                        tokens = self._add(some)
+                    bar.advance(tokens)
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+            except (KeyboardInterrupt, SystemExit):
+                self._save()
+                raise
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """A signal waits until all sums have the same windows."""
+        return postponed() if self.writes else contextlib.nullcontext()
+
+    def _add(self, windows: list[TokenSequence]) -> int:
+        for keys in self.model.token_keys(windows):
+            for name, rows in keys.items():
+                self.sums[name].addmm_(rows.T.double(), rows.double())
+        tokens = sum(window.answer_start for window in windows)
+        self.windows, self.tokens = self.windows + len(windows), self.tokens + tokens
+        return tokens
+
+    def _save(self) -> None:
+        if self.writes and self.windows:
+            _write(self.path, self.sums, windows=self.windows, tokens=self.tokens)
+
+    def _restore(self) -> None:
+        found = _open(self.path)
+        if found is not None:
+            tensors, numbers = found
+            self.windows, self.tokens = numbers["windows"], numbers["tokens"]
+            self.sums = {name: tensors[name].to(self.model.device) for name in self.sums}
+
+
+def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: list[str]) -> str:
+    identity = {
+        "model": fingerprint,
+        "tokenizer": plan.tokenizer_hash,
+        "corpus": corpus.sha256,
+        "modules": modules,
+        "tokens": [cfg.corpus.tokens, cfg.corpus.window],
+        "arithmetic": [plan.device.type, cfg.model.half.name, cfg.model.compute_tokens],
+        "versions": [FORMAT, versions()],
+    }
+    return hashlib.sha256(canonical_json(identity, "second moments").encode()).hexdigest()[:16]
+
+
+def _total(corpus: Corpus, tokens: int) -> int | None:
+    """Tokens that there will be, where the text is long enough for all that are wanted."""
+    return tokens if corpus.size > 16 * tokens else None
+
+
+def _read(file: Path) -> tuple[Tensor, int] | None:
+    """Moments and their tokens; None where there are none."""
+    found = _open(file)
+    return None if found is None else (found[0]["moments"], found[1]["tokens"])
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = {name: int(value) for name, value in file.metadata().items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118  it is no mapping
+    except SafetensorError:
+        log.warning("%s: damaged, not what was written; it is made again", path)
+        return None
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_or_absent(path) as part:
+        write_safetensors(part, tensors, {name: str(value) for name, value in numbers.items()})
+    sync(path.parent)
+
+
+def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], path: str | None) -> None:
+    """Of text with fewer tokens than say something of every direction, twice over."""
+    name = max(tokens, key=lambda one: shapes[one][0])
+    d_k, found = shapes[name][0], tokens[name]
+    if found < 2 * d_k:
+        log.warning(
+            "corpus.path=%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
+            "second moments say nothing of: bring more text, `python -m data.prepare corpus` says how",
+            "null" if path is None else path,
+            f"{found:,}",
+            f"{d_k:,}",
+            f"{2 * d_k:,}",
+        )

@@ -1,0 +1,327 @@
+"""Runs of the editors that locate a fact: contexts, second moments, the cache, a stop, export, mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config.compose import compose_config
+from config.schema import LocateConfig, register, settings_without_effect, to_run_config
+from data.prompts import PromptForm
+from data.records import EditRecord, Phase, Question, Turn
+from harness.export.command import main as export
+from harness.job.facts import FIRST_WORDS, Contexts
+from harness.job.moments import MomentSums
+from model import LanguageModel
+from tests.commands import MODULES, Commands, Run, zsre_row
+from tests.conftest import tiny_llama
+from tests.data.test_stream import byte_level
+
+QUICK = (
+    "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "editor.moment_ridge=1e-4",
+    "corpus.tokens=3000", "corpus.window=64", "evaluation.every=2", "checkpoint_every=2", "model.compute_tokens=400",
+)  # fmt: skip
+EARLY = "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]"
+MEMIT_RUN = ("editor=memit", EARLY, "editor.mom2_update_weight=0.5", "editor.v_lr=0.5", *QUICK)
+RUNS = {
+    "memit": MEMIT_RUN,
+    "alphaedit": (
+        "editor=alphaedit",
+        EARLY,
+        *QUICK[:3],
+        "editor.nullspace_threshold=0.05",
+        "editor.L2=0.01",
+        *QUICK[4:],
+    ),
+    "rome": ("editor=rome", f"model.edit_modules=[{MODULES[0]}]", *QUICK),
+}  # fmt: skip
+
+
+def turns_of(run: Run) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory")}
+            for line in run.lines("turns.jsonl")]  # fmt: skip
+
+
+def said(run: Run) -> str:
+    return (run.folder / "main.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_writes_facts_goes_on_after_a_stop_and_leaves_the_house(
+    run: Commands, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(*RUNS[name], run="whole")
+    lines = whole.lines("turns.jsonl")
+    assert whole.phases() == "e" * 4  # no warm-up
+    assert all(line["seconds"].keys() == {"targets", "keys", "solve", "apply", "total"} for line in lines)
+    assert all(0 < line["targets"]["steps"] <= 3 for line in lines)
+    assert all(change["drift"] > 0 for line in lines for change in line["modules"].values())
+
+    from harness.watch.diagnostics import TurnDiagnostics
+
+    line = TurnDiagnostics.line
+
+    def stopped(self: TurnDiagnostics, turn: Turn, *rest: Any) -> Any:
+        if turn.index == 3:
+            raise FloatingPointError("stopped")
+        return line(self, turn, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TurnDiagnostics, "line", stopped)
+        run.refused(*RUNS[name], run="broken")
+    resumed = run(*RUNS[name], f"resume={run.folder / 'broken'}", run="broken")
+    assert turns_of(resumed) == turns_of(whole)
+    assert resumed.scores() == whole.scores()
+
+    export([str(whole.folder), "--to", str(run.folder / "model")])
+    saved = load_file(run.folder / "model" / "model.safetensors")
+    assert not torch.equal(saved[f"{MODULES[0]}.weight"], tiny_llama().get_submodule(MODULES[0]).weight)
+
+
+def test_alphaedit_remembers_its_keys_and_memit_as_published_does_not(run: Commands) -> None:
+    kept = run(*RUNS["alphaedit"], run="alphaedit").lines("turns.jsonl")[-1]["statistics"][MODULES[0]]
+    assert kept["kept_keys"] == 12
+    assert 0 < kept["null_space"] < 40
+    published, sequential = (
+        run(*MEMIT_RUN, f"editor.keep_keys={keep}", run=keep).lines("turns.jsonl")[-1]["statistics"][MODULES[0]]
+        for keep in ("false", "true")
+    )
+    assert (published["kept_keys"], sequential["kept_keys"]) == (0, 12)
+
+
+def test_facts_are_written_from_python_with_their_subjects(run: Commands) -> None:
+    from harness.ask import edit
+
+    facts = [{"prompt": f"the number of box {i} is", "answer": str(i), "subject": f"box {i}"} for i in range(2)]
+    settings = ["model.lr=1", *MEMIT_RUN[1:7], "corpus.tokens=500"]
+    edited = edit(str(run.model), facts, editor="memit", settings=settings)
+    assert edited is not None
+    with pytest.raises(ValueError, match=r"row 1: has no subject; set editor.fact_token=last"):
+        edit(str(run.model), [facts[0], {"prompt": "a", "answer": "b"}], editor="memit", settings=settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second moments
+
+
+def language_model(**options: Any) -> LanguageModel:
+    model = tiny_llama(dtype=torch.float64)
+    return LanguageModel(model, None, {name: model.get_submodule(name) for name in MODULES}, **options)
+
+
+def windows(count: int = 80) -> list[Any]:
+    from data.records import TokenSequence
+
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (count,), generator=draw).tolist()
+    return [TokenSequence((*torch.randint(0, 256, (n,), generator=draw).tolist(), 0), n) for n in lengths]
+
+
+def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> None:
+    model = language_model(compute_tokens=50)
+    sums = MomentSums(model, tmp_path / "part")
+    sums.add_up(windows(), None)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
+    for name in MODULES:
+        model.edited[name].module.register_forward_hook(lambda _m, args, _o, name=name: inputs[name].append(args[0][0]))
+    with torch.no_grad():
+        for window in windows():
+            model.model(input_ids=torch.tensor([window.ids[:-1]]))
+    for name in MODULES:
+        keys = torch.cat(inputs[name])
+        assert sums.tokens == len(keys)
+        torch.testing.assert_close(sums.moments(name), (keys.T @ keys / len(keys)).float())
+
+
+def test_a_stop_costs_nothing_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model()
+    whole = MomentSums(model, tmp_path / "whole")
+    whole.add_up(windows(), None)
+
+    def until_stopped() -> Iterator[Any]:
+        yield from windows()[:64]
+        raise KeyboardInterrupt
+
+    broken = MomentSums(model, tmp_path / "part")
+    with pytest.raises(KeyboardInterrupt):
+        broken.add_up(until_stopped(), None)
+    resumed = MomentSums(model, tmp_path / "part")
+    assert resumed.windows == 64
+    added: list[int] = []
+    monkeypatch.setattr(resumed, "_add", lambda some, add=resumed._add: added.append(len(some)) or add(some))
+    resumed.add_up(windows(), None)
+    assert added == [16]
+    assert resumed.tokens == whole.tokens
+    for name in MODULES:
+        assert torch.equal(resumed.sums[name], whole.sums[name])
+
+
+def test_they_are_made_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(*MEMIT_RUN, run="first")
+    files = sorted((run.folder / "cache" / "moments").iterdir())
+    assert len(files) == 2
+    assert all(load_file(file)["moments"].shape == (40, 40) for file in files)
+    with monkeypatch.context() as patch:
+        patch.setattr(MomentSums, "add_up", None)
+        again = run(*MEMIT_RUN, run="again")
+    assert turns_of(again) == turns_of(first)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    mended = run(*MEMIT_RUN, run="mended")
+    assert f"{files[0]}: damaged" in said(mended)
+    assert turns_of(mended) == turns_of(first)
+
+
+def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
+    (run.folder / "text.txt").write_text("the quick brown fox jumps over it")
+    few = said(run(*MEMIT_RUN, "corpus.path=text.txt", run="few"))
+    assert "corpus.path=text.txt: 33 tokens for keys of size 40; fewer than twice as many (80)" in few
+    assert "fewer than twice" not in said(run(*MEMIT_RUN, run="enough"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contexts
+
+
+def contexts(**editor: Any) -> Contexts:
+    register()
+    most = editor.pop("most", None)
+    prefixes = editor.pop("prefixes", ["Once. ", "In a far away land it rained. "])
+    form = editor.pop("form", PromptForm())
+    overrides = [f"editor.{key}={value}" for key, value in editor.items()]
+    cfg = to_run_config(compose_config(["editor=memit", *overrides]))
+    return Contexts(cfg, byte_level(), form, prefixes, most)
+
+
+def fact(prompt: str, subject: str | None, answer: str = "Rome") -> Turn:
+    return Turn(0, Phase.EDIT, (EditRecord(0, Question(prompt, answer), subject=subject),), (), (1.0,))
+
+
+def text(ids: Any) -> str:
+    return byte_level().decode(list(ids), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("form", [PromptForm(), PromptForm("Q: ", "\nA:")])
+def test_contexts_of_a_fact(form: PromptForm) -> None:
+    [found] = contexts(form=form)(fact("the capital of Italy is", "Italy"))
+    assert len(found.sequences) == 3
+    for prefix, sequence, at in zip(("", "Once. ", "In a far away land it rained. "), found.sequences, found.positions,
+                                    strict=True):  # fmt: skip
+        assert text(sequence.ids) == f"{form.before}{prefix}the capital of Italy is{form.after} Rome"
+        assert text(sequence.ids[: at + 1]).endswith("of Italy")
+    assert found.essence is not None
+    assert text(found.essence.ids[:-1]) == "Italy is a"
+    assert found.essence.answer_start == len(found.essence.ids) - 1
+    assert text(found.essence.ids[: found.essence_position + 1]) == "Italy"
+
+
+def test_the_last_token_of_the_prompt() -> None:
+    [found] = contexts(fact_token="last")(fact("the capital of Italy is", None))
+    assert all(text(s.ids[: at + 1]).endswith("is") for s, at in zip(found.sequences, found.positions, strict=True))
+    assert found.essence is None
+    [found] = contexts(fact_token="last")(fact("the capital of Italy is", "Italy"))
+    assert found.essence is not None
+    assert text(found.essence.ids[: found.essence_position + 1]) == "Italy is a"
+
+
+def test_a_context_too_long_for_the_model_is_left_out() -> None:
+    [found] = contexts(most=40)(fact("the capital of Italy is", "Italy"))
+    assert [len(sequence.ids) <= 40 for sequence in found.sequences] == [True, True]
+    [alone] = contexts(most=3)(fact("the capital of Italy is", "Italy"))
+    assert len(alone.sequences) == 1
+
+
+def test_there_is_a_first_word_for_each_prefix() -> None:
+    assert len(set(FIRST_WORDS)) == len(FIRST_WORDS) == LocateConfig.MOST_PREFIXES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes, before a weight is read
+
+
+@pytest.fixture
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import main
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(main, "load_model", never)
+
+
+MISTAKES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "modules": (("editor=rome",), ("model.edit_modules: 2 modules, and editor=rome edits one", "name it")),
+    "no hidden state": (
+        ("editor=memit", "model.edit_modules=[model.layers.2.mlp.up_proj]"),
+        ("'model.layers.2.mlp.up_proj' puts out 40 numbers", "have 24", "down_proj or its kin"),
+    ),
+    "last layer": (
+        ("editor=memit", "editor.fact_token=subject_last"),
+        (f"model.edit_modules: '{MODULES[1]}' lies in the last of 4 layers", "name modules of earlier ones"),
+    ),
+    "no corpus": (("editor=memit", EARLY, "corpus.path=nowhere.txt"), ("corpus.path=nowhere.txt: no such file",)),
+    "empty corpus": (("editor=memit", EARLY, "corpus.path=empty.txt"), ("corpus.path=empty.txt: holds no text",)),
+    "broken corpus": (
+        ("editor=memit", EARLY, "corpus.path=broken.jsonl"),
+        ("broken.jsonl, line 2: not an object",),
+    ),
+    "other rows": (
+        ("editor=memit", EARLY, "corpus.path=rows.jsonl"),
+        ("line 1: no text in a field 'text'",),
+    ),
+    "bytes": (("editor=memit", EARLY, "corpus.path=bytes.txt"), ("corpus.path=bytes.txt: no UTF-8",)),
+    "ranges": (
+        ("editor=memit", "editor.prefixes=21", "editor.v_lr=0", "corpus.tokens=0", "editor.v_num_grad_steps=0"),
+        (
+            "editor.prefixes=21",
+            "20",
+            "editor.v_lr=0",
+            "corpus.tokens=0: must be 1 or more",
+            "editor.v_num_grad_steps=0",
+        ),
+    ),
+    "alphaedit": (
+        ("editor=alphaedit", "editor.L2=0", "editor.nullspace_threshold=-1"),
+        ("editor.L2=0", "editor.nullspace_threshold=-1"),
+    ),
+}
+
+
+@pytest.mark.usefixtures("nothing_read")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_a_line(run: Commands, name: str) -> None:
+    (run.folder / "empty.txt").write_text(" \n")
+    (run.folder / "broken.jsonl").write_text('{"text": ""}\n{"text": \n')
+    (run.folder / "rows.jsonl").write_text('{"body": "a"}\n')
+    (run.folder / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    overrides, said = MISTAKES[name]
+    message = run.refused(*overrides)
+    assert all(part in message for part in said), message
+
+
+@pytest.mark.usefixtures("nothing_read")
+def test_facts_without_subjects(run: Commands) -> None:
+    rows = [zsre_row(i) for i in range(12)]
+    path = run.write("eval", [*rows[:4], {key: value for key, value in rows[4].items() if key != "subject"}, *rows[5:]])
+    message = run.refused("editor=memit", EARLY)
+    assert f"editor.fact_token=subject_last: file {path}, row 4: has no subject; set editor.fact_token=last" in message
+    run.write("eval", [*rows[:7], {**rows[7], "subject": "cup 7"}, *rows[8:]])
+    assert "row 7: its prompt lacks the subject 'cup 7'" in run.refused("editor=memit", EARLY)
+    with pytest.raises(AssertionError, match="weights were read"):  # nothing else is wrong with them
+        run("editor=memit", "editor.fact_token=last")
+
+
+def test_settings_without_effect_are_told() -> None:
+    register()
+
+    def told(*overrides: str) -> str:
+        return " ".join(settings_without_effect(to_run_config(compose_config(overrides))))
+
+    assert "effect" not in told("editor=memit") + told("editor=rome") + told("editor=alphaedit", "corpus.tokens=9")
+    assert "editor.lr=3.0 has no effect with editor=memit" in told("editor=memit", "editor.lr=3")
+    assert "editor.token=all has no effect with editor=rome" in told("editor=rome", "editor.token=all")
+    assert "corpus.* has no effect with editor=stableedit" in told("corpus.tokens=7")
