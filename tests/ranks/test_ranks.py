@@ -144,6 +144,26 @@ def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> Non
 
 
 @pytest.mark.slow
+def test_facts_are_located_and_second_moments_made_as_by_one(place: Commands, forks: Forks) -> None:
+    """Each process makes all of the moments itself, to the last bit those of one alone; the first keeps them."""
+    line = (
+        "editor=alphaedit", "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]",
+        "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "editor.nullspace_threshold=0.05",
+        "editor.L2=0.01", "corpus.path=passage.txt", "checkpoint_every=2", "keep=9",
+    )  # fmt: skip
+    kept = place.folder / "cache" / "stableedit" / "moments"
+    one, many = Run(place.folder / "located_one"), Run(place.folder / "located_many")
+    assert together(forks, 1, place.line(*line, run="located_one")) == [0], forks.stderr()
+    moments = {path.name: path.read_bytes() for path in kept.iterdir()}
+    for path in kept.iterdir():
+        path.unlink()
+    assert together(forks, 2, place.line(*line, run="located_many")) == [0, 0], forks.stderr()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == moments
+    assert len(moments) == 2
+    require_close(one, many, 4, tolerance=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", ["ft_l", "grace", "wise"])
 def test_editors_of_other_families_do_what_they_do_in_one(place: Commands, forks: Forks, editor: str) -> None:
     line = (
