@@ -125,7 +125,7 @@ class Run:
 @contextmanager
 def _composed_once() -> Iterator[None]:
     """Hydra composes every configuration twice, first to see whether it sets hydra.mode itself; none of ours does."""
-    with mock.patch.object(Hydra, "get_mode", lambda *_, **__: None):
+    with mock.patch.object(Hydra, "get_mode", return_value=None):
         yield
 
 
