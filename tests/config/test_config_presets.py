@@ -86,7 +86,7 @@ def test_what_suits_an_editor_on_a_model_is_taken_with_them_and_only_with_them(n
     assert run_config(f"editor={editor}", f"model={model}", "editor.rank=3").editor.rank == 3  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", [name for name in files("tuned") if "rank" not in tuned(name)])
+@pytest.mark.parametrize("name", [name for name in files("tuned") if "edit_modules" in tuned(name).get("model", {})])
 def test_an_editor_of_certain_modules_has_its_own_on_each_model(name: str) -> None:
     editor, _, model = name.rpartition("_")
     chosen = run_config(f"editor={editor}", f"model={model}").model.edit_modules
