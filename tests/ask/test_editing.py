@@ -23,7 +23,8 @@ def folder(run: Commands) -> str:
 
 
 def test_it_is_the_run_of_the_command_line(run: Commands, folder: str, tmp_path: Path) -> None:
-    settings = [*SETTINGS, "dataset.n_edits=3", "editor.passes=2"]
+    form = ("dataset.prompt_form=raw", "dataset.answer_end=none")  # those of the tests' command lines
+    settings = [*SETTINGS, *form, "dataset.n_edits=3", "editor.passes=2"]
     edited = edit(folder, FACTS, settings=settings)
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
     fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer")]
