@@ -45,7 +45,7 @@ VERSION_BASE = "1.3"
 MAX_JOBS = 24
 """Jobs of a sweep that are checked in every combination; of a larger one, each value is checked once."""
 
-MOST_LISTED = 12
+MOST_LISTED = 16
 """Choices that fit into an error message."""
 
 NOT_FOR_USERS = ("schema", "released")

@@ -271,7 +271,9 @@ def test_a_chat_prompt_too_long_for_the_context_is_refused(
 
 
 def test_settings_without_effect_are_told() -> None:
-    told = settings_without_effect(to_run_config(compose_config(["evaluation.prompt=chat", "evaluation.examples=0"])))
+    told = settings_without_effect(
+        to_run_config(compose_config(["evaluation.prompt=chat", "evaluation.examples=0", "evaluation.generation=off"]))
+    )
     why = "evaluation.generation=off and evaluation.examples=0"
     assert told == [f"evaluation.prompt=chat has no effect with {why}"]
     told = settings_without_effect(
