@@ -302,23 +302,14 @@ class LanguageModel(PositionModel):
     @contextlib.contextmanager
     def unedited(self) -> Iterator[None]:
         """The weights as they were loaded, for as long as the context lasts; then the edited ones, bit for bit."""
-        self.set_aside()
+        assert self._aside is None, "unedited already"
+        self._aside = edited = self.snapshot()
+        self.restore_original()
         try:
             yield
         finally:
-            self.bring_back()
-
-    def set_aside(self) -> None:
-        """Keep the edited weights for `bring_back`, and put those back that were loaded."""
-        assert self._aside is None, "set aside already"
-        self._aside = self.snapshot()
-        self.restore_original()
-
-    def bring_back(self) -> None:
-        """Put the weights back that were set aside, bit for bit."""
-        assert self._aside is not None, "nothing is set aside"
-        self.restore(self._aside)
-        self._aside = None
+            self.restore(edited)
+            self._aside = None
 
     def is_original(self) -> bool:
         """Whether every edited weight is as it was loaded."""

@@ -20,6 +20,8 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerFast
 
 import main
+from data.records import Turn
+from harness.export.command import main as export
 from harness.run import interrupt
 from tests.conftest import tiny_llama
 
@@ -89,6 +91,35 @@ class Commands:
             main.main()
         return Run(self.folder / run)
 
+    def broken_off_and_resumed(
+        self, *overrides: str, turn: int, at: tuple[type, str], resume: str | None = None
+    ) -> Run:
+        """The run that fails in that turn, in a method of a class that is given the turn, and then goes on.
+
+        It is found by `resume`, or by its folder.
+        """
+        kind, name = at
+        method = getattr(kind, name)
+
+        def fails(*arguments: Any) -> Any:
+            if any(isinstance(one, Turn) and one.index == turn for one in arguments):
+                raise FloatingPointError("stopped")
+            return method(*arguments)
+
+        with mock.patch.object(kind, name, fails):
+            assert "stopped" in self.refused(*overrides, run="broken")
+        return self(*overrides, f"resume={resume or self.folder / 'broken'}", run="broken")
+
+    def no_model_to_save(self, *overrides: str) -> None:
+        """An editor whose edits lie beside the weights is refused where a model with them is asked for."""
+        beside = "this editor keeps its edits beside the weights"
+        assert f"model_cache=true: {beside}" in self.refused(*overrides, "model_cache=true")
+        done = self(*overrides, "checkpoint_every=2", run="done")
+        with pytest.raises(SystemExit) as end:
+            export([str(done.folder), "--to", str(self.folder / "model")])
+        assert beside in str(end.value.code)
+        assert not (self.folder / "model").exists()
+
     def refused(self, *overrides: str, run: str = "run") -> str:
         """The message that ends the run, which Python writes to stderr with exit code 1; its form is checked here."""
         with command_line(self.line(*overrides, run=run)), pytest.raises(SystemExit) as end:
@@ -116,6 +147,13 @@ class Run:
     def scores(self) -> dict[str, Any]:
         """results.json without what the run cost."""
         return {stage: scores for stage, scores in self.json("results.json").items() if stage != "cost"}
+
+    def turns(self) -> list[dict[str, Any]]:
+        """turns.jsonl without what the turns cost."""
+        return [
+            {key: value for key, value in line.items() if key not in ("seconds", "memory")}
+            for line in self.lines("turns.jsonl")
+        ]
 
     def phases(self) -> str:
         """One letter a turn: w for warm-up, e for edit."""

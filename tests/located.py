@@ -99,7 +99,7 @@ class Located:
         adam = torch.optim.Adam([delta], lr=self.lr)
         for _ in range(self.steps):
             loss = objective(delta)
-            if float(loss) < self.stop:
+            if float(loss.detach()) < self.stop:
                 break
             (delta.grad,) = torch.autograd.grad(loss, delta)
             adam.step()

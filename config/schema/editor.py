@@ -271,27 +271,19 @@ class RLEditConfig(RidgeNetworkConfig):
 
 
 @dataclass
-class FineTuningConfig(EditorConfig):
-    """FT-L, FT-M and LocFT-BF: steps of Adam, of size editor.lr, on the weights of the edit modules."""
+class SteppingConfig(EditorConfig):
+    """Editors that write a turn's facts by gradient steps of their own, of size editor.lr."""
 
     num_steps: int = 25
-    """Steps of each mini-batch of facts, at most."""
-    facts_per_step: int | None = 1
-    """Facts a mini-batch; null = all of the turn."""
-    order: Order = Order.depth
-    answer_loss: AnswerLoss = AnswerLoss.tokens
+    """Steps, at most: of each mini-batch of facts, for those that fine-tune; of a turn, for memories."""
     stop_loss: float = 0.01
-    """Nats a token: a mini-batch with a smaller loss takes no step; 0 = all take num_steps."""
-    norm_constraint: float | None = None
-    """Largest |entry| of what a turn changes in a weight; null = no bound."""
+    """Nats a token: where the loss is smaller, no step is taken any more; 0 = all num_steps."""
 
     def mistakes(self) -> list[str]:
         return [
             *super().mistakes(),
             *at_least("editor.num_steps", self.num_steps, 1),
-            *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of the turn"),
             *not_negative("editor.stop_loss", self.stop_loss),
-            *positive("editor.norm_constraint", self.norm_constraint),
         ]
 
     def unused(self) -> tuple[str, ...]:
@@ -299,23 +291,30 @@ class FineTuningConfig(EditorConfig):
 
 
 @dataclass
-class MemoryConfig(EditorConfig):
-    """Editors that keep what they learn beside the weights of one edit module."""
+class FineTuningConfig(SteppingConfig):
+    """FT-L, FT-M and LocFT-BF: Adam on the weights of the edit modules."""
 
-    num_steps: int = 100
-    """Steps of training a turn."""
-    stop_loss: float = 0.0
-    """Nats a token: training ends below it; 0 = after num_steps."""
+    facts_per_step: int | None = 1
+    """Facts a mini-batch; null = all of the turn."""
+    order: Order = Order.depth
+    answer_loss: AnswerLoss = AnswerLoss.tokens
+    norm_constraint: float | None = None
+    """Largest |entry| of what a turn changes in a weight; null = no bound."""
 
     def mistakes(self) -> list[str]:
         return [
             *super().mistakes(),
-            *at_least("editor.num_steps", self.num_steps, 1),
-            *not_negative("editor.stop_loss", self.stop_loss),
+            *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of the turn"),
+            *positive("editor.norm_constraint", self.norm_constraint),
         ]
 
-    def unused(self) -> tuple[str, ...]:
-        return CAPTURE_KEYS
+
+@dataclass
+class MemoryConfig(SteppingConfig):
+    """Editors that keep what they learn beside the weights of one edit module."""
+
+    num_steps: int = 100
+    stop_loss: float = 0.0
 
     def has_one_module(self) -> bool:
         return True

@@ -15,7 +15,7 @@ from model import LanguageModel
 from tests.commands import Commands
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.editor.test_method import GPT2, LLAMA, dense, harness, random_turn, relative
-from tests.job.test_families import EVERYTHING, turns_of
+from tests.job.test_families import EVERYTHING
 
 CPU = torch.device("cpu")
 FT_L = {"norm_constraint": 2e-3}
@@ -157,21 +157,11 @@ def test_a_step_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("editor", ["ft_l", "ft_m", "locft_bf"])
-def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch, editor: str) -> None:
+def test_a_run_goes_on_after_a_stop(run: Commands, editor: str) -> None:
     line = (*EVERYTHING, f"editor={editor}", "editor.num_steps=3", "diagnostics.previous=2")
     whole = run(*line, run="whole")
-    edit = FineTuning.edit
-
-    def stopped(self: FineTuning, model: Any, turn: Any) -> Any:
-        if turn.index == 3:
-            raise FloatingPointError("stopped")
-        return edit(self, model, turn)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuning, "edit", stopped)
-        run.refused(*line, run="broken")
-    resumed = run(*line, f"resume={run.folder / 'broken'}", run="broken")
-    assert turns_of(resumed) == turns_of(whole)
+    resumed = run.broken_off_and_resumed(*line, turn=3, at=(FineTuning, "edit"))
+    assert resumed.turns() == whole.turns()
     assert resumed.scores() == whole.scores()
     assert whole.phases() == "e" * 4
     assert all(line["steps"] > 0 and set(line["seconds"]) == {"loss", "steps", "total"}

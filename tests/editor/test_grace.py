@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from data.records import LossTerm, Phase, TokenSequence, Turn
 from editor.grace import GRACE, Codebook, GRACESettings
-from harness.export.command import main as export
 from tests.commands import MODULES, Commands
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.editor.test_method import GPT2, LLAMA, harness, random_turn
-from tests.job.test_families import EVERYTHING, turns_of
+from tests.job.test_families import EVERYTHING
 
 CPU = torch.device("cpu")
 ONE = f"model.edit_modules=[{MODULES[0]}]"
@@ -236,20 +235,10 @@ def test_a_value_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.M
 LINE = (*EVERYTHING, "editor=grace", ONE, "editor.num_steps=5")
 
 
-def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_a_stop(run: Commands) -> None:
     whole = run(*LINE, run="whole")
-    edit = GRACE.edit
-
-    def stopped(self: GRACE, model: Any, turn: Turn) -> Any:
-        if turn.index == 3:
-            raise FloatingPointError("stopped")
-        return edit(self, model, turn)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GRACE, "edit", stopped)
-        run.refused(*LINE, run="broken")
-    resumed = run(*LINE, f"resume={run.folder / 'broken'}", run="broken")
-    assert turns_of(resumed) == turns_of(whole)
+    resumed = run.broken_off_and_resumed(*LINE, turn=3, at=(GRACE, "edit"))
+    assert resumed.turns() == whole.turns()
     assert resumed.scores() == whole.scores()
     last = whole.lines("turns.jsonl")[-1]
     assert last["modules"] == {}
@@ -260,11 +249,7 @@ def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPat
 
 
 def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
-    assert "model_cache=true: this editor keeps its edits beside the weights" in run.refused(*LINE, "model_cache=true")
-    done = run(*LINE, run="done")
-    with pytest.raises(SystemExit) as end:
-        export([str(done.folder), "--to", str(run.folder / "model")])
-    assert "keeps its edits beside the weights" in str(end.value.code)
+    run.no_model_to_save(*LINE)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from data.records import LossTerm, Phase, TokenSequence, Turn
 from editor.wise import WISE, WISESettings, ties
-from harness.export.command import main as export
 from tests.commands import MODULES, Commands
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.editor.test_method import GPT2, LLAMA, harness, random_turn, relative
-from tests.job.test_families import EVERYTHING, turns_of
+from tests.job.test_families import EVERYTHING
 
 CPU = torch.device("cpu")
 ONE = f"model.edit_modules=[{MODULES[0]}]"
@@ -212,20 +211,10 @@ def test_a_side_memory_that_is_not_finite_leaves_the_turn_before() -> None:
 LINE = (*EVERYTHING, "editor=wise", ONE, "editor.num_steps=4", "editor.lr=0.05")
 
 
-def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_a_stop(run: Commands) -> None:
     whole = run(*LINE, run="whole")
-    edit = WISE.edit
-
-    def stopped(self: WISE, model: Any, turn: Turn) -> Any:
-        if turn.index == 5:
-            raise FloatingPointError("stopped")
-        return edit(self, model, turn)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WISE, "edit", stopped)
-        run.refused(*LINE, run="broken")
-    resumed = run(*LINE, f"resume={run.folder / 'broken'}", run="broken")
-    assert turns_of(resumed) == turns_of(whole)
+    resumed = run.broken_off_and_resumed(*LINE, turn=5, at=(WISE, "edit"))
+    assert resumed.turns() == whole.turns()
     assert resumed.scores() == whole.scores()
     assert whole.phases() == "wwweeee"
     lines = whole.lines("turns.jsonl")
@@ -234,11 +223,7 @@ def test_a_run_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPat
 
 
 def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
-    assert "model_cache=true: this editor keeps its edits beside the weights" in run.refused(*LINE, "model_cache=true")
-    done = run(*LINE, run="done")
-    with pytest.raises(SystemExit) as end:
-        export([str(done.folder), "--to", str(run.folder / "model")])
-    assert "keeps its edits beside the weights" in str(end.value.code)
+    run.no_model_to_save(*LINE)
 
 
 @pytest.mark.parametrize(

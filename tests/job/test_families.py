@@ -15,8 +15,7 @@ from torch import nn
 from data.records import Phase, Turn
 from editor.base import Edit, EditableModel
 from editor.registry import EDITORS
-from harness.export.command import main as export
-from tests.commands import MODULES, Commands, Run
+from tests.commands import MODULES, Commands
 
 
 @dataclass(frozen=True)
@@ -68,40 +67,19 @@ def test_an_editor_that_changes_no_weight(run: Commands) -> None:
 
 
 @pytest.mark.usefixtures("memory")
-def test_it_goes_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_after_a_stop(run: Commands) -> None:
     whole = run(*EVERYTHING, "model.lr=50", run="whole")
-    edit = Memory.edit
-
-    def stopped(self: Memory, model: EditableModel, turn: Turn) -> Edit:
-        if turn.index == 3:
-            raise FloatingPointError("stopped")
-        return edit(self, model, turn)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Memory, "edit", stopped)
-        run.refused(*EVERYTHING, "model.lr=50", run="broken")
-    resumed = run(*EVERYTHING, "model.lr=50", "resume=auto", f"hydra.run.dir={run.folder / 'broken'}", run="broken")
+    resumed = run.broken_off_and_resumed(*EVERYTHING, "model.lr=50", turn=3, at=(Memory, "edit"), resume="auto")
     assert resumed.scores() == whole.scores()
 
 
 @pytest.mark.usefixtures("memory")
-def test_it_cannot_be_exported_as_plain_weights(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
-    message = run.refused("model_cache=true")
-    assert "model_cache=true: this editor keeps its edits beside the weights" in message
-    done = run("checkpoint_every=2", run="done")
-    with pytest.raises(SystemExit) as end:
-        export([str(done.folder), "--to", str(run.folder / "model")])
-    assert "keeps its edits beside the weights" in str(end.value.code)
-    assert not (run.folder / "model").exists()
+def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
+    run.no_model_to_save()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several updates a turn
-
-
-def turns_of(run: Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("seconds", "memory")}
-            for line in run.lines("turns.jsonl")]  # fmt: skip
 
 
 def test_several_passes(run: Commands) -> None:
@@ -137,14 +115,14 @@ def test_several_passes_go_on_after_a_stop(run: Commands, monkeypatch: pytest.Mo
         patch.setattr(StableEdit, "update", stopped)
         run.refused(*line, run="broken")
     resumed = run(*line, f"resume={run.folder / 'broken'}", run="broken")
-    assert turns_of(resumed) == turns_of(whole)
+    assert resumed.turns() == whole.turns()
     assert resumed.scores() == whole.scores()
 
 
 def test_captures_of_several_passes_may_lie_on_disk(run: Commands, tmp_path: Path) -> None:
     memory, disk = (run("editor.passes=3", f"editor.cache_dir={where}", run=name)
                     for name, where in (("memory", "null"), ("disk", tmp_path / "spill")))  # fmt: skip
-    assert turns_of(memory) == turns_of(disk)
+    assert memory.turns() == disk.turns()
     assert json.dumps(memory.scores()) == json.dumps(disk.scores())
 
 
@@ -152,6 +130,6 @@ def test_networks_are_trained_through_the_same_door(run: Commands) -> None:
     """With one pass, as published, whatever the passes of the edits are."""
     settings = ("editor=malmen", "editor.rank=4", "editor.n_blocks=1", "editor.held_out_turns=1", "model.lr=0.01")
     one, two = run(*settings, run="one"), run(*settings, "editor.passes=2", run="two")
-    trained = [[line for line in turns_of(each) if line["phase"].startswith("meta")] for each in (one, two)]
+    trained = [[line for line in each.turns() if line["phase"].startswith("meta")] for each in (one, two)]
     assert trained[0] == trained[1] != []
-    assert turns_of(one) != turns_of(two)
+    assert one.turns() != two.turns()

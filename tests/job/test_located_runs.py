@@ -17,6 +17,7 @@ from data.records import EditRecord, Phase, Question, Turn
 from harness.export.command import main as export
 from harness.job.facts import FIRST_WORDS, Contexts
 from harness.job.moments import MomentSums
+from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from tests.commands import MODULES, Commands, Run, zsre_row
 from tests.conftest import tiny_llama
@@ -42,19 +43,12 @@ RUNS = {
 }  # fmt: skip
 
 
-def turns_of(run: Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("seconds", "memory")}
-            for line in run.lines("turns.jsonl")]  # fmt: skip
-
-
 def said(run: Run) -> str:
     return (run.folder / "main.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_writes_facts_goes_on_after_a_stop_and_leaves_the_house(
-    run: Commands, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_writes_facts_goes_on_after_a_stop_and_leaves_the_house(run: Commands, name: str) -> None:
     whole = run(*RUNS[name], run="whole")
     lines = whole.lines("turns.jsonl")
     assert whole.phases() == "e" * 4  # no warm-up
@@ -62,20 +56,8 @@ def test_a_run_writes_facts_goes_on_after_a_stop_and_leaves_the_house(
     assert all(0 < line["targets"]["steps"] <= 3 for line in lines)
     assert all(change["drift"] > 0 for line in lines for change in line["modules"].values())
 
-    from harness.watch.diagnostics import TurnDiagnostics
-
-    line = TurnDiagnostics.line
-
-    def stopped(self: TurnDiagnostics, turn: Turn, *rest: Any) -> Any:
-        if turn.index == 3:
-            raise FloatingPointError("stopped")
-        return line(self, turn, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TurnDiagnostics, "line", stopped)
-        run.refused(*RUNS[name], run="broken")
-    resumed = run(*RUNS[name], f"resume={run.folder / 'broken'}", run="broken")
-    assert turns_of(resumed) == turns_of(whole)
+    resumed = run.broken_off_and_resumed(*RUNS[name], turn=3, at=(TurnDiagnostics, "line"))
+    assert resumed.turns() == whole.turns()
     assert resumed.scores() == whole.scores()
 
     export([str(whole.folder), "--to", str(run.folder / "model")])
@@ -169,11 +151,11 @@ def test_they_are_made_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(MomentSums, "add_up", None)
         again = run(*MEMIT_RUN, run="again")
-    assert turns_of(again) == turns_of(first)
+    assert again.turns() == first.turns()
     files[0].write_bytes(files[0].read_bytes()[:100])
     mended = run(*MEMIT_RUN, run="mended")
     assert f"{files[0]}: damaged" in said(mended)
-    assert turns_of(mended) == turns_of(first)
+    assert mended.turns() == first.turns()
 
 
 def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
