@@ -26,6 +26,7 @@ EVERYTHING = (
     "evaluation.retention=2",
     "num_seq_zsre=1",
     "evaluation.perplexity=text.txt",
+    "evaluation.examples=4",
 )
 
 
@@ -138,7 +139,7 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(
 
 
 def test_a_saved_model_scores_what_its_run_said(run: Commands, tmp_path: Path) -> None:
-    settings = ("evaluation.generation=5", "evaluation.max_new_tokens=3")
+    settings = ("evaluation.generation=5", "evaluation.max_new_tokens=3", "evaluation.examples=1")
     edited = run(*settings, "model_cache=true", "num_seq=3", "evaluation.perplexity=passage", run="edited")
     alone = run(
         *settings, f"evaluate={edited.folder / 'model'}", "num_seq=3", "evaluation.perplexity=passage", run="alone"

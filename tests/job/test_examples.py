@@ -22,7 +22,7 @@ def places(run: Run) -> list[int]:
 
 def test_they_are_what_both_models_write(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     """As `evaluation.generation` has it for the same questions."""
-    done = run("evaluation.generation=all", "evaluation.max_new_tokens=5", "num_seq_zsre=1")
+    done = run("evaluation.examples=4", "evaluation.generation=all", "evaluation.max_new_tokens=5", "num_seq_zsre=1")
     found = examples(done)
     assert [one["probe"] for one in found] == ["edit"] * 4 + ["rephrase"] * 4 + ["locality"] * 4
     texts = {
@@ -69,7 +69,7 @@ def test_a_question_that_is_not_there_is_left_out(run: Commands) -> None:
 
 
 def test_a_model_that_was_edited_before_is_asked_the_same(run: Commands) -> None:
-    settings = ("num_seq=2", "evaluation.max_new_tokens=4")
+    settings = ("num_seq=2", "evaluation.examples=4", "evaluation.max_new_tokens=4")
     edited = run(*settings, "num_seq_zsre=1", "model_cache=true")
     scored = run(*settings, f"evaluate={edited.folder / 'model'}", run="scored")
     assert examples(scored) == examples(edited)

@@ -31,12 +31,19 @@ from harness.run.folder import RunFolder
 from harness.run.interrupt import Interrupted, Interruption, end_on
 from harness.run.lock import FolderLock
 from model import LanguageModel
-from tests.commands import Commands, Run, command_line, save_tiny_model, zsre_row
+from tests.commands import Commands, Run, command_line, commands_in, save_tiny_model, zsre_row
 from tests.conftest import ROOT, tiny_llama
 from tests.forked import Forks
 
 TIMES = ("seconds", "memory", "seconds_per_turn", "peak_memory", "training_seconds")
-LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "evaluation.every=4", "evaluation.retention=1")
+LOOP = (
+    "num_seq=4",
+    "num_seq_zsre=2",
+    "checkpoint_every=2",
+    "evaluation.every=4",
+    "evaluation.retention=1",
+    "evaluation.examples=1",
+)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -107,6 +114,13 @@ def stopped(run: Commands, kind: type, method: str, call: int, *overrides: str, 
     return run.folder / "stopped"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """The folder of a run of LOOP that nothing stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        return commands_in(tmp_path_factory.mktemp("whole"), model_folder, patch)(*LOOP).folder
+
+
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     """main.main() sets one for SIGTERM, which a process of its own would have taken with it."""
@@ -119,7 +133,7 @@ def _handlers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 
-TURNS = {3: 24, 25: 200, 100: 600}  # of a run that lasts for so many kills
+TURNS = {25: 200, 100: 600}  # of a run that lasts for so many kills
 TRAINING = (
     "editor=malmen", "editor.rank=4", "editor.n_blocks=1", "editor.n_epochs=1", "editor.max_train_turns=null",
     "editor.held_out_turns=1", "editor.meta_lr=1e-3", "num_seq=4",
@@ -142,6 +156,7 @@ def killed_run(folder: Path, model: Path, kills: int, seed: int, *more: str) -> 
         "evaluation.every=25",
         "evaluation.sample=6",
         "evaluation.retention=1",
+        "evaluation.examples=1",
     )
     line = [word for word in commands.line(*settings) if not word.startswith("hydra.run.dir")]
     chance, killed, mid_loop = random.Random(seed), 0, 0
@@ -178,18 +193,8 @@ def turns_written(folder: Path) -> tuple[int, ...]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
-    killed_run(tmp_path, model_folder, 3, seed=5)
-
-
-@pytest.mark.slow
-def test_training_that_is_killed_again_and_again_comes_to_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
-    """Nearly all turns are those of meta-training; the edits that follow show that the network is the same."""
-    killed_run(tmp_path, model_folder, 3, 6, *TRAINING)
-
-
-@pytest.mark.slow
 def test_training_that_is_killed_25_times(tmp_path: Path, model_folder: Path) -> None:
+    """Nearly all turns are those of meta-training; the edits that follow show that the network is the same."""
     assert killed_run(tmp_path, model_folder, 25, 2, *TRAINING) > 8
 
 
@@ -217,9 +222,10 @@ STOPS = {
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stop", STOPS)
-def test_the_turn_is_finished_and_the_run_goes_on_from_there(run: Commands, stop: str, number: int) -> None:
+def test_the_turn_is_finished_and_the_run_goes_on_from_there(
+    run: Commands, whole: Path, stop: str, number: int
+) -> None:
     kind, method, call, turns = STOPS[stop]
-    whole = run(*LOOP, run="whole").folder
     folder = stopped(run, kind, method, call, by=number)
     about = Run(folder).json("run.json")
     assert (about["status"], about["error"]) == ("interrupted", "interrupted")
@@ -278,8 +284,7 @@ def test_a_signal_waits_only_inside_what_is_held() -> None:
     assert caught.value.code == 143
 
 
-def test_without_a_checkpoint_it_begins_again_in_its_folder(run: Commands) -> None:
-    whole = run(*LOOP, run="whole").folder
+def test_without_a_checkpoint_it_begins_again_in_its_folder(run: Commands, whole: Path) -> None:
     folder = stopped(run, LanguageModel, "capture", 5, "checkpoint_every=0")
     assert not (folder / "checkpoints").exists()
     assert "after turn 5 of 6; to go on from turn 0:" in (folder / "main.log").read_text().splitlines()[-1]
@@ -379,8 +384,7 @@ def test_a_report_of_a_stopped_run_is_drawn_again_at_its_end(run: Commands) -> N
 # Which run, and where
 
 
-def test_a_run_that_was_moved_goes_on_where_it_lies_now(run: Commands) -> None:
-    whole = run(*LOOP, run="whole").folder
+def test_a_run_that_was_moved_goes_on_where_it_lies_now(run: Commands, whole: Path) -> None:
     folder = stopped(run, LanguageModel, "capture", 3)
     moved = run.folder / "other place" / "ü"
     moved.parent.mkdir()
@@ -412,8 +416,9 @@ def runs(run: Commands) -> list[Path]:
     return sorted(path.parent for path in (run.folder / "runs").rglob("run.json"))
 
 
-def test_auto_goes_on_with_the_run_of_this_configuration(run: Commands, caplog: pytest.LogCaptureFixture) -> None:
-    whole = run(*LOOP, run="whole").folder
+def test_auto_goes_on_with_the_run_of_this_configuration(
+    run: Commands, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for seed in ("seed=42", "seed=1"):
         with (
             command_line(below(run, seed, "resume=auto")),
@@ -445,9 +450,8 @@ def test_auto_prefers_a_checkpoint_to_a_newer_run_without(run: Commands) -> None
     assert Run(newer).json("run.json")["status"] == "interrupted"
 
 
-def test_auto_with_a_fixed_folder_goes_on_in_it(run: Commands) -> None:
+def test_auto_with_a_fixed_folder_goes_on_in_it(run: Commands, whole: Path) -> None:
     """As batch systems start a job again: the same line, the same folder."""
-    whole = run(*LOOP, run="whole").folder
     folder = stopped(run, LanguageModel, "capture", 3, "resume=auto")
     run(*LOOP, "resume=auto", run="stopped")
     require_same(whole, folder)
@@ -709,8 +713,7 @@ def test_what_may_change_the_last_bits_is_said(run: Commands) -> None:
 
 
 @pytest.mark.parametrize("damaged", [1, 2])
-def test_a_damaged_checkpoint_is_passed_over(run: Commands, damaged: int) -> None:
-    whole = run(*LOOP, run="whole").folder
+def test_a_damaged_checkpoint_is_passed_over(run: Commands, whole: Path, damaged: int) -> None:
     folder = stopped(run, LanguageModel, "capture", 5)
     for place in (5, 4)[:damaged]:
         file = folder / "checkpoints" / f"turn_{place}" / TENSORS
@@ -725,8 +728,7 @@ def test_a_damaged_checkpoint_is_passed_over(run: Commands, damaged: int) -> Non
     assert Run(folder).json("run.json")["resumed"][0]["turn"] == (4 if damaged == 1 else 0)
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(*LOOP, run="whole").folder
+def test_a_disk_that_is_full_at_a_checkpoint(run: Commands, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = checkpoint.write_safetensors, 0
 
     def full(path: Path, tensors: Any) -> str:

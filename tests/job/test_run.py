@@ -50,7 +50,7 @@ def without_times(run: Run) -> list[dict[str, Any]]:
 
 
 def test_the_run_folder_holds_what_it_promises(run: Commands) -> None:
-    done = run("num_seq_zsre=2")
+    done = run("num_seq_zsre=2", "evaluation.examples=4")
     assert {path.name for path in done.folder.iterdir()} == FILES | {".hydra"}
     assert {path.name for path in (done.folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     about = done.json("run.json")

@@ -33,8 +33,9 @@ from tests.forked import Forks, Process
 
 EVERYTHING = (
     "checkpoint_every=2", "keep=9", "evaluation.every=4", "evaluation.generation=all", "evaluation.max_new_tokens=4",
-    "evaluation.retention=2", "evaluation.perplexity=passage.txt", "diagnostics.hidden_states=5",
-    "downstream_eval_steps=4", "glue.limit=5", "glue.tasks=[sst2,rte]", "model.compute_tokens=64",
+    "evaluation.retention=2", "evaluation.examples=4", "evaluation.perplexity=passage.txt",
+    "diagnostics.hidden_states=5", "downstream_eval_steps=4", "glue.limit=5", "glue.tasks=[sst2,rte]",
+    "model.compute_tokens=64",
 )  # fmt: skip
 TRAINED = (
     "editor.rank=4", "editor.n_blocks=1", "editor.n_epochs=1", "editor.held_out_turns=1", "editor.meta_lr=1e-4",
