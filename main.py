@@ -44,12 +44,12 @@ from harness.job import (
     capture_memory,
     check_export,
     earlier_run,
+    editor_inputs,
     evaluate_only,
     evaluated_source,
     export_folder,
     is_saved,
     load_model,
-    locate_inputs,
     make_evaluation,
     make_hidden_states,
     make_plan,
@@ -221,8 +221,8 @@ def begin(
     start = None if earlier is None else newest_checkpoint(earlier)
     model = load_model(cfg, plan)
     about["model"]["fingerprint"] = model.fingerprint()
-    located = locate_inputs(cfg, plan, model, about["model"]["fingerprint"])
-    editor = build_editor(cfg, model, plan.editor_device, allocate, located)
+    given = editor_inputs(cfg, plan, model, about["model"]["fingerprint"])
+    editor = build_editor(cfg, model, plan.editor_device, allocate, given)
     if cfg.model_cache and model.is_wrapped:
         raise ValueError(f"model_cache=true: {BESIDE_WEIGHTS}; leave it out")
     if plan.network is not None:

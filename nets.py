@@ -34,7 +34,8 @@ class Whitening:
     factors: tuple[Tensor, ...]  # of (d_v, d_v) each
     floored: float  # fraction of Sigma's eigenvalues below the floor
     spectrum: Tensor  # (d_v,) eigenvalues of the root, or of one that is followed, its diagonal in the kept basis
-    followed: Mapping[str, float | None] = field(default_factory=dict)  # how the root was found, where it is followed
+    # how the root was found, where it is followed, or of what, where Sigma was shrunk
+    followed: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class FollowedRoot(nn.Module):
@@ -192,19 +193,23 @@ class LifelongNormalizer(nn.Module):
         centred = value_grads.to(self.count.device).double() - self.value_mean
         return reduce(torch.matmul, whitening.factors, centred.to(whitening.factors[0].dtype)).double()
 
-    @property
-    def can_whiten(self) -> bool:
-        """Whether the posterior mean of the covariance is defined, n > d_v + 1, and not zero."""
-        enough = self.full and float(self.count) > self.value_mean.numel() + 1
-        return enough and bool(self.value_scatter.diagonal().any())
+    def can_whiten(self, mode: linalg.FloorMode) -> bool:
+        """Whether there is a covariance that is not zero: its posterior mean needs n > d_v + 1, shrinkage n > 1."""
+        least = 1 if mode == "shrinkage" else self.value_mean.numel() + 1
+        return self.full and float(self.count) > least and bool(self.value_scatter.diagonal().any())
 
     def whitening(self, prior: float, floor: float, mode: linalg.FloorMode) -> Whitening:
         """Sigma^(-1/2) (d_v, d_v), Sigma = (eps0 I + S_g)/(n - d_v - 1), its eigenvalues kept from zero by the floor.
 
-        Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`.
+        Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`; with
+        shrinkage it is (eps0 I + S_g)/(n - 1), shrunk towards its diagonal, and `followed` has the coefficient.
         """
         covariance = self.value_scatter.clone()
         covariance.diagonal().add_(prior)
+        if mode == "shrinkage":
+            shrunk, share = linalg.shrunk_to_diagonal(covariance / (self.count - 1), float(self.count))
+            root, floored, spectrum = linalg.inverse_square_root(shrunk, floor, mode)
+            return Whitening((root,), floored, spectrum, {"whitening_shrinkage": share})
         covariance /= self.count - self.value_mean.numel() - 1
         if self.followed is not None:
             assert mode == "shift", "only the root of a shifted covariance can be followed"

@@ -34,6 +34,7 @@ WARM_UP_POSITIONS = {
     "middle": lambda turns: turns // 2,
     "q3": lambda turns: 3 * turns // 4,
     "end": lambda turns: turns - 1,
+    "adaptive": lambda turns: 0,
     "none": lambda turns: 0,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ StatisticsScope = Literal["shape", "module"]
 class Edit:
     """What an editor did with the facts of a turn."""
 
-    loss: float  # of the facts before, nats a token
+    loss: float | None  # of the facts before, nats a token; None where the turn was passed over
     updates: Mapping[str, LowRankUpdate]  # of the whole turn; empty where no weight changed
     changes: Mapping[str, WeightChange]  # what they did, by the same names
     seconds: Mapping[str, float]  # by part, devices synchronised
@@ -71,6 +71,15 @@ class UpdateRule(State, Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptiveWarmUp(Protocol):
+    """A rule that knows when it has had warm-up turns enough."""
+
+    def passes_over(self, phase: Phase) -> bool:
+        """Whether the turn that comes now is left out; asked once a turn."""
+        ...
+
+
 def shape_name(shape: tuple[int, int]) -> str:
     """How turns.jsonl, checkpoints and messages name the modules of one shape (d_k, d_v): 1536x576."""
     d_k, d_v = shape
@@ -82,12 +91,16 @@ def statistics_group(name: str, shape: tuple[int, int], scope: StatisticsScope) 
     return shape_name(shape) if scope == "shape" else name
 
 
+SecondMoments = Callable[[str], Tensor]
+"""Module -> C = E[k k^T] (d_k, d_k) of its keys over text."""
+
+
 @dataclass(frozen=True)
 class LocateInputs:
     """What locate-then-edit editors are given beside the model: they read no text and open no file."""
 
     contexts: Callable[[Turn], Sequence[FactContexts]]  # of each fact of a turn
-    second_moments: Callable[[str], Tensor]  # module -> C = E[k k^T] (d_k, d_k) of its keys over text
+    second_moments: SecondMoments
 
 
 class EditableModel(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, TurnCapture, WeightChange, first_rows
-from editor.base import Edit, EditableModel, UpdateRule
+from editor.base import AdaptiveWarmUp, Edit, EditableModel, UpdateRule
 from editor.stopwatch import Stopwatch
 from editor.updates import added_up, changed_by
 
@@ -42,6 +42,8 @@ class CaptureEditor:
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
         """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
+        if isinstance(self.rule, AdaptiveWarmUp) and self.rule.passes_over(turn.phase):
+            return Edit(None, {}, {}, {}, {"passed_over": True})
         watch = Stopwatch(*model.devices, self.device)
         todo, done = turn, _Passes()
         passes = self.settings.passes if turn.phase is Phase.EDIT else 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Factors = tuple[Tensor | None, Tensor]  # left (d_k, r) or None for the identity, right (r, d_v)
-FloorMode = Literal["relative", "absolute", "shift"]
+FloorMode = Literal["relative", "absolute", "shift", "shrinkage"]
 """What keeps the eigenvalues of a covariance from zero: `inverse_root_spectrum`."""
 
 
@@ -118,6 +118,44 @@ def ridge_update(
     return RidgeSystem(keys, alpha, value_shifts.device, chunk).update(value_shifts)
 
 
+class Coordinates:
+    """Keys in coordinates in which a symmetric positive definite M (d, d) is the identity: y = L^(-1) k, M = L L^T.
+
+    (M + K^T K)^(-1) K^T is there L^(-T) (I + Y^T Y)^(-1) Y^T, so that M is factored once, whatever K. Raises
+    torch.linalg.LinAlgError where M has no factor.
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor,  # M (d, d) float64
+    ) -> None:
+        self.factor = torch.linalg.cholesky(matrix)  # L
+
+    def enter(self, keys: Tensor) -> Tensor:  # (n, d) -> (n, d)
+        return torch.linalg.solve_triangular(self.factor, keys.T, upper=False).T
+
+    def leave(self, left: Tensor) -> Tensor:  # (d, n) -> (d, n): L^(-T) left
+        return torch.linalg.solve_triangular(self.factor.T, left, upper=True)
+
+
+def preserving_update(
+    keys: Tensor,  # (N, d_k)
+    value_shifts: Tensor,  # (N, d_v)
+    coordinates: Coordinates,  # of A = alpha I + beta C
+    chunk: int | None = None,
+) -> Factors:
+    """The minimiser DeltaW of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), in the keys' precision (DESIGN section 13).
+
+    With A = alpha I + beta C that is the ridge update of K and of beta tokens of text whose keys are asked to stay:
+    DeltaW = A^(-1) K^T (K A^(-1) K^T + I)^(-1) V.
+    """
+    inside = coordinates.enter(keys.to(value_shifts.device).double())
+    left, right = ridge_update(inside, value_shifts, 1.0, chunk)
+    if left is None:
+        return None, coordinates.leave(right).to(keys.dtype)
+    return coordinates.leave(left).to(keys.dtype), right.to(keys.dtype)
+
+
 def spread_of_keys(
     keys: Tensor,  # (n, d) float64
     kept: Tensor,  # (m, d) or, with `as_gram`, (d, d): keys of earlier turns, or K_0^T K_0
@@ -157,6 +195,29 @@ def inverse_square_root(
     return (vectors * scale) @ vectors.T, floored, scale
 
 
+def shrunk_to_diagonal(
+    covariance: Tensor,  # S (d, d) float64, of rows around their mean, over their number less one
+    rows: float,  # n, 2 or more
+) -> tuple[Tensor, float]:
+    """(1 - rho) S + rho diag(S), positive definite, and rho.
+
+    rho is the oracle approximating shrinkage coefficient of the correlations R (Chen, Wiesel, Eldar and Hero, IEEE
+    Transactions on Signal Processing 58(10), 2010, equation 23), whose target there is the identity, since tr(R) = d:
+    rho = min(1, ((1 - 2/d) tr(R^2) + d^2) / ((n + 1 - 2/d) (tr(R^2) - d))). It falls as 1/n. A coordinate that never
+    varied takes the mean variance: its rows are zero whatever they are divided by.
+    """
+    variances = covariance.diagonal()
+    alive = variances > 0
+    d, scale = len(variances), torch.where(alive, variances, 1).rsqrt()
+    correlations = covariance * scale[:, None] * scale
+    squares = float(correlations.square().sum()) + float((~alive).sum())  # of those that never varied, 1
+    above = (rows + 1 - 2 / d) * (squares - d)
+    share = min(1.0, ((1 - 2 / d) * squares + d * d) / above) if above > 0 else 1.0
+    shrunk = covariance * (1 - share)
+    shrunk.diagonal().copy_(torch.where(alive, variances, variances.mean()))
+    return shrunk, share
+
+
 def inverse_root_spectrum(
     covariance: Tensor,  # (d, d) symmetric positive semi-definite
     floor: float,
@@ -165,10 +226,13 @@ def inverse_root_spectrum(
     """Sigma's eigenvectors, the eigenvalues of Sigma^(-1/2), and the fraction of Sigma's below the floor.
 
     The floor is `floor` itself (absolute), or `floor` times the mean eigenvalue. Eigenvalues below are raised to it, or
-    with `shift` all of them by it: (Sigma + s I)^(-1/2). A zero matrix has nothing to whiten by: a floor that is
-    relative to it raises ValueError there.
+    with `shift` all of them by it: (Sigma + s I)^(-1/2); with `shrinkage` they are taken as they are, of a matrix that
+    `shrunk_to_diagonal` made. A zero matrix has nothing to whiten by: a floor that is relative to it raises ValueError
+    there.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
+    if mode == "shrinkage":
+        return vectors, values.rsqrt(), 0.0
     least = floor if mode == "absolute" else floor * float(values.mean())
     if not least > 0:
         raise ValueError("the covariance of the value gradients is zero, so no relative floor exists")

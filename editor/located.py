@@ -51,8 +51,8 @@ def loss_of(model: EditableModel, turn: Turn) -> float:
 # Second moments
 
 
-class Whitening:
-    """Keys in coordinates in which C is the identity: y = L^(-1) k, where C = L L^T.
+class Whitening(linalg.Coordinates):
+    """Keys in coordinates in which C is the identity.
 
     `ridge`, in units of C's mean eigenvalue, is added to its diagonal: text with fewer tokens than d_k leaves
     directions that it says nothing of. ValueError where C has no factor all the same.
@@ -61,19 +61,13 @@ class Whitening:
     def __init__(self, name: str, second_moments: Tensor, ridge: float, device: torch.device) -> None:
         matrix = second_moments.to(device).double()
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
+        try:
+            super().__init__(matrix)
+        except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"editor.moment_ridge={ridge}: the second moments of the keys of {name} have no inverse; bring more "
                 "text (corpus.path, corpus.tokens), or set a larger editor.moment_ridge"
-            )
-        self.factor = factor  # L (d_k, d_k) float64
-
-    def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
-        return torch.linalg.solve_triangular(self.factor, keys.T, upper=False).T
-
-    def leave(self, left: Tensor) -> Tensor:  # (d_k, n) -> (d_k, n): L^(-T) left
-        return torch.linalg.solve_triangular(self.factor.T, left, upper=True)
+            ) from error
 
     def statistics(self) -> dict[str, float | None]:
         return {}

@@ -124,6 +124,7 @@ class MetaTrainer:
             grad_norm = self._step(turn) if ended or self.horizon.step_every_turn else None
         if ended:
             self._end_trajectory()
+        assert edit.loss is not None, "turns of training are no warm-up"
         return MetaStep(edit.loss, loss, grad_norm, watch.seconds)
 
     def validate(self, turns: Sequence[TrainingTurn]) -> MetaLoss:

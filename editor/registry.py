@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from editor.alphaedit import AlphaEdit
-from editor.base import EditableModel, Editor, LocateInputs
+from editor.base import EditableModel, Editor, LocateInputs, SecondMoments
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.fine_tuning import FineTuning
 from editor.grace import GRACE
@@ -49,11 +49,13 @@ def build(
     settings: Any,
     device: torch.device,
     capture: CaptureSettings,
-    located: LocateInputs | None = None,
+    given: LocateInputs | SecondMoments | None = None,
 ) -> Editor:
-    """An editor of the class `kind`; `capture` is for the gradient-capture family, `located` for locate-then-edit."""
+    """An editor of the class `kind`; `capture` is for the gradient-capture family.
+
+    `given`, for those who ask for it: second moments of keys over text, and for locate-then-edit contexts of the facts.
+    """
+    more = () if given is None else (given,)
     if hasattr(kind, "update"):
-        return CaptureEditor(kind(model.shapes, settings, device), device, capture)
-    if located is not None:
-        return kind(model, settings, device, located)
-    return kind(model, settings, device)
+        return CaptureEditor(kind(model.shapes, settings, device, *more), device, capture)
+    return kind(model, settings, device, *more)

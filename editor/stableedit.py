@@ -5,7 +5,7 @@ Letters: N rows of a turn, d_k key size, d_v value size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
-from editor.base import StatisticsScope, statistics_group
+from editor.base import SecondMoments, StatisticsScope, statistics_group
 from nets import LifelongNormalizer, Whitening
 
 Mode = Literal["stable", "original", "none", "batch", "frozen"]
@@ -45,6 +45,8 @@ class StableEditSettings:
     alone, the last two whitening as stable does.
     `whitening_solver`: auto = newton on a GPU, where the floor is a shift and the rows of earlier turns count. On a CPU
     decomposing is faster at every size (benchmarks/whitening.py).
+    `preserve` is beta of the preserving solve, and `preheat_mode` adaptive the warm-up that ends by itself (DESIGN
+    section 13).
     """
 
     lr: float
@@ -56,6 +58,10 @@ class StableEditSettings:
     whitening_floor_mode: linalg.FloorMode
     whitening_prior: float
     whitening_solver: Literal["auto", "eigh", "newton"] = "auto"
+    preserve: float = 0.0
+    preheat_mode: str = "start"
+    preheat_least: int = 1
+    preheat_tolerance: float = 0.1
 
     def follows(self, device: torch.device) -> bool:
         """Whether a covariance's root is found from the last turn's (newton), rather than by decomposition (eigh)."""
@@ -75,9 +81,13 @@ class StableEdit(nn.Module):
     Settings: ClassVar = StableEditSettings
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], settings: StableEditSettings, device: torch.device
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        settings: StableEditSettings,
+        device: torch.device,
+        second_moments: SecondMoments | None = None,
     ) -> None:
-        """`shapes` gives (d_k, d_v) of each edit module."""
+        """`shapes` gives (d_k, d_v) of each edit module; the preserving solve asks for their second moments."""
         super().__init__()
         self.settings = settings
         self.device = device
@@ -92,7 +102,9 @@ class StableEdit(nn.Module):
                 self.normalizers[self.groups[name]] = LifelongNormalizer(
                     d_k, d_v, full, follow=full and settings.follows(device)
                 )
+        self.warm_up = _WarmUp(settings) if settings.preheat_mode == "adaptive" else None
         self.to(device)
+        self._kept = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
         self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn
 
     @torch.no_grad()
@@ -115,6 +127,23 @@ class StableEdit(nn.Module):
             for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
                 normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
             self._found[group] |= normalizer.changes_since(before)
+        if self.warm_up is not None and phase is Phase.WARM_UP:
+            self.warm_up.count([found["value_covariance_change"] for found in self._found.values()])
+
+    def passes_over(self, phase: Phase) -> bool:
+        """Whether a turn is one of warm-up, and adaptive warm-up has come to its end."""
+        passed = phase is Phase.WARM_UP and self.warm_up is not None and self.warm_up.is_over
+        if passed:
+            self._found = {group: {} for group in self.normalizers}
+        return passed
+
+    def _coordinates(
+        self,
+        second_moments: Tensor,  # C (d_k, d_k)
+    ) -> linalg.Coordinates:  # of A = alpha I + beta C
+        matrix = second_moments.to(self.device).double() * self.settings.preserve
+        matrix.diagonal().add_(self.settings.alpha)
+        return linalg.Coordinates(matrix)
 
     def _whitenings(self, phase: Phase) -> dict[str, Whitening]:
         """One a group and turn; none where the diagonal form serves."""
@@ -122,7 +151,7 @@ class StableEdit(nn.Module):
         if phase is Phase.WARM_UP:
             return found
         for group in self.normalizers:
-            if self._normalizer(group).can_whiten:
+            if self._normalizer(group).can_whiten(self.settings.whitening_floor_mode):
                 found[group] = self._normalizer(group).whitening(
                     self.settings.whitening_prior, self.settings.whitening_floor, self.settings.whitening_floor_mode
                 )
@@ -138,9 +167,13 @@ class StableEdit(nn.Module):
         shifts = [
             self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], whitenings) for rows in chunks
         ]
-        alpha = self.settings.alpha
+        alpha, chunk = self.settings.alpha, self.settings.batch_size
+        assert bool(self._kept) == (self.settings.preserve > 0), "the preserving solve takes second moments"
         try:
-            left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, self.settings.batch_size)
+            if self._kept:
+                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._kept[name], chunk)
+            else:
+                left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, chunk)
         except torch.linalg.LinAlgError as error:
             raise FloatingPointError(
                 f"the keys of {name} are too large for a ridge of editor.alpha={alpha}; set a larger one"
@@ -174,7 +207,8 @@ class StableEdit(nn.Module):
 
         Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
         were whitened, quantiles of the eigenvalues of Sigma^(-1/2); where its root is followed, whether Sigma was
-        decomposed after all (0 or 1), the steps of Newton's method and the residual they left (`nets.FollowedRoot`).
+        decomposed after all (0 or 1), the steps of Newton's method and the residual they left (`nets.FollowedRoot`);
+        where it was shrunk, the coefficient.
         """
         return {
             group.replace("/", "."): {
@@ -189,6 +223,29 @@ class StableEdit(nn.Module):
         normalizer = self.normalizers[group]
         assert isinstance(normalizer, LifelongNormalizer)
         return normalizer
+
+
+class _WarmUp(nn.Module):
+    """Warm-up that ends once no covariance changes by the tolerance any more in a turn."""
+
+    turns: Tensor  # () that there have been
+    over: Tensor  # () bool
+
+    def __init__(self, settings: StableEditSettings) -> None:
+        super().__init__()
+        self.least, self.tolerance = settings.preheat_least, settings.preheat_tolerance
+        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("over", torch.zeros((), dtype=torch.bool))
+
+    def count(self, changes: Sequence[float | None]) -> None:
+        """A turn that changed the covariances so much; None where there was none before."""
+        self.turns += 1
+        stands = all(change is not None and change < self.tolerance for change in changes)
+        self.over.fill_(stands and int(self.turns) >= self.least)
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.over)
 
 
 def _spectrum_quantiles(

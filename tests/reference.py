@@ -26,6 +26,8 @@ class Reference:
     floor: float = 0.01
     floor_mode: str = "relative"
     prior: float = 0.0
+    beta: float = 0.0
+    text: dict[str, Tensor] = field(default_factory=dict)  # keys of each module over text, for the preserving solve
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def turn(self, sequences: Sequence[tuple[list[int], int]], batch_size: int, warm_up: bool) -> dict[str, Tensor]:
@@ -54,7 +56,9 @@ class Reference:
             all_k, all_g = torch.cat([k for k, _ in seen]), torch.cat([g for _, g in seen])
             n, d_v = all_g.shape
             k_hat = (K - all_k.mean(0)) / (all_k.std(0) + EPSILON)
-            if self.mode == "original" or warm_up or n <= d_v + 1:
+            if self.floor_mode == "shrinkage" and not warm_up:
+                g_tilde = (G - all_g.mean(0)) @ shrunk_inverse_root(all_g)
+            elif self.mode == "original" or warm_up or n <= d_v + 1:
                 g_tilde = (G - all_g.mean(0)) / (all_g.std(0) + EPSILON)
             else:
                 centred = all_g - all_g.mean(0)
@@ -66,7 +70,10 @@ class Reference:
                 inverse_root = vectors @ torch.diag(raised**-0.5) @ vectors.T
                 g_tilde = (G - all_g.mean(0)) @ inverse_root
         V = -self.gamma * (k_hat**2).sum(1, keepdim=True) * g_tilde
-        return torch.linalg.solve(K.T @ K + self.alpha * torch.eye(K.shape[1], dtype=torch.float64), K.T @ V)
+        A = self.alpha * torch.eye(K.shape[1], dtype=torch.float64)
+        if self.beta:
+            A += self.beta * self.text[name].T @ self.text[name] / len(self.text[name])
+        return torch.linalg.solve(K.T @ K + A, K.T @ V)
 
     def capture(
         self, sequences: Sequence[tuple[list[int], int]], batch_size: int
@@ -106,3 +113,17 @@ class Reference:
         for handle in handles:
             handle.remove()
         return inputs, {name: out.grad[0] for name, out in outputs.items()}
+
+
+def shrunk_inverse_root(rows: Tensor) -> Tensor:
+    """Sigma^(-1/2) of the rows' covariance, shrunk towards its diagonal by OAS of the correlations (DESIGN 13)."""
+    n, d = rows.shape
+    covariance = torch.cov(rows.T)
+    R = torch.corrcoef(rows.T)
+    trace_of_square, square_of_trace = torch.trace(R @ R), torch.trace(R) ** 2
+    rho = ((1 - 2 / d) * trace_of_square + square_of_trace) / (
+        (n + 1 - 2 / d) * (trace_of_square - square_of_trace / d)
+    )
+    rho = min(float(rho), 1.0)
+    values, vectors = torch.linalg.eigh((1 - rho) * covariance + rho * torch.diag(torch.diag(covariance)))
+    return vectors @ torch.diag(values**-0.5) @ vectors.T

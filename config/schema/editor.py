@@ -33,13 +33,18 @@ class RunningMeanStdMode(Enum):
 
 
 class PreheatMode(Enum):
-    """Warm-up turns come before turn 0, T/4, T/2, 3T/4 or T-1 of T edit turns, or not at all."""
+    """Warm-up turns come before turn 0, T/4, T/2, 3T/4 or T-1 of T edit turns, or not at all.
+
+    adaptive = before turn 0, and only as many as it takes until the value gradients' covariance stands still
+    (editor.preheat_least, editor.preheat_tolerance); num_seq_zsre is the most.
+    """
 
     start = "start"
     q1 = "q1"
     middle = "middle"
     q3 = "q3"
     end = "end"
+    adaptive = "adaptive"
     none = "none"
 
 
@@ -54,12 +59,14 @@ class WhiteningFloorMode(Enum):
     """What keeps the eigenvalues of the value gradients' covariance from zero.
 
     relative, absolute = those below the floor are raised to it, a multiple of the mean eigenvalue or a number;
-    shift = all are raised by it, a multiple of the mean eigenvalue.
+    shift = all are raised by it, a multiple of the mean eigenvalue; shrinkage = no floor: the covariance is shrunk
+    towards its diagonal, by the coefficient that the number of rows calls for (oracle approximating shrinkage).
     """
 
     relative = "relative"
     absolute = "absolute"
     shift = "shift"
+    shrinkage = "shrinkage"
 
 
 class WhiteningSolver(Enum):
@@ -141,6 +148,10 @@ class EditorConfig(Section):
         """Whether it is an editor of one module."""
         return False
 
+    def asks_for_text(self) -> bool:
+        """Whether it asks for second moments of keys over text (corpus.path)."""
+        return False
+
 
 CAPTURE_KEYS = ("batch_size", "token", "passes", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
@@ -159,15 +170,40 @@ class ClosedFormConfig(EditorConfig):
     whitening_prior: float = 0.0
     """eps0 of the Normal-Inverse-Wishart prior."""
     whitening_solver: WhiteningSolver = WhiteningSolver.auto
+    preserve: float = 0.0
+    """Tokens of text whose keys count in the solve as ones that are to stay where they are: the ridge alpha I becomes
+    alpha I + preserve C, C their second moments over the corpus. 0 = as published."""
+    preheat_least: int = 1
+    """Warm-up turns at least, with preheat_mode=adaptive."""
+    preheat_tolerance: float = 0.1
+    """Relative change of the value gradients' covariance in a warm-up turn at which no further one is made, with
+    preheat_mode=adaptive."""
 
     def mistakes(self) -> list[str]:
         return [
             *super().mistakes(),
             *positive("editor.alpha", self.alpha),
+            *not_negative("editor.preserve", self.preserve),
+            *at_least("editor.preheat_least", self.preheat_least, 1),
+            *positive("editor.preheat_tolerance", self.preheat_tolerance),
+            *self._adaptive_mistakes(),
             *positive("editor.whitening_floor", self.whitening_floor),
             *not_negative("editor.whitening_prior", self.whitening_prior),
             *self._solver_mistakes(),
         ]
+
+    def _adaptive_mistakes(self) -> list[str]:
+        mode = self.RunningMeanStd_mode
+        lasting = mode in (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
+        if self.preheat_mode is not PreheatMode.adaptive or lasting:
+            return []
+        return [
+            f"editor.preheat_mode=adaptive with editor.RunningMeanStd_mode={mode.name}, which keeps no covariance that "
+            "could come to stand still: set editor.preheat_mode=start"
+        ]
+
+    def asks_for_text(self) -> bool:
+        return self.preserve > 0
 
     def _solver_mistakes(self) -> list[str]:
         if self.whitening_solver is not WhiteningSolver.newton:
@@ -176,7 +212,7 @@ class ClosedFormConfig(EditorConfig):
         floor, mode = self.whitening_floor_mode, self.RunningMeanStd_mode
         mistakes = []
         if floor is not WhiteningFloorMode.shift:
-            why = "raises single eigenvalues, which takes a decomposition"
+            why = "asks for a decomposition"
             remedy = f"set editor.whitening_floor_mode=shift, {auto}"
             mistakes.append(f"{newton} with editor.whitening_floor_mode={floor.name}, which {why}: {remedy}")
         if mode not in (RunningMeanStdMode.stable, RunningMeanStdMode.frozen):
@@ -415,6 +451,9 @@ class LocateConfig(EditorConfig):
 
     def unused(self) -> tuple[str, ...]:
         return ("lr", *CAPTURE_KEYS)
+
+    def asks_for_text(self) -> bool:
+        return True
 
 
 @dataclass

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from config.schema.checks import Section, at_least, device, filled
 from config.schema.corpus import CorpusConfig
 from config.schema.dataset import DatasetConfig, PromptForm
-from config.schema.editor import EditorConfig, HyperNetworkConfig, LocateConfig, PreheatMode
+from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
 from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig
@@ -126,7 +126,7 @@ def warm_up_mistakes(run: RunConfig) -> list[str]:
     if turns != getattr(run, key):  # the root speaks for the key that users set
         mistakes += at_least("dataset.num_warm_up", turns, 0, "0 means no warm-up")
     setting = run.editor.needs_warm_up() if run.evaluate is None else None
-    if setting and preheat is not PreheatMode.start:
+    if setting and preheat not in (PreheatMode.start, PreheatMode.adaptive):
         mistakes.append(f"{setting} with editor.preheat_mode={preheat.name}: set editor.preheat_mode=start")
     if setting and turns == 0:
         mistakes.append(f"{setting} with {key}=0, no warm-up: set {key} to 1 or more, or to null")
@@ -179,7 +179,7 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         if value != defaults[key]:
             shown = value.name if isinstance(value, Enum) else value
             lines.append(f"editor.{key}={shown} has no effect with editor={run.editor.name}")
-    if run.corpus != CorpusConfig() and not isinstance(run.editor, LocateConfig):
+    if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
         lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")

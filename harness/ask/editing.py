@@ -10,7 +10,7 @@ from pathlib import Path
 from config.compose import choices_of, compose_config
 from config.schema import quoted, to_run_config
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
-from harness.job import build_editor, load_model, locate_inputs, make_plan
+from harness.job import build_editor, editor_inputs, load_model, make_plan
 from harness.ranks import joined
 from harness.watch import RunProgress
 
@@ -45,7 +45,7 @@ def edit(
                 "set dataset.n_edits to a number that divides them"
             )
         edited = load_model(cfg, plan)
-        chosen = build_editor(cfg, edited, plan.editor_device, located=locate_inputs(cfg, plan, edited))
+        chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
         with RunProgress().turns(len(plan.stream)) as bar:
             for turn in plan.stream.from_turn(0):
                 chosen.edit(edited, turn)

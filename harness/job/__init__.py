@@ -1,6 +1,6 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
-from harness.job.build import build_editor, locate_inputs, settings_of
+from harness.job.build import build_editor, editor_inputs, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.loading import load_model
@@ -21,12 +21,12 @@ __all__ = [
     "capture_memory",
     "check_export",
     "earlier_run",
+    "editor_inputs",
     "evaluate_only",
     "evaluated_source",
     "export_folder",
     "is_saved",
     "load_model",
-    "locate_inputs",
     "make_evaluation",
     "make_hidden_states",
     "make_plan",

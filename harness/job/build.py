@@ -10,7 +10,7 @@ import torch
 
 from config.schema import LocateConfig, RunConfig, Token
 from data.records import Allocate
-from editor.base import EditableModel, Editor, LocateInputs
+from editor.base import EditableModel, Editor, LocateInputs, SecondMoments
 from editor.capture import CaptureSettings
 from editor.registry import EDITORS, build
 from harness.job.facts import Contexts, write_prefixes
@@ -24,26 +24,30 @@ def build_editor(
     model: EditableModel,
     device: torch.device,
     allocate: Allocate | None = None,
-    located: LocateInputs | None = None,
+    given: LocateInputs | SecondMoments | None = None,
 ) -> Editor:
     """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
     capture = CaptureSettings(cfg.editor.passes, cfg.editor.token is Token.all, allocate)
-    return build(kind, model, settings_of(kind.Settings, cfg), device, capture, located)
+    return build(kind, model, settings_of(kind.Settings, cfg), device, capture, given)
 
 
-def locate_inputs(
+def editor_inputs(
     cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str | None = None
-) -> LocateInputs | None:
-    """Facts in contexts that the model writes, and second moments of its keys; None for editors that ask for neither.
+) -> LocateInputs | SecondMoments | None:
+    """Second moments of the model's keys, and for locate-then-edit facts in contexts that it writes; None for editors
+    that ask for neither.
 
     `model` has its weights as they were loaded; `fingerprint` is its own, for who has it already.
     """
-    if not isinstance(cfg.editor, LocateConfig):
+    if not cfg.editor.asks_for_text():
         return None
+    moments = second_moments(cfg, plan, model, fingerprint or model.fingerprint()).pop
+    if not isinstance(cfg.editor, LocateConfig):
+        return moments
     prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
     contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
-    return LocateInputs(contexts, second_moments(cfg, plan, model, fingerprint or model.fingerprint()).pop)
+    return LocateInputs(contexts, moments)
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from config.schema import AnswerEnd, LocateConfig, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
+from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
 from data.corpus import Corpus, open_corpus
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
@@ -173,7 +173,7 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
 
 def plan_corpus(cfg: RunConfig) -> Corpus | None:
     """The text whose keys say what is to stay, None where the editor asks for none."""
-    asks = cfg.evaluate is None and isinstance(cfg.editor, LocateConfig)
+    asks = cfg.evaluate is None and cfg.editor.asks_for_text()
     return open_corpus(cfg.corpus.path, SAMPLES) if asks else None
 
 

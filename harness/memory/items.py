@@ -79,6 +79,9 @@ def _of_editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: to
     if isinstance(cfg.editor, HyperNetworkConfig) and cfg.editor.trains():
         moments = 3 * _size(rule.parameters())
         yield Item("optimiser", moments, "gradients, and Adam's two moments", of_editor=True)
+    if cfg.editor.asks_for_text():
+        factors = sum(d_k**2 for d_k, _ in shapes.values()) * DOUBLE
+        yield Item("preserved", factors, "factors of alpha I + preserve C", of_editor=True)
     chunk = 2 * cfg.editor.batch_size * max(d_k for d_k, _ in shapes.values()) * DOUBLE
     yield Item("solve", chunk, "a chunk of keys in float64", of_editor=True, while_in="update")
 

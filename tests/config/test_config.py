@@ -199,7 +199,7 @@ MISTAKES = {
         "editor.RunningMeanStd_mode=batch, which has no covariance that lasts",
         "editor.RunningMeanStd_mode=stable",
     ),
-    "editor.whitening_floor_mode=clamp": ("relative, absolute, shift",),
+    "editor.whitening_floor_mode=clamp": ("relative, absolute, shift, shrinkage",),
     "editor=rledit editor.back_depth=0 editor.time_decay=1.2": ("editor.back_depth=0", "(0, 1]"),
     "checkpoint_every=-1": ("checkpoint_every=-1", "0 makes no checkpoints"),
     "keep=0": ("keep=0", "1 or more"),

@@ -12,6 +12,7 @@ import torch
 from data.records import Capture, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from editor import linalg
+from editor.capture import CaptureEditor
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel
 from model.source import find_edit_modules
@@ -90,15 +91,96 @@ def test_a_followed_root_agrees_with_the_reference() -> None:
     assert editor.statistics()["40x24"]["whitening_decomposed"] in (0.0, 1.0)
 
 
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+@pytest.mark.parametrize("mode", ["stable", "batch"])
+def test_shrinkage_agrees_with_the_reference(make: Callable[..., Any], modules: list[str], mode: str) -> None:
+    """Also where fewer rows than dimensions have been seen: full whitening begins with the first edit turn."""
+    editor = compare(
+        make, modules, whitening_floor_mode="shrinkage", RunningMeanStd_mode=mode, statistics_scope="module"
+    )
+    for found in editor.statistics().values():
+        assert 0 < (found["whitening_shrinkage"] or 0) < 1
+
+
+@pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
+@pytest.mark.parametrize("beta", [3.0, 1e4])
+def test_the_preserving_solve_agrees_with_the_reference(
+    make: Callable[..., Any], modules: list[str], beta: float
+) -> None:
+    compare(make, modules, preserve=beta)
+
+
+def test_where_rows_outnumber_keys_the_preserving_solve_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(90, 12, generator=generator, dtype=torch.float64)
+    values = torch.randn(90, 5, generator=generator, dtype=torch.float64)
+    text = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    A = 2 * torch.eye(12, dtype=torch.float64) + 7 * text.T @ text / len(text)
+    for rows in (slice(0, 90), slice(0, 6)):
+        found = linalg.preserving_update(keys[rows], values[rows], linalg.Coordinates(A), chunk=4)
+        expected = torch.linalg.solve(keys[rows].T @ keys[rows] + A, keys[rows].T @ values[rows])
+        torch.testing.assert_close(linalg.dense(found), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_preserved_moves_less_and_without_weight_nothing_changes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, text = (torch.randn(n, 30, generator=generator, dtype=torch.float64) for n in (8, 200))
+    text *= torch.linspace(0, 3, 30)  # some directions matter to text, others do not
+    values = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    plain = linalg.dense(linalg.ridge_update(keys, values, 1.0))
+    moved = [float((text @ plain).norm())]
+    for beta in (0.0, 1.0, 100.0):
+        A = torch.eye(30, dtype=torch.float64) + beta * text.T @ text / len(text)
+        update = linalg.dense(linalg.preserving_update(keys, values, linalg.Coordinates(A)))
+        if beta == 0:
+            torch.testing.assert_close(update, plain)
+        else:
+            assert float((text @ update).norm()) < 0.9 * moved[-1]
+        moved.append(float((text @ update).norm()))
+
+
+def test_adaptive_warm_up_ends_when_the_covariance_stands_still() -> None:
+    """Turns are passed over from then on, also by an editor that takes the state up."""
+    chosen = settings(preheat_mode="adaptive", preheat_least=3, preheat_tolerance=0.8)
+    model = harness(tiny_llama, LLAMA)
+
+    def editor() -> tuple[StableEdit, CaptureEditor]:
+        rule = StableEdit(model.shapes, chosen, torch.device("cpu"))
+        return rule, CaptureEditor(rule, torch.device("cpu"))
+
+    rule, whole = editor()
+    edits = [whole.edit(model, random_turn(0, WARM_UP))]
+    assert not rule.passes_over(WARM_UP), "there was no covariance before that it could stand still against"
+    edits += [whole.edit(model, random_turn(i, WARM_UP)) for i in (1, 2)]
+    change = rule.statistics()["40x24"]["value_covariance_change"]
+    assert change is not None
+    assert change < 0.8
+    edits.append(whole.edit(model, random_turn(3, WARM_UP)))
+    assert [bool(edit.updates) for edit in edits] == [True, True, True, False]
+    assert edits[-1].loss is None
+    assert edits[-1].details == {"passed_over": True}
+    again, resumed = editor()
+    resumed.load_state_dict(whole.state_dict())
+    assert again.passes_over(WARM_UP)
+    assert not again.passes_over(EDIT)
+    assert not resumed.edit(model, random_turn(4, WARM_UP)).updates
+    assert resumed.edit(model, random_turn(5, EDIT)).updates
+
+
 def compare(make: Callable[..., Any], modules: list[str], tolerance: float = 1e-5, **changes: Any) -> StableEdit:
     """Both sides begin with the same weights, and from there each edits its own model."""
     chosen = settings(**changes)
     model = harness(make, modules)
-    editor = StableEdit(model.shapes, chosen, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
+    text = {
+        name: torch.randn(100, d_k, generator=generator, dtype=torch.float64) for name, (d_k, _) in model.shapes.items()
+    }
+    given = {"second_moments": lambda name: text[name].T @ text[name] / 100} if chosen.preserve else {}
+    editor = StableEdit(model.shapes, chosen, torch.device("cpu"), **given)
     reference = Reference(
         make(dtype=torch.float64), modules, chosen.lr, chosen.alpha, chosen.RunningMeanStd_mode,
         chosen.statistics_scope, chosen.whitening_floor, chosen.whitening_floor_mode,
-        chosen.whitening_prior,
+        chosen.whitening_prior, chosen.preserve, text,
     )  # fmt: skip
     for index, phase in enumerate(PHASES):
         turn = random_turn(index, phase)
