@@ -103,6 +103,18 @@ class LocateInputs:
     second_moments: SecondMoments
 
 
+class OffsetLosses(Protocol):
+    """Losses at any offsets, of all the sequences or of those `chosen` (m of them)."""
+
+    def __call__(
+        self,
+        offsets: Tensor,  # (m, d_v)
+        chosen: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # (m,), (m, d_v)
+        """Each sequence's loss, and dloss/doffset."""
+        ...
+
+
 class EditableModel(Protocol):
     """The language model, as editors and what trains them see it."""
 
@@ -143,20 +155,19 @@ class EditableModel(Protocol):
         """The residual stream there, behind the block that holds an edit module."""
         ...
 
-    def loss_with_offset(
+    def offset_losses(
         self,
         name: str,
         sequences: Sequence[TokenSequence],
         positions: Sequence[int],
-        offsets: Tensor,  # (n, d_v)
         *,
         reference: Tensor | None = None,  # (M, V) of `reference_logits`
         replace: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (n,), (n, d_v)
-        """Each sequence's loss with its offset added to what an edit module puts out there, and dloss/doffset.
+    ) -> OffsetLosses:
+        """Each sequence's loss as a function of an offset to what an edit module puts out there.
 
         The loss is the mean over its answer tokens of -log p or, with `reference`, of KL(reference || model). With
-        `replace`, the offset is what the module puts out.
+        `replace`, the offset is what the module puts out. Holds for the weights that the model has now.
         """
         ...
 

@@ -221,10 +221,10 @@ class GRACE:
         rows = [row.clone() for row in values]  # a tensor each, with moments of its own
         optimizer = torch.optim.Adam(rows, lr=self.settings.lr)
         active = list(range(len(facts)))
+        search = model.offset_losses(self.name, facts, at, replace=True)
         for _ in range(self.settings.num_steps):
             offsets = torch.stack([rows[place] for place in active])
-            some, there = [facts[place] for place in active], [at[place] for place in active]
-            losses, gradients = model.loss_with_offset(self.name, some, there, offsets, replace=True)
+            losses, gradients = search(offsets, active)
             for place, loss, gradient in zip(active, losses.tolist(), gradients, strict=True):
                 rows[place].grad = None if loss < self.settings.stop_loss else gradient
             active = [place for place in active if rows[place].grad is not None]

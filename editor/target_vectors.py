@@ -88,14 +88,27 @@ class _Search:
     def __init__(
         self, model: EditableModel, name: str, facts: Sequence[FactContexts], start: Tensor, settings: TargetSettings
     ) -> None:
-        self.model, self.name, self.facts, self.settings = model, name, facts, settings
+        self.settings = settings
         self.offsets = torch.zeros_like(start)
         self.said, self.steps = start.new_zeros(len(facts)), torch.zeros(len(facts), dtype=torch.int64)
         self.sizes = start.norm(dim=1)  # ||h||
         self.first, self.second = torch.zeros_like(start), torch.zeros_like(start)
-        self.with_essence = [place for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
-        essences = [essence for fact in facts if (essence := fact.essence) and settings.kl_factor]
-        self.reference = model.reference_logits(essences) if essences else None  # (essences, V)
+        self.owner = [place for place, fact in enumerate(facts) for _ in fact.sequences]
+        sequences = [sequence for fact in facts for sequence in fact.sequences]
+        self.contexts = model.offset_losses(name, sequences, [at for fact in facts for at in fact.positions])
+        with_essence = [(place, fact) for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
+        self.essence_of = {place: row for row, (place, _) in enumerate(with_essence)}
+        essences = [fact.essence for _, fact in with_essence if fact.essence]
+        self.essences = (
+            model.offset_losses(
+                name,
+                essences,
+                [fact.essence_position for _, fact in with_essence],
+                reference=model.reference_logits(essences),
+            )
+            if essences
+            else None
+        )
 
     def loss(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:  # (len(chosen),), (len(chosen), d_v)
         """The objective and its gradient."""
@@ -109,31 +122,21 @@ class _Search:
 
     def _contexts(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of the answers, the mean over each fact's contexts."""
-        facts = [self.facts[place] for place in chosen]
-        owner = torch.tensor([place for place, fact in enumerate(facts) for _ in fact.sequences], device=offsets.device)
-        sequences = [sequence for fact in facts for sequence in fact.sequences]
-        positions = [position for fact in facts for position in fact.positions]
-        losses, gradients = self.model.loss_with_offset(self.name, sequences, positions, offsets[owner])
-        share = 1 / offsets.new_tensor([len(fact.sequences) for fact in facts])
+        place_of = {fact: place for place, fact in enumerate(chosen)}
+        some = [place for place, fact in enumerate(self.owner) if fact in place_of]
+        owner = torch.tensor([place_of[self.owner[place]] for place in some], device=offsets.device)
+        losses, gradients = self.contexts(offsets[owner], some)
+        share = 1 / torch.bincount(owner, minlength=len(chosen)).to(offsets)
         said = torch.zeros_like(share).index_add_(0, owner, losses.to(share)) * share
         return said, torch.zeros_like(offsets).index_add_(0, owner, gradients) * share[:, None]
 
     def _essences(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
         """KL of what follows the subject, of those facts that have one."""
         drift, gradient = offsets.new_zeros(len(chosen)), torch.zeros_like(offsets)
-        rows = {fact: row for row, fact in enumerate(self.with_essence)}
-        there = [place for place, fact in enumerate(chosen) if fact in rows]
-        if not there or self.reference is None:
-            return drift, gradient
-        facts = [self.facts[chosen[place]] for place in there]
-        losses, gradients = self.model.loss_with_offset(
-            self.name,
-            [fact.essence for fact in facts if fact.essence],
-            [fact.essence_position for fact in facts],
-            offsets[there],
-            reference=self.reference[[rows[chosen[place]] for place in there]],
-        )
-        drift[there], gradient[there] = losses.to(drift), gradients
+        there = [place for place, fact in enumerate(chosen) if fact in self.essence_of]
+        if there and self.essences is not None:
+            losses, gradients = self.essences(offsets[there], [self.essence_of[chosen[place]] for place in there])
+            drift[there], gradient[there] = losses.to(drift), gradients
         return drift, gradient
 
     def step(self, chosen: Sequence[int], gradient: Tensor, step: int) -> None:

@@ -6,18 +6,17 @@ edit module, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from data.batches import PADDING, compute_batches
-from data.records import TokenBatch, TokenSequence, first_rows
+from data.records import TokenBatch, TokenSequence
 from model.edited import EditModule
+from model.offsets import OffsetLosses, hooks
 from model.text import TextModel
-from model.tracing import count_within, head_sees, same_bits
+from model.tracing import count_within, head_sees, require_ran
 
 Seen = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(inputs, output) of a module -> the one to be read, (B, L, d) or (B L, d)."""
@@ -83,7 +82,7 @@ class PositionModel(TextModel):
                     found[name] = rows.new_empty((len(cut), rows.shape[1]), dtype=self.precise, device=self.device)
                 found[name][batch.members.to(self.device)] = rows.to(found[name])
 
-            with _hooks({module: _reader(name, seen, keep) for name, module in wanted.items()}):
+            with hooks({module: _reader(name, seen, keep) for name, module in wanted.items()}):
                 self._logits(batch)
         require_ran(wanted, found)
         return found
@@ -100,7 +99,7 @@ class PositionModel(TextModel):
                 rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
                 found[name] = rows.to(self.device, self.precise)
 
-            with _hooks({module: _reader(name, lambda inputs, _: inputs[0], keep) for name, module in wanted.items()}):
+            with hooks({module: _reader(name, lambda inputs, _: inputs[0], keep) for name, module in wanted.items()}):
                 self._logits(batch)
             require_ran(wanted, found)
             yield found
@@ -115,42 +114,21 @@ class PositionModel(TextModel):
 
     # -- what another value does
 
-    def loss_with_offset(
+    def offset_losses(
         self,
         name: str,  # of an edit module
         sequences: Sequence[TokenSequence],
         positions: Sequence[int],  # one of each sequence, before its last token
-        offsets: Tensor,  # (n, d_v)
         *,
         reference: Tensor | None = None,  # (M, V) logits of `reference_logits`
         replace: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (n,), (n, d_v)
-        """Each sequence's loss with its offset added to the module's output at its position; dloss/doffset.
+    ) -> OffsetLosses:
+        """Each sequence's loss with an offset added to what the module puts out at its position (`OffsetLosses`).
 
-        The loss is the mean of -log p over the sequence's answer tokens or, with `reference`, of KL(reference || model)
-        there. Behind a residual block the offset is one of the layer's output, too. With `replace`, the offset is what
-        the module puts out there. Graph and gradients end at the offsets: nothing below them is differentiated.
+        Behind a residual block the offset is one of the layer's output, too.
         """
-        first_row = first_rows(sequences)
-        lengths = first_row.diff()
-        losses = torch.zeros(len(sequences), dtype=self.precise, device=self.device)
-        gradients = torch.zeros_like(offsets)
-        where = torch.tensor(positions, dtype=torch.int64)
-        with same_bits():
-            for batch in self.batches(sequences):
-                here = batch.members.to(offsets.device)
-                moved = offsets[here].detach().to(self.device, self.precise).requires_grad_(True)
-                with _hooks({self.edited[name].module: _mover(where[batch.members], moved, batch, replace)}):
-                    logits = self._logits(batch).to(self.precise)
-                if not logits.requires_grad:
-                    require_ran([name], [])
-                expected = None if reference is None else reference[places(batch, first_row).to(reference.device)]
-                each = _token_losses(logits, batch, expected) / lengths[batch.members][batch.rows].to(self.device)
-                own = each.new_zeros(len(batch.members)).index_add(0, batch.rows.to(self.device), each)
-                (gradient,) = torch.autograd.grad(own.sum(), moved)
-                losses[batch.members.to(self.device)] = own.detach()
-                gradients[here] = gradient.to(gradients)
-        return losses, gradients
+        module = self.edited[name].module
+        return OffsetLosses(self, name, module, self.precise, sequences, positions, reference, replace)
 
 
 def places(
@@ -161,53 +139,8 @@ def places(
     return first_row[batch.members][batch.rows] + count_within(batch.rows)
 
 
-def _token_losses(
-    logits: Tensor,  # (M, V)
-    batch: TokenBatch,
-    reference: Tensor | None,  # (M, V)
-) -> Tensor:  # (M,)
-    if reference is None:
-        return functional.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
-    expected = reference.to(logits).log_softmax(-1)
-    return functional.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
-
-
-@contextlib.contextmanager
-def _hooks(hooks: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
-    """On each module's forward, as long as the context lasts."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _reader(name: str, seen: Seen, keep: Callable[[str, Tensor], None]) -> Callable[..., None]:
     def read(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         keep(name, seen(inputs, output[0] if isinstance(output, tuple) else output))
 
     return read
-
-
-def _mover(
-    positions: Tensor,  # (B,)
-    offsets: Tensor,  # (B, d_v)
-    batch: TokenBatch,
-    replace: bool,
-) -> Callable[..., Tensor]:
-    def move(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        at = torch.arange(len(positions), device=output.device), positions.to(output.device)
-        moved = output.reshape(*batch.input_ids.shape, -1).clone()  # (B, L, d_v); some families flatten (B, L)
-        there = offsets.to(output.device)
-        moved[at] = (there if replace else moved[at] + there).to(output.dtype)
-        return moved.reshape(output.shape)
-
-    return move
-
-
-def require_ran(wanted: Iterable[str], found: Collection[str]) -> None:
-    """ValueError where an edit module was not called."""
-    silent = [name for name in wanted if name not in found]
-    if silent:
-        raise ValueError(f"model.edit_modules: {silent[0]!r} takes no part in a forward on text; leave it out")

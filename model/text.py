@@ -22,7 +22,7 @@ WORTH_SHARING = 16
 
 
 @dataclass
-class _Read:
+class Read:
     """Prompts that the model has read, and what it needs to read on behind them."""
 
     members: list[int]  # (B,) places among the prompts
@@ -76,7 +76,7 @@ class TextModel:
                 watch(len(read.members) * (1 if running else max_new_tokens - step + 1))
                 if not running:
                     break
-                self._read_on(read, tokens[:, None])
+                self.read_on(read, tokens[:, None])
         return written
 
     @torch.inference_mode()
@@ -108,7 +108,7 @@ class TextModel:
             for totals, candidates in zip(sums, labels, strict=True)
         ]
 
-    def _rest_log_probs(self, read: _Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
+    def _rest_log_probs(self, read: Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability of each label's tokens after its first, behind the given row of what was read."""
         ids = torch.full((len(rows), max(map(len, labels)) - 1), PADDING)
         for row, label in enumerate(labels):
@@ -116,12 +116,12 @@ class TextModel:
         counts = torch.tensor([len(label) - 1 for label in labels])
         at = torch.arange(len(rows)).repeat_interleave(counts)
         targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
-        copied = _Read(rows, read.mask[rows], _select(read.cache, rows), read.logits)
-        logits = self._read_on(copied, ids.to(self.device), (at, count_within(at)))
+        copied = Read(rows, read.mask[rows], select(read.cache, rows), read.logits)
+        logits = self.read_on(copied, ids.to(self.device), (at, count_within(at)))
         chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
         return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
 
-    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[_Read]:
+    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[Read]:
         """Read the prompts, longest first, in batches padded on the left; what all of them begin with is read once.
 
         `to_come` tokens at most will be read after each: they count towards the memory a batch may take.
@@ -132,8 +132,8 @@ class TextModel:
         start = None
         if shared:
             ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            start = _Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
-            self._read_on(start, ids)
+            start = Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
+            self.read_on(start, ids)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         while order:
             longest = len(prompts[order[0]])
@@ -142,9 +142,16 @@ class TextModel:
             yield self._read_batch(prompts, order[:size], shared, start)
             order = order[size:]
 
+    def read_heads(self, heads: Sequence[Sequence[int]]) -> Read:
+        """What the model has after these beginnings of texts, all of them empty or none."""
+        if not any(heads):
+            mask = torch.empty(len(heads), 0, dtype=torch.int64, device=self.device)
+            return Read(list(range(len(heads))), mask, None, torch.empty(0))
+        return self._read_batch(heads, list(range(len(heads))), 0, None)
+
     def _read_batch(
-        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: _Read | None
-    ) -> _Read:
+        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: Read | None
+    ) -> Read:
         width = max(len(prompts[member]) for member in members) - shared
         ids = torch.full((len(members), width), PADDING)
         mask = torch.zeros_like(ids)
@@ -152,14 +159,14 @@ class TextModel:
             own = torch.tensor(prompts[member][shared:])
             ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         before = torch.ones(len(members), shared, dtype=mask.dtype)
-        cache = None if start is None else _select(start.cache, [0] * len(members))
-        read = _Read(members, before.to(self.device), cache, torch.empty(0))
-        self._read_on(read, ids.to(self.device), mask=mask.to(self.device))
+        cache = None if start is None else select(start.cache, [0] * len(members))
+        read = Read(members, before.to(self.device), cache, torch.empty(0))
+        self.read_on(read, ids.to(self.device), mask=mask.to(self.device))
         return read
 
-    def _read_on(
+    def read_on(
         self,
-        read: _Read,
+        read: Read,
         ids: Tensor,  # (B, T)
         at: tuple[Tensor, Tensor] | None = None,  # rows and positions asked about; None = the last of each row
         mask: Tensor | None = None,  # (B, T), 0 = padding; None = all ones
@@ -184,16 +191,17 @@ class TextModel:
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
-    def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
-        """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be.
-
-        Padding then stands behind these tokens, which positions of their own make up for, but a window does not see.
+    def can_read_on(self, length: int) -> bool:
+        """Whether a text of so many tokens may be read in two parts, the first padded on its left: positions of their
+        own make up for the padding, but a window does not see it.
         """
-        if not self._takes_positions or len(prompts) == 1:
-            return 0
-        lengths = [len(prompt) for prompt in prompts]
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if window is not None and max(lengths) + to_come > window:
+        return self._takes_positions and (window is None or length <= window)
+
+    def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
+        """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be."""
+        lengths = [len(prompt) for prompt in prompts]
+        if len(prompts) == 1 or not self.can_read_on(max(lengths) + to_come):
             return 0
         first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others begin with what these two share
         same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
@@ -231,13 +239,14 @@ class TextModel:
                 )
 
 
-def _select(cache: Any, rows: list[int]) -> Any:
-    """Some rows of a cache, whose layers may lie on several devices. Its own tensors are left as they are, not copied
-    first: all rows together may fill a GPU.
+def select(cache: Any, rows: list[int] | None) -> Any:
+    """Some rows of a cache, None for all of them; its layers may lie on several devices. Its own tensors are left as
+    they are, not copied first: all rows together may fill a GPU.
     """
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(torch.tensor(rows))
+    if rows is not None:
+        chosen.batch_select_indices(torch.tensor(rows))
     return chosen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,3 +97,10 @@ def same_bits() -> Iterator[None]:
         raise ValueError(f"model.deterministic=true: {first}; set model.deterministic=false") from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def require_ran(wanted: Iterable[str], found: Collection[str]) -> None:
+    """ValueError where an edit module was not called."""
+    silent = [name for name in wanted if name not in found]
+    if silent:
+        raise ValueError(f"model.edit_modules: {silent[0]!r} takes no part in a forward on text; leave it out")

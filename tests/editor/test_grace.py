@@ -222,7 +222,7 @@ def test_a_value_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.M
     editor.edit(model, random_turn(0, Phase.EDIT, records=3))
     before = editor.codebook
     monkeypatch.setattr(
-        model, "loss_with_offset", lambda _name, _facts, _at, offsets, replace: (offsets[:, 0], offsets * math.nan)
+        model, "offset_losses", lambda *_, **__: lambda offsets, _chosen: (offsets[:, 0], offsets * math.nan)
     )
     with pytest.raises(FloatingPointError, match=r"turn 1: .* not finite; .* codebook is that of the turn before"):
         editor.edit(model, random_turn(1, Phase.EDIT, records=3))

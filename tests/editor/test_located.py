@@ -279,7 +279,7 @@ def test_a_strong_weight_of_kl_keeps_the_subject_what_it_is() -> None:
     at = [facts[place].essence_position for place in with_one]
     reference_logits = model.reference_logits(essences)
     drifts = [
-        model.loss_with_offset(LLAMA[1], essences, at, found.offsets[with_one], reference=reference_logits)[0].mean()
+        model.offset_losses(LLAMA[1], essences, at, reference=reference_logits)(found.offsets[with_one])[0].mean()
         for found in (free, held)
     ]
     assert drifts[1] < 0.3 * drifts[0]

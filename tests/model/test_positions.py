@@ -56,7 +56,7 @@ def test_what_is_there_is_what_a_plain_forward_has(make: Callable[..., Any], nam
 def test_an_offset_moves_the_residual_stream_by_itself(make: Callable[..., Any], names: tuple[str, ...]) -> None:
     """Added by hand to the layer's output, it gives the same losses; the loss is the mean over a sequence's tokens."""
     model, name, moved = language_model(make, names), names[1], offsets()
-    losses, _ = model.loss_with_offset(name, sequences(), POSITIONS, moved)
+    losses, _ = model.offset_losses(name, sequences(), POSITIONS)(moved)
     for place, (sequence, at) in enumerate(zip(sequences(), POSITIONS, strict=True)):
 
         def add(_layer: Any, _inputs: Any, output: Any, place: int = place, at: int = at) -> Any:
@@ -82,9 +82,9 @@ def test_gradients_are_finite_differences(
     reference = model.reference_logits(sequences()) if kl else None
 
     def losses(at: Tensor) -> Tensor:
-        return model.loss_with_offset(name, sequences(), POSITIONS, at, reference=reference, replace=replace)[0]
+        return model.offset_losses(name, sequences(), POSITIONS, reference=reference, replace=replace)(at)[0]
 
-    _, gradients = model.loss_with_offset(name, sequences(), POSITIONS, here, reference=reference, replace=replace)
+    _, gradients = model.offset_losses(name, sequences(), POSITIONS, reference=reference, replace=replace)(here)
     direction, step = offsets(0.3).flip(0), 1e-5
     slopes = (losses(here + step * direction) - losses(here - step * direction)) / (2 * step)
     torch.testing.assert_close((gradients * direction).sum(1), slopes, rtol=1e-6, atol=1e-9)
@@ -95,8 +95,8 @@ def test_gradients_are_finite_differences(
 def test_compute_batches_change_nothing(make: Callable[..., Any], names: tuple[str, ...]) -> None:
     few, many = language_model(make, names, 1), language_model(make, names, 10_000)
     for small, large in zip(
-        few.loss_with_offset(names[0], sequences(), POSITIONS, offsets()),
-        many.loss_with_offset(names[0], sequences(), POSITIONS, offsets()),
+        few.offset_losses(names[0], sequences(), POSITIONS)(offsets()),
+        many.offset_losses(names[0], sequences(), POSITIONS)(offsets()),
         strict=True,
     ):
         torch.testing.assert_close(small, large)
@@ -106,12 +106,12 @@ def test_compute_batches_change_nothing(make: Callable[..., Any], names: tuple[s
 def test_kl_of_the_model_with_itself_is_nothing_and_replacing_by_what_is_there_changes_nothing() -> None:
     model, name = language_model(exact_llama, LLAMA), LLAMA[1]
     reference, nothing = model.reference_logits(sequences()), offsets(0.0)
-    own, gradients = model.loss_with_offset(name, sequences(), POSITIONS, nothing, reference=reference)
+    own, gradients = model.offset_losses(name, sequences(), POSITIONS, reference=reference)(nothing)
     assert own.abs().max() < 1e-12
     assert gradients.abs().max() < 1e-12
-    plain, _ = model.loss_with_offset(name, sequences(), POSITIONS, nothing)
+    plain, _ = model.offset_losses(name, sequences(), POSITIONS)(nothing)
     there = model.values_at(name, sequences(), POSITIONS)
-    torch.testing.assert_close(model.loss_with_offset(name, sequences(), POSITIONS, there, replace=True)[0], plain)
+    torch.testing.assert_close(model.offset_losses(name, sequences(), POSITIONS, replace=True)(there)[0], plain)
 
 
 def test_a_module_outside_of_the_layers_has_no_residual_stream_behind_it() -> None:
