@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 from data.disk import write_atomically
-from harness.report import hidden_figure, method_figures, page, score_figures
+from harness.report import hidden_figure, method_figures, page, score_figures, trade_figure
 from harness.report.drawing import STYLE, Named, Picture, named_runs
 from harness.report.page import Tables
 from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
@@ -23,6 +23,7 @@ from harness.report.runs import Run, open_runs
 
 DRAWINGS = (  # in the order of the page
     score_figures.comparison,
+    trade_figure.written_against_harm,
     score_figures.scores,
     score_figures.retention_by_age,
     score_figures.glue_over_edits,

@@ -232,6 +232,12 @@ def configurations(runs: Sequence[Run]) -> list[str]:
     return [name_of[one] for one in apart]
 
 
+def but_for_the_step(runs: Sequence[Run]) -> list[str]:
+    """What runs have in common that differ in step size and seed alone."""
+    left_out = ("seed", "model.lr", "editor.lr")
+    return _names(runs, [{key: value for key, value in _overrides(run).items() if key not in left_out} for run in runs])
+
+
 def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
     shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
     return [

@@ -22,7 +22,16 @@ from safetensors.torch import load_file, save_file
 
 from data.records import EditRecord, Question, TokenSequence
 from harness.evaluation.hidden import HiddenStates
-from harness.report import DRAWINGS, adjusted, method_figures, projection, score_figures, tables, write_report
+from harness.report import (
+    DRAWINGS,
+    adjusted,
+    method_figures,
+    projection,
+    score_figures,
+    tables,
+    trade_figure,
+    write_report,
+)
 from harness.report.__main__ import main
 from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
 from harness.report.paired import Difference, average, compare, holm, paired_difference, record_scores
@@ -378,6 +387,29 @@ def assert_readable(figure: Figure, name: str) -> None:
         low, high = sorted(ax.get_ylim())
         for label in (one for one in ax.get_yticklabels() if low <= one.get_position()[1] <= high):
             assert label.get_window_extent().x0 >= figure.bbox.x0, (name, label.get_text())
+
+
+def test_what_was_written_against_harm_is_a_curve_over_steps(tmp_path: Path) -> None:
+    """Seeds of a step are averaged; configurations that differ in more have a curve each."""
+    steps = {"a": [(1e-3, 1, 0.2), (1e-3, 2, 0.4), (2e-3, 1, 0.5)], "b": [(1e-3, 1, 0.6)]}
+    for ablation, runs in steps.items():
+        for step, seed, said in runs:
+            overrides = [f"ablation={ablation}", f"model.lr={step}", f"seed={seed}"]
+            folder = make_run(tmp_path / f"{ablation}{step}{seed}", overrides=overrides)
+            about = json.loads((folder / "run.json").read_text())
+            about["config"]["editor"]["lr"] = step
+            (folder / "run.json").write_text(json.dumps(about))
+            results = json.loads((folder / "results.json").read_text())
+            results["final"] |= {"ES_gen": score(said), "LS_agree": score(0.5 - 100 * step), "perplexity": 40.0}
+            (folder / "results.json").write_text(json.dumps(results))
+    with matplotlib.rc_context(STYLE):
+        picture = trade_figure.written_against_harm(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    lines = {line.get_label(): line.get_xydata() for line in picture.figure.axes[0].get_lines()}
+    np.testing.assert_allclose(lines["stableedit a"], [[0.6, 0.3], [0.7, 0.5]])
+    np.testing.assert_allclose(lines["stableedit b"], [[0.6, 0.6]])
+    alone = [named for named in named_runs(open_runs([tmp_path])) if "lr=0.001" in named.label]
+    assert trade_figure.written_against_harm(alone) is None, "there is one step of each"
 
 
 def test_final_scores_are_points_with_intervals_a_run_a_row(tmp_path: Path) -> None:
