@@ -14,7 +14,7 @@ class EvaluationConfig(Section):
 
     every: int = 0
     """Turns between evaluations; 0 = base and final model only."""
-    sample: int | None = 500
+    sample: int | None = 300
     """Records scored, drawn from the seed; null = all."""
     generation: int | str = 100
     """Records, of those scored, that are scored by greedy generation too: a number, `all`, or 0 (also written off)."""
