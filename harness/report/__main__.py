@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from harness.report import write_report
+from harness.report import write_leaderboard, write_report
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,9 +15,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or one that holds several")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write; one run: its own folder")
+    parser.add_argument(
+        "--leaderboard", action="store_true", help="one table of methods instead, as HTML, Markdown, CSV and LaTeX"
+    )
     chosen = parser.parse_args(arguments)
     try:
-        written = write_report(chosen.runs, chosen.to)
+        write = write_leaderboard if chosen.leaderboard else write_report
+        written = write(chosen.runs, chosen.to)
     except ValueError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{written}\n")

@@ -75,9 +75,13 @@ def page(
             f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
         )
     body += [_about(named) for named in runs]
-    title = escape(_title(runs))
+    return document(_title(runs), body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page in the look that all have; `body` is HTML."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style></head>\n'
         f"<body>\n{chr(10).join(body)}\n</body></html>\n"
     )
@@ -85,12 +89,14 @@ def page(
 
 def _title(runs: Sequence[Named]) -> str:
     configs = [named.run.about["config"] for named in runs]
-    datasets, models = (list(dict.fromkeys(_name(config, key) for config in configs)) for key in ("dataset", "model"))
+    datasets, models = (
+        list(dict.fromkeys(source_name(config, key) for config in configs)) for key in ("dataset", "model")
+    )
     what = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     return f"{what} on {', '.join(datasets)}, {', '.join(models)}"
 
 
-def _name(config: Mapping[str, Any], section: str) -> str:
+def source_name(config: Mapping[str, Any], section: str) -> str:
     part = config.get(section, {})
     return Path(str(part.get("name_or_path") or part.get("name") or "?")).name.removeprefix("pypi:")
 
@@ -104,7 +110,7 @@ def _head(runs: Sequence[Named]) -> Iterator[str]:
             yield f'<p class="warning"><b>{escape(named.label)}</b>: {escape(named.run.unfinished)}.</p>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "numbers") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "numbers") -> str:
     """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow.
 
     Those of `texts` are broken into lines.
@@ -133,7 +139,7 @@ def _one_runs_results(named: Named) -> str:
          _count(final.get(name) or base.get(name))]
         for name in names
     ]  # fmt: skip
-    return _table(["score", "base model", "edited model", "change", "records"], rows)
+    return table(["score", "base model", "edited model", "change", "records"], rows)
 
 
 def _all_runs_results(runs: Sequence[Named]) -> str:
@@ -142,7 +148,7 @@ def _all_runs_results(runs: Sequence[Named]) -> str:
         [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
         for named in runs
     ]
-    return _table(["run", *names], rows)
+    return table(["run", *names], rows)
 
 
 def _base_rows(runs: Sequence[Named], names: Sequence[str]) -> list[list[str]]:
@@ -176,7 +182,7 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
         [_swatch(members[0], label), *(_averaged(name, members, "final", tables.averages[label]) for name in names)]
         for label, members in groups.items()
     ]
-    yield _table(["configuration", *names], rows, kind="stacked")
+    yield table(["configuration", *names], rows, kind="stacked")
     seeds = list(dict.fromkeys(f"{named.run.seed}" for named in runs))
     yield (
         '<p class="note">Means over records and seeds; in brackets a 95% bootstrap interval over records, each '
@@ -206,7 +212,7 @@ def _retention(runs: Sequence[Named]) -> Iterator[str]:
     ]
     if rows:
         yield "<h2>Retention</h2>"
-        yield _table(["run", "score", "right after its turn", "at the end", "forgotten"], rows)
+        yield table(["run", "score", "right after its turn", "at the end", "forgotten"], rows)
 
 
 def _examples(runs: Sequence[Named]) -> Iterator[str]:
@@ -214,9 +220,9 @@ def _examples(runs: Sequence[Named]) -> Iterator[str]:
     shown = [(named, _example_table(named.run.examples)) for named in runs if named.run.examples]
     if shown:
         yield "<h2>What the model says</h2>"
-    for named, table in shown:
+    for named, texts in shown:
         title = f"<summary>{_swatch(named)}</summary>"
-        yield table if len(runs) == 1 else f"<details>{title}{table}</details>"
+        yield texts if len(runs) == 1 else f"<details>{title}{texts}</details>"
     if shown:
         yield (
             '<p class="note">Greedy generation up to the model\'s own end or evaluation.max_new_tokens; the questions '
@@ -226,7 +232,7 @@ def _examples(runs: Sequence[Named]) -> Iterator[str]:
 
 def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
     rows = [[PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)] for one in examples]
-    return _table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
+    return table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
 
 
 def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
@@ -242,7 +248,7 @@ def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
             [swatches[label], *(_difference(one.get(name), tables.adjusted.get((label, name))) for name in names)]
             for label, one in found.items()
         ]
-        yield _table(["configuration", *names], rows, kind="stacked")
+        yield table(["configuration", *names], rows, kind="stacked")
         yield f'<p class="note">{_how_compared(runs)}</p>'
     if same := [name for name in every if name not in names]:
         yield f'<p class="note">No record differs in {", ".join(same)}: nothing to test.</p>'

@@ -48,9 +48,13 @@ class Run:
             return None
         turns = len(self.turns.get("turn", ()))
         drawn = f"{turns:,} turn{'s' * (turns != 1)} and {len(self.evaluations)} evaluations are there and are drawn"
+        return f"{self.state}; {drawn}"
+
+    @property
+    def state(self) -> str:
+        """Where the run stands, in words, with the error that ended it."""
         error = f" ({self.about['error']})" if self.about.get("error") else ""
-        state = "still running, or was killed" if self.about["status"] == "running" else self.about["status"]
-        return f"{state}{error}; {drawn}"
+        return f"{'still running, or was killed' if self.about['status'] == 'running' else self.about['status']}{error}"
 
     @cached_property
     def _lines(self) -> dict[str, Columns]:
@@ -236,6 +240,12 @@ def but_for_the_step(runs: Sequence[Run]) -> list[str]:
     """What runs have in common that differ in step size and seed alone."""
     left_out = ("seed", "model.lr", "editor.lr")
     return _names(runs, [{key: value for key, value in _overrides(run).items() if key not in left_out} for run in runs])
+
+
+def shared_choices(runs: Sequence[Run]) -> list[str]:
+    """What was chosen alike in all of them, but the seed and the editor, and so is in no name."""
+    shared = set.intersection(*(set(_overrides(run).items()) for run in runs))
+    return _told({key: value for key, value in sorted(shared) if key != "seed"}, set())
 
 
 def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:

@@ -22,17 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from data.records import EditRecord, Question, TokenSequence
 from harness.evaluation.hidden import HiddenStates
-from harness.report import (
-    DRAWINGS,
-    adjusted,
-    method_figures,
-    projection,
-    score_figures,
-    tables,
-    trade_figure,
-    write_report,
-)
+from harness.report import DRAWINGS, method_figures, projection, score_figures, trade_figure, write_report
 from harness.report.__main__ import main
+from harness.report.averages import adjusted, tables
 from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
 from harness.report.paired import Difference, average, compare, holm, paired_difference, record_scores
 from harness.report.runs import columns_by_phase, configurations, labels, open_runs, short_module_names
@@ -93,7 +85,8 @@ def make_run(
     config = {
         "seed": (seeds or [42])[0],
         "editor": {"name": editor},
-        "dataset": {"name": "zsre"},
+        "dataset": {"name": "zsre", "prompt_form": "qa"},
+        "evaluation": {"prompt": None},
         "model": {"name_or_path": "some/tiny-model"},
     }
     about = {

@@ -1,0 +1,63 @@
+"""Configurations instead of runs: averages over their seeds, paired differences, p-values adjusted for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from harness.report.drawing import Named
+from harness.report.page import Tables
+from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
+from harness.report.runs import Run
+
+
+def tables(runs: Sequence[Named]) -> Tables:
+    """What is told of configurations: averages over their seeds, and paired differences from the first."""
+    groups: dict[str, list[Run]] = {}
+    for named in runs:
+        groups.setdefault(named.configuration, []).append(named.run)
+    found = Tables({}, {}, {}, {})
+    if len(runs) == 1:
+        return found
+    first, *_ = groups
+    base = [record_scores(run.lines("records.jsonl"), "base") for run in groups[first]]
+    reference = final_scores(groups[first])
+    found.base.update(average(base))
+    for label, members in groups.items():
+        own = reference if label == first else final_scores(members)
+        found.averages[label] = average(own)
+        if label != first:
+            found.differences[label] = compared(groups[first], reference, members, own)
+    found.adjusted.update(adjusted(found.differences))
+    return found
+
+
+def final_scores(runs: Sequence[Run]) -> list[Scores]:
+    return [record_scores(run.lines("records.jsonl"), "final") for run in runs]
+
+
+def compared(
+    first: Sequence[Run], reference: Sequence[Scores], second: Sequence[Run], own: Sequence[Scores]
+) -> Mapping[str, Difference] | str:
+    """Paired differences within each seed that both have; every run with every run where they have none in common."""
+    data = [runs[0].about.get("inputs", {}).get("eval") for runs in (first, second)]
+    if data[0] != data[1]:
+        return "its facts come from another file"
+    if not any(reference) or not any(own):
+        return f"{'it' if any(reference) else 'the first'} has no final scores of single records"
+    pairs = [(a, b) for a in range(len(first)) for b in range(len(second))]
+    same_seed = [(a, b) for a, b in pairs if first[a].seed == second[b].seed]
+    return compare([(reference[a], own[b]) for a, b in same_seed or pairs]) or "no record was scored in both"
+
+
+def adjusted(differences: Mapping[str, Mapping[str, Difference] | str]) -> dict[tuple[str, str], float]:
+    """(label, score) -> p-value, adjusted for all tests of that score."""
+    tests: dict[str, dict[str, float]] = {}
+    for label, found in differences.items():
+        for score, difference in found.items() if not isinstance(found, str) else ():
+            if difference.p is not None:
+                tests.setdefault(score, {})[label] = difference.p
+    return {
+        (label, score): p
+        for score, one in tests.items()
+        for label, p in zip(one, holm(list(one.values())), strict=True)
+    }

@@ -1,0 +1,282 @@
+"""The table of methods: what is in a group, what is bold, and each of its four files read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report.__main__ import main
+from harness.report.leaderboard import Group, Row, board_of
+from harness.report.leaderboard_files import files, latex_text
+from harness.report.runs import open_runs
+from tests.report.test_report import make_run, score, text_of, write_lines
+
+EVERY = 40  # records
+
+
+def made(
+    folder: Path, scores: Mapping[str, Sequence[int]], *overrides: str, editor: str = "plain", **more: Any
+) -> Path:
+    """A run whose final scores are these: of `ES`, say, 1 for each record that was right; rows count from 0."""
+    first = more.pop("first_row", 0)
+    numbers = more.pop("numbers", {})
+    run = make_run(folder, overrides=overrides, editor=editor, **more)
+    lines = [
+        {"stage": stage, "index": first + row, "protocol": name, "correct": right * (stage == "final"), "tokens": 1}
+        for stage in ("base", "final")
+        for name, every in scores.items()
+        for row, right in enumerate(every)
+    ]
+    write_lines(run / "records.jsonl", lines)
+    if (run / "results.json").is_file():
+        means = {name: score(sum(every) / len(every)) for name, every in scores.items()}
+        results = {"base": dict.fromkeys(means, score(0.0)), "final": means | numbers}
+        cost = {"turns": 6, "edits": 40, "peak_memory": {"peak_bytes": 2**30}}
+        (run / "results.json").write_text(json.dumps({**results, "cost": cost}))
+    return run
+
+
+def change(run: Path, section: str, key: str, value: Any) -> None:
+    about = json.loads((run / "run.json").read_text())
+    part = about["config"][section] if section in about["config"] else about[section]
+    part[key] = value
+    (run / "run.json").write_text(json.dumps(about))
+
+
+def right(count: int, every: int = EVERY) -> list[int]:
+    return [1] * count + [0] * (every - count)
+
+
+def only_group(root: Path) -> Group:
+    (group,) = board_of(open_runs([root])).groups
+    return group
+
+
+def bold(group: Group, column: str) -> set[str]:
+    return {row.method for row in group.rows if column in row.cells and row.cells[column].bold}
+
+
+def row(group: Group, method: str) -> Row:
+    return next(one for one in group.rows if one.method == method)
+
+
+def test_bold_is_what_the_test_cannot_tell_from_the_best(tmp_path: Path) -> None:
+    for name, count in {"best": 36, "near": 35, "far": 10}.items():
+        made(tmp_path / name, {"ES": right(count)}, editor=name)
+    group = only_group(tmp_path)
+    assert [one.method for one in group.rows] == ["base model", "best", "near", "far"]
+    assert bold(group, "ES") == {"best", "near"}
+    assert row(group, "far").cells["ES"].mean == pytest.approx(0.25)
+    assert (group.data, group.model, group.edits) == ("zsre (qa prompts)", "tiny-model", 40)
+
+
+def test_the_tests_of_a_column_are_corrected_for_each_other(tmp_path: Path) -> None:
+    """Seven records of one sign: p = 2 / 2^7 alone, which is below 0.05, and not for one of six such comparisons."""
+    made(tmp_path / "best", {"ES": right(20)}, editor="best")
+    made(tmp_path / "a", {"ES": right(13)}, editor="a")
+    assert bold(only_group(tmp_path), "ES") == {"best"}
+    for name in "bcdef":
+        made(tmp_path / name, {"ES": right(13)}, editor=name)
+    assert bold(only_group(tmp_path), "ES") == {"best", *"abcdef"}
+
+
+def test_of_equals_both_are_bold_and_one_alone_is_not(tmp_path: Path) -> None:
+    made(tmp_path / "a", {"ES": right(9), "GS": right(3)}, editor="a")
+    assert bold(only_group(tmp_path), "ES") == set()
+    made(tmp_path / "b", {"ES": right(9)}, editor="b")
+    group = only_group(tmp_path)
+    assert bold(group, "ES") == {"a", "b"}
+    assert bold(group, "GS") == set(), "nothing to compare it with"
+
+
+def test_seeds_are_averaged_and_paired_within_a_seed(tmp_path: Path) -> None:
+    """Each seed has records of its own; a is ahead by seven on each, which is 14 of one sign together."""
+    for seed in (1, 2):
+        for name, count in {"a": 20, "b": 13}.items():
+            where = {"first_row": 1000 * seed, "numbers": {"perplexity": 10.0 * seed}}
+            made(tmp_path / f"{name}{seed}", {"ES": right(count)}, f"seed={seed}", editor=name, **where)
+    made(tmp_path / "c1", {"ES": right(15)}, "seed=1", editor="c", first_row=1000)
+    group = only_group(tmp_path)
+    assert [(one.method, one.seeds) for one in group.rows] == [("base model", None), ("a", 2), ("c", 1), ("b", 2)]
+    assert row(group, "a").cells["ES"].mean == pytest.approx(0.5)
+    assert row(group, "a").cells["perplexity"].mean == pytest.approx(15.0)
+    assert row(group, "a").cells["perplexity"].low is None
+    assert bold(group, "ES") == {"a", "c"}
+
+
+def test_what_cannot_be_compared_is_apart(tmp_path: Path) -> None:
+    """Another file of facts, another model, other prompts, another number of edits: each a group of its own."""
+    made(tmp_path / "a", {"ES": right(9)}, data="first")
+    made(tmp_path / "b", {"ES": right(9)}, data="second")
+    change(made(tmp_path / "c", {"ES": right(9)}, data="first"), "model", "name_or_path", "some/other-model")
+    change(made(tmp_path / "d", {"ES": right(9)}, data="first"), "evaluation", "prompt", "raw")
+    more = made(tmp_path / "e", {"ES": right(9)}, data="first")
+    results = json.loads((more / "results.json").read_text())
+    results["cost"]["edits"] = 1000
+    (more / "results.json").write_text(json.dumps(results))
+    titles = [group.title for group in board_of(open_runs([tmp_path])).groups]
+    assert titles == [
+        "zsre (qa prompts), other-model, 40 edits",
+        "zsre (qa prompts), facts first, tiny-model, 40 edits",
+        "zsre (qa prompts), facts second, tiny-model, 40 edits",
+        "zsre (qa prompts), tiny-model, 1,000 edits",
+        "zsre (raw prompts), tiny-model, 40 edits",
+    ]
+
+
+def test_other_records_and_devices_are_noted(tmp_path: Path) -> None:
+    made(tmp_path / "a", {"ES": right(9)}, "num_seq=4", editor="a")
+    part = made(tmp_path / "b", {"ES": [0] * 21 + [1] * 9}, "num_seq=4", editor="b", first_row=20)
+    about = json.loads((part / "run.json").read_text())
+    (part / "run.json").write_text(json.dumps(about | {"device": "cuda"}))
+    made(tmp_path / "c", {"ES": right(9)}, "num_seq=4", "seed=7", editor="c", first_row=500)
+    notes = only_group(tmp_path).notes
+    assert notes[0] == "All with num_seq=4."
+    assert "b was scored on 30 records and a on 40, of which 20 are the same: only those are compared." in notes
+    assert "c and a have no seed in common: each run is compared with each." in notes
+    assert "Runs were on different devices (cpu, cuda): their costs do not compare." in notes
+    assert "c is not compared with b, ES's best: no record was scored in both." in notes
+    assert bold(only_group(tmp_path), "ES") == {"a", "b"}
+
+
+def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
+    made(tmp_path / "done", {"ES": right(9)})
+    made(tmp_path / "going", {"ES": right(9)}, status="running")
+    made(tmp_path / "broken", {"ES": right(9)}, status="failed", error="FloatingPointError: turn 3")
+    scored = made(tmp_path / "scored", {"ES": right(9)})
+    results = json.loads((scored / "results.json").read_text())
+    (scored / "results.json").write_text(json.dumps(results | {"cost": {"seconds": {}}}))
+    old = made(tmp_path / "old", {"ES": right(9)})
+    about = json.loads((old / "run.json").read_text())
+    del about["config"]["evaluation"]
+    (old / "run.json").write_text(json.dumps(about))
+    board = board_of(open_runs([tmp_path]))
+    assert [len(group.rows) for group in board.groups] == [2]
+    assert board.left_out == (
+        f"{tmp_path / 'broken'}: left out, failed (FloatingPointError: turn 3)",
+        f"{tmp_path / 'going'}: left out, still running, or was killed",
+        f"{tmp_path / 'old'}: left out, its run.json has no evaluation.prompt: it does not say how its questions were "
+        "put",
+        f"{tmp_path / 'scored'}: left out, it has edited nothing",
+    )
+    for text in files(board).values():
+        assert ("still running" in text) == ("method,seeds" not in text), "in all but the CSV"
+
+
+def test_costs(tmp_path: Path) -> None:
+    """Four edit turns of 10 facts and 2.15 s each; the two of warm-up do not count. Peaks of two GPUs are added up."""
+    run = made(tmp_path / "a", {"ES": right(9)})
+    cells = row(only_group(tmp_path), "plain").cells
+    assert (cells["seconds_per_edit"].mean, cells["peak_bytes"].mean) == (pytest.approx(0.215), 2**30)
+    assert "gpu_peak_bytes" not in cells
+    results = json.loads((run / "results.json").read_text())
+    results["cost"]["peak_memory"] |= {"cuda0_peak_bytes": 3, "cuda1_peak_bytes": 4}
+    (run / "results.json").write_text(json.dumps(results))
+    assert row(only_group(tmp_path), "plain").cells["gpu_peak_bytes"].mean == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """Two methods, of which one lacks a score and the other has a name that every format must escape."""
+    one = {"ES": right(30), "GS": right(8)}
+    made(tmp_path / "a", one, "ablation=50%_a&b|<c>{d}#$~^", editor="ft_m", numbers={"LS_kl": score(0.25)})
+    made(tmp_path / "b", {"ES": right(10)}, editor="other", numbers={"perplexity": 41.23456789012345})
+    made(tmp_path / "c", {"ES": right(10)}, status="failed")
+    main(["--leaderboard", str(tmp_path), "--to", str(tmp_path / "out")])
+    return tmp_path / "out"
+
+
+def test_the_csv_reads_back_in_full_precision(written: Path) -> None:
+    with (written / "leaderboard.csv").open(newline="") as file:
+        base, first, second = csv.DictReader(file)
+    assert (base["method"], base["seeds"], base["ES"]) == ("base model", "", "0.0")
+    assert first["method"] == "ft_m 50%_a&b|<c>{d}#$~^"
+    assert (first["data"], first["model"], first["edits"], first["seeds"]) == (
+        "zsre (qa prompts)",
+        "tiny-model",
+        "40",
+        "1",
+    )
+    assert float(first["ES"]) == 0.75
+    assert 0.5 < float(first["ES_low"]) < 0.75 < float(first["ES_high"]) < 0.95
+    assert (first["LS_kl"], first["LS_kl_low"]) == ("0.25", repr(0.25 - 0.05))
+    assert first["bold"] == "ES"
+    assert first["perplexity"] == second["GS"] == second["GS_low"] == second["bold"] == ""
+    assert float(second["perplexity"]) == 41.23456789012345
+    assert "LS" not in first, "none of the runs has it"
+
+
+def test_the_markdown_is_one_table_with_bold_and_empty_cells(written: Path) -> None:
+    lines = [line for line in (written / "leaderboard.md").read_text().splitlines() if line.startswith("|")]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert len({len(one) for one in cells}) == 1, "escapes hold the table together"
+    head, _, _, first, second = ([cell.strip() for cell in one] for one in cells)
+    assert first[0] == r"ft_m 50%_a&b\|\<c\>{d}#$~^"
+    assert re.fullmatch(r"\*\*75\.0\*\* \[\d\d\.\d, \d\d\.\d\]", first[head.index("ES")])
+    assert second[head.index("ES")].startswith("25.0 [")
+    assert second[head.index("GS")] == ""
+    assert second[head.index("perplexity")] == "41.235"
+    text = (written / "leaderboard.md").read_text()
+    assert "An empty cell: the runs have no such number." in text
+    assert "left out, failed" in text
+
+
+def test_the_page_needs_nothing_beside_it(written: Path) -> None:
+    html = (written / "leaderboard.html").read_text()
+    assert not re.search(r"(src|href)=|http|<script", html)
+    assert "ft_m 50%_a&amp;b|&lt;c&gt;{d}#$~^" in html
+    assert re.findall(r"<b>.*?</b>", html) == ["<b>75.0</b>"]
+    assert "Holm" in text_of(written / "leaderboard.html")
+
+
+def test_the_latex_is_whole(written: Path) -> None:
+    """No character is left that TeX would take for a command; rows have a cell a column; braces and tables close."""
+    text = (written / "leaderboard.tex").read_text()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    (columns,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)
+    assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {len(columns)}
+    assert all(line.startswith("{}") for line in rows)
+    bare = re.sub(r"\\.", "", text)
+    assert bare.count("{") == bare.count("}")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert re.findall(r"(?<!\\)[$#_~^]", body) == []
+    assert [line for line in body.splitlines() if re.search(r"(?<!\\)%", line)] == [
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    ]
+    for name in ("table*", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
+    assert r"\textbf{75.0}" in text
+
+
+def test_latex_escapes() -> None:
+    assert latex_text(r'a\b & 5%_x{y}~^"<') == (
+        r"a\textbackslash{}b \& 5\%\_x\{y\}\textasciitilde{}\textasciicircum{}''\textless{}"
+    )
+
+
+def test_where_it_is_written_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(tmp_path / "runs" / "a", {"ES": right(9)})
+    main(["--leaderboard", str(run)])
+    assert capsys.readouterr().out == f"{run / 'leaderboard.html'}\n"
+    assert {path.suffix for path in run.glob("leaderboard.*")} == {".html", ".md", ".csv", ".tex"}
+    assert not (run / "report.html").exists()
+    made(tmp_path / "runs" / "b", {"ES": right(9)})
+    main(["--leaderboard", str(tmp_path / "runs")])
+    assert (tmp_path / "runs" / "report" / "leaderboard.tex").is_file()
+    going = made(tmp_path / "going", {"ES": right(9)}, status="running")
+    with pytest.raises(SystemExit) as end:
+        main(["--leaderboard", str(going)])
+    assert str(end.value.code) == (
+        f"error: no run has finished its edits and final scores ({going}: left out, still running, or was killed); "
+        "name one that has"
+    )
