@@ -77,5 +77,6 @@ def test_a_model_that_was_edited_before_is_asked_the_same(run: Commands) -> None
 
 def test_what_cannot_be_asked_is_refused_first(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
-    assert "evaluation.prompt=chat: the model's tokenizer has no chat template" in run.refused("evaluation.prompt=chat")
+    said = run.refused("evaluation.prompt=chat", "evaluation.examples=4")
+    assert "evaluation.prompt=chat: the model's tokenizer has no chat template" in said
     assert "evaluation.examples=-1: must be 0 or more; 0 keeps none" in run.refused("evaluation.examples=-1")
