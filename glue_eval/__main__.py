@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data.progress import progress_bar
+from data.stream import Tokenizer
+from glue_eval.lm_harness import write_tasks
 from glue_eval.rows import HUB
-from glue_eval.score import evaluate_tasks, prepare_tasks
+from glue_eval.score import PreparedTask, evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
 from harness.run.places import CACHE
 from model import LanguageModel
@@ -40,9 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        results = run(chosen)
+        if chosen.lm_eval:
+            sys.stdout.write(f"{write_for_lm_eval(chosen)}\n")
+        else:
+            score(chosen)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split()).replace('model.name_or_path=', '--model ')}")
+
+
+def score(chosen: argparse.Namespace) -> None:
+    results = run(chosen)
     Console().print(as_table(results["tasks"]))
     if chosen.output:
         chosen.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -65,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before each question")
     parser.add_argument("--limit", type=_at_least_one, default=100, metavar="N", help="rows asked; default 100")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write all results as JSON")
+    parser.add_argument(
+        "--lm-eval",
+        type=Path,
+        metavar="DIR",
+        help="score nothing: write these rows and prompts there as tasks of lm-evaluation-harness",
+    )
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=found, help=f"cpu, cuda or cuda:N; default here: {found}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -96,9 +112,17 @@ def _device(text: str) -> torch.device:
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be wrong is looked at before the weights are read."""
-    tasks = chosen_tasks(chosen.tasks)
     if chosen.output and not chosen.output.parent.is_dir():
         raise ValueError(f"--output {chosen.output}: its folder is not there; make it, or choose another")
+    source, tokenizer, prepared = prepare(chosen)
+    model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=chosen.device)
+    with progress_bar("scoring", sum(len(task.prompts) for task in prepared), "rows") as bar:
+        results = evaluate_tasks(model, prepared, watch=lambda task, rows: bar.advance(rows, task))
+    return {"model": chosen.model, "fingerprint": model.fingerprint(), "tasks": results}
+
+
+def prepare(chosen: argparse.Namespace) -> tuple[ModelSource, Tokenizer, list[PreparedTask]]:
+    tasks = chosen_tasks(chosen.tasks)
     source = ModelSource(locate(chosen.model, CACHE))
     tokenizer = load_tokenizer(source)
     prepared = prepare_tasks(
@@ -109,10 +133,24 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         few_shot=chosen.few_shot,
         limit=chosen.limit,
     )
-    model = LanguageModel.load(source, tokenizer, [], dtype=DTYPES[chosen.dtype], device=chosen.device)
-    with progress_bar("scoring", sum(len(task.prompts) for task in prepared), "rows") as bar:
-        results = evaluate_tasks(model, prepared, watch=lambda task, rows: bar.advance(rows, task))
-    return {"model": chosen.model, "fingerprint": model.fingerprint(), "tasks": results}
+    return source, tokenizer, prepared
+
+
+def write_for_lm_eval(chosen: argparse.Namespace) -> str:
+    """Write the task files; the command that reads them. The model's tokenizer is read, its weights are not."""
+    if chosen.output:
+        raise ValueError(f"--output {chosen.output}: nothing is scored with --lm-eval; take it away")
+    source, tokenizer, prepared = prepare(chosen)
+    names = write_tasks(prepared, tokenizer, chosen.lm_eval)
+    dtype = str(DTYPES[chosen.dtype]).removeprefix("torch.")
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={source.path},dtype={dtype}",
+        "--include_path": str(chosen.lm_eval),
+        "--tasks": ",".join(names),
+        "--device": str(chosen.device),
+    }
+    return f"lm_eval {shlex.join(word for pair in options.items() for word in pair)}"
 
 
 def as_table(results: Mapping[str, Any]) -> Table:

@@ -85,9 +85,14 @@ def _prompts(rows: TaskRows, tokenizer: Tokenizer, context_length: int | None) -
         yield fits
 
 
-def _prompt(task: Task, shots: Sequence[Example], example: Example, tokenizer: Tokenizer) -> Prompt:
+def prompt_text(task: Task, shots: Sequence[Example], example: Example) -> str:
+    """What the model reads; an answer goes on after a space."""
     shown = [f"{shot.question} {task.answers[shot.label]}" for shot in shots]
-    text = "\n\n".join([task.instruction, *shown, example.question])
+    return "\n\n".join([task.instruction, *shown, example.question])
+
+
+def _prompt(task: Task, shots: Sequence[Example], example: Example, tokenizer: Tokenizer) -> Prompt:
+    text = prompt_text(task, shots, example)
     sequences = tokenize([Question(text, answer) for answer in task.answers], tokenizer, "joint")
     ids = [sequence.ids for sequence in sequences]
     start = min(sequence.answer_start for sequence in sequences)
