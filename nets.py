@@ -35,7 +35,7 @@ class Whitening:
     floored: float  # fraction of Sigma's eigenvalues below the floor
     spectrum: Tensor  # (d_v,) eigenvalues of the root, or of one that is followed, its diagonal in the kept basis
     # how the root was found, where it is followed, or of what, where Sigma was shrunk
-    followed: Mapping[str, float | None] = field(default_factory=dict)
+    details: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class FollowedRoot(nn.Module):
@@ -64,7 +64,7 @@ class FollowedRoot(nn.Module):
         rows: float,  # that it has been estimated from
         floor: float,
     ) -> Whitening:
-        """`followed` holds whether Sigma was decomposed, the steps, and the residual; None where no root was known."""
+        """`details` hold whether Sigma was decomposed, the steps, and the residual; None where no root was known."""
         mean = float(covariance.diagonal().mean())
         steps, residual = 0, None
         if bool(self.root.any()):
@@ -202,7 +202,7 @@ class LifelongNormalizer(nn.Module):
         """Sigma^(-1/2) (d_v, d_v), Sigma = (eps0 I + S_g)/(n - d_v - 1), its eigenvalues kept from zero by the floor.
 
         Sigma is the posterior mean of a Normal-Inverse-Wishart model (StableEdit, Algorithm 1), eps0 = `prior`; with
-        shrinkage it is (eps0 I + S_g)/(n - 1), shrunk towards its diagonal, and `followed` has the coefficient.
+        shrinkage it is (eps0 I + S_g)/(n - 1), shrunk towards its diagonal, and `details` have the coefficient.
         """
         covariance = self.value_scatter.clone()
         covariance.diagonal().add_(prior)

@@ -56,11 +56,11 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 def newton_flops(found: Whitening, d_v: int, rows: int) -> float:
     """Turning Sigma into the kept basis, two products a step and for each residual, and the rows."""
-    steps = int(found.followed["whitening_steps"] or 0)
-    tried = found.followed["whitening_residual"] is not None
+    steps = int(found.details["whitening_steps"] or 0)
+    tried = found.details["whitening_residual"] is not None
     products = 2 + 2 * (steps + 1) if tried else 0
     return (
-        2.0 * d_v**3 * products + 6.0 * rows * d_v**2 + (9.0 * d_v**3 if found.followed["whitening_decomposed"] else 0)
+        2.0 * d_v**3 * products + 6.0 * rows * d_v**2 + (9.0 * d_v**3 if found.details["whitening_decomposed"] else 0)
     )
 
 
@@ -89,14 +89,14 @@ def main() -> None:
         here = turn - arguments.warm_up
         took, (found, ours) = timed(lambda r=rows: whitened(followed, floor, r), device)  # type: ignore[misc]
         flops.append(newton_flops(found, d_v, len(rows)))
-        decomposed.append(here) if found.followed["whitening_decomposed"] else steps.append(
-            found.followed["whitening_steps"] or 0
+        decomposed.append(here) if found.details["whitening_decomposed"] else steps.append(
+            found.details["whitening_steps"] or 0
         )
         if here % arguments.compared == 0 or here == arguments.turns - 1:
             theirs_took, (_, theirs) = timed(lambda r=rows: whitened(plain, floor, r), device)  # type: ignore[misc]
             agreement.append(float((ours - theirs).norm() / theirs.norm()))
             seconds["eigh"].append(theirs_took)
-        if not found.followed["whitening_decomposed"]:
+        if not found.details["whitening_decomposed"]:
             seconds["newton"].append(took)
     eigh = 11.0 * d_v**3 + 2.0 * arguments.rows * d_v**2
     print(f"d_v = {d_v}, {arguments.rows} rows a turn, eigenvalues as i^-{arguments.decay}, shift {floor}, {device}")

@@ -23,14 +23,15 @@ def compute_batches(sequences: Sequence[TokenSequence], token_budget: int) -> It
     start = 0
     while start < len(order):
         size = max(1, token_budget // int(lengths[order[start]]))
-        yield _pad(sequences, order[start : start + size])
+        yield padded(sequences, order[start : start + size])
         start += size
 
 
-def _pad(
+def padded(
     sequences: Sequence[TokenSequence],
-    members: np.ndarray,  # (B,)
+    members: Sequence[int] | np.ndarray,  # (B,)
 ) -> TokenBatch:
+    """One batch of these of the sequences, padded on the right."""
     chosen = [sequences[member] for member in members]
     lengths = np.array([len(sequence.ids) - 1 for sequence in chosen], dtype=np.int64)
     answers = np.array([sequence.answer_length for sequence in chosen], dtype=np.int64)
@@ -42,7 +43,7 @@ def _pad(
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.from_numpy(lengths),
-        members=torch.from_numpy(members),
+        members=torch.from_numpy(np.asarray(members, dtype=np.int64)),
         rows=torch.from_numpy(rows),
         positions=torch.from_numpy((lengths - answers)[rows] + within),
         targets=torch.from_numpy(np.concatenate([sequence.ids[sequence.answer_start :] for sequence in chosen])),

@@ -118,7 +118,7 @@ def ridge_update(
     return RidgeSystem(keys, alpha, value_shifts.device, chunk).update(value_shifts)
 
 
-class Coordinates:
+class CholeskyCoordinates:
     """Keys in coordinates in which a symmetric positive definite M (d, d) is the identity: y = L^(-1) k, M = L L^T.
 
     (M + K^T K)^(-1) K^T is there L^(-T) (I + Y^T Y)^(-1) Y^T, so that M is factored once, whatever K. Raises
@@ -141,7 +141,7 @@ class Coordinates:
 def preserving_update(
     keys: Tensor,  # (N, d_k)
     value_shifts: Tensor,  # (N, d_v)
-    coordinates: Coordinates,  # of A = alpha I + beta C
+    coordinates: CholeskyCoordinates,  # of A = alpha I + beta C
     chunk: int | None = None,
 ) -> Factors:
     """The minimiser DeltaW of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), in the keys' precision (DESIGN section 13).

@@ -51,7 +51,7 @@ def loss_of(model: EditableModel, turn: Turn) -> float:
 # Second moments
 
 
-class Whitening(linalg.Coordinates):
+class Whitening(linalg.CholeskyCoordinates):
     """Keys in coordinates in which C is the identity.
 
     `ridge`, in units of C's mean eigenvalue, is added to its diagonal: text with fewer tokens than d_k leaves

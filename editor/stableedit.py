@@ -140,10 +140,10 @@ class StableEdit(nn.Module):
     def _coordinates(
         self,
         second_moments: Tensor,  # C (d_k, d_k)
-    ) -> linalg.Coordinates:  # of A = alpha I + beta C
+    ) -> linalg.CholeskyCoordinates:  # of A = alpha I + beta C
         matrix = second_moments.to(self.device).double() * self.settings.preserve
         matrix.diagonal().add_(self.settings.alpha)
-        return linalg.Coordinates(matrix)
+        return linalg.CholeskyCoordinates(matrix)
 
     def _whitenings(self, phase: Phase) -> dict[str, Whitening]:
         """One a group and turn; none where the diagonal form serves."""
@@ -158,7 +158,7 @@ class StableEdit(nn.Module):
                 self._found[group] |= {
                     "floored_fraction": found[group].floored,
                     **_spectrum_quantiles(found[group].spectrum),
-                    **found[group].followed,
+                    **found[group].details,
                 }
         return found
 

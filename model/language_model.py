@@ -38,9 +38,9 @@ from data.records import (
     first_rows,
 )
 from model.edited import EditModule, checksum, sha256_of_tensor
-from model.positions import PositionModel, places
+from model.positions import PositionModel
 from model.source import ModelSource, read_weights
-from model.tracing import Tracer, count_within, require_ran, same_bits
+from model.tracing import Tracer, count_within, places, require_ran, same_bits
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}

@@ -3,54 +3,24 @@
 What stands before the position, no offset moves: it is read once and its keys and values are kept, so that an offset
 costs the forward and backward of what comes from the position on.
 
-Letters: n sequences, B of them in a batch, H tokens before and T from the position on, M answer tokens, d_v value size
-of an edit module, V vocabulary.
+Letters: n sequences, B of them in a batch, T tokens from the position on (a tail), M answer tokens, d_v value size of
+an edit module, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.batches import PADDING
-from data.records import TokenSequence, first_rows
-from model.text import KEPT, Read, TextModel, select
-from model.tracing import count_within, require_ran, same_bits
-
-
-@dataclass
-class _Tails:
-    """The ends of some sequences, and what the model has read before them."""
-
-    members: list[int]  # (B,) places among the sequences
-    ids: Tensor  # (B, T)
-    at: Tensor  # (B,) where the offset is
-    rows: Tensor  # (M,) of each answer token, sorted
-    positions: Tensor  # (M,) that predict them
-    targets: Tensor  # (M,)
-    before: Read
-
-    def part(self, rows: list[int]) -> _Tails:
-        """Some of the rows; the cache's own tensors stay as they are."""
-        chosen = torch.tensor(rows)
-        place = torch.full((len(self.members),), -1)
-        place[chosen] = torch.arange(len(rows))
-        tokens = (place[self.rows] >= 0).nonzero().flatten()
-        mask, cache = self.before.mask[chosen.to(self.before.mask.device)], self.before.cache
-        return _Tails(
-            [self.members[row] for row in rows],
-            self.ids[chosen],
-            self.at[chosen],
-            place[self.rows[tokens]],
-            self.positions[tokens],
-            self.targets[tokens],
-            Read(rows, mask, None if cache is None else select(cache, rows), self.before.logits),
-        )
+from data.batches import padded
+from data.records import TokenBatch, TokenSequence, first_rows
+from model.text import KEPT, Read, TextModel
+from model.tracing import places, require_ran, same_bits
 
 
 class OffsetLosses:
@@ -72,10 +42,16 @@ class OffsetLosses:
         reference: Tensor | None,  # (M, V)
         replace: bool,
     ) -> None:
-        self.model, self.name, self.module, self.precise = model, name, module, precise
-        self.reference, self.replace = reference, replace
+        self.model, self.name, self.module, self.precise, self.replace = model, name, module, precise, replace
+        self.expected = None if reference is None else reference.to(precise).log_softmax(-1)
         self.first_row = first_rows(sequences)
-        self.tails = list(self._read(sequences, positions))
+        keeps = model.can_read_on(max((len(s.ids) for s in sequences), default=0))
+        self.cuts = [at if keeps else 0 for at in positions]
+        self.tails = [
+            TokenSequence(s.ids[cut:], s.answer_start - cut) for s, cut in zip(sequences, self.cuts, strict=True)
+        ]
+        self.at = torch.tensor(positions) - torch.tensor(self.cuts)  # (n,) where the offset is in each tail
+        self.before = list(self._read(sequences))
 
     def __call__(
         self,
@@ -83,91 +59,63 @@ class OffsetLosses:
         chosen: Sequence[int] | None = None,  # (m,) sequences; None = all
     ) -> tuple[Tensor, Tensor]:  # (m,), (m, d_v)
         """ValueError where the module takes no part in a forward on text."""
-        wanted = range(len(self.first_row) - 1) if chosen is None else chosen
+        wanted = range(len(self.tails)) if chosen is None else chosen
         place_of = {member: place for place, member in enumerate(wanted)}
         losses = torch.zeros(len(place_of), dtype=self.precise, device=self.model.device)
         gradients = torch.zeros_like(offsets)
         with same_bits():
-            for tails in self.tails:
-                rows = [row for row, member in enumerate(tails.members) if member in place_of]
+            for before in self.before:
+                rows = [row for row, member in enumerate(before.members) if member in place_of]
                 if not rows:
                     continue
-                some = tails if len(rows) == len(tails.members) else tails.part(rows)
-                here = torch.tensor([place_of[member] for member in some.members])
-                loss, gradient = self._of(some, offsets[here.to(offsets.device)])
+                read = before.part(None if len(rows) == len(before.members) else rows)
+                here = torch.tensor([place_of[member] for member in read.members])
+                loss, gradient = self._of(read, offsets[here.to(offsets.device)])
                 losses[here.to(losses.device)] = loss
                 gradients[here.to(offsets.device)] = gradient.to(gradients)
         return losses, gradients
 
-    def _of(self, tails: _Tails, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
+    def _of(self, read: Read, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
+        batch = padded(self.tails, read.members)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
-        before = tails.before
-        read = Read(before.members, before.mask, before.cache and select(before.cache, None), before.logits)
-        with torch.enable_grad(), hooks({self.module: _mover(tails.at, moved, tails.ids.shape, self.replace)}):
-            logits = self.model.read_on(read, tails.ids.to(self.model.device), (tails.rows, tails.positions))
+        mover = _mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
+        with torch.enable_grad(), hooks({self.module: mover}):
+            logits = self.model.read_on(read, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
             require_ran([self.name], [self.name] * logits.requires_grad)
-            each = self._token_losses(logits.to(self.precise), tails)
-            rows = tails.rows.to(each.device)
-            counts = torch.bincount(tails.rows, minlength=len(tails.members)).to(each)
-            own = each.new_zeros(len(tails.members)).index_add(0, rows, each / counts[rows])
+            each = self._token_losses(logits.to(self.precise), batch)
+            rows = batch.rows.to(each.device)
+            counts = torch.bincount(rows, minlength=len(read.members)).to(each)
+            own = each.new_zeros(len(read.members)).index_add(0, rows, each / counts[rows])
             (gradient,) = torch.autograd.grad(own.sum(), moved)
         return own.detach(), gradient
 
-    def _token_losses(self, logits: Tensor, tails: _Tails) -> Tensor:  # (M, V) -> (M,)
-        if self.reference is None:
-            return functional.cross_entropy(logits, tails.targets.to(logits.device), reduction="none")
-        members = torch.tensor(tails.members)
-        rows = self.first_row[members][tails.rows] + count_within(tails.rows)
-        expected = self.reference[rows.to(self.reference.device)].to(logits).log_softmax(-1)
+    def _token_losses(self, logits: Tensor, batch: TokenBatch) -> Tensor:  # (M, V) -> (M,)
+        if self.expected is None:
+            return functional.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
+        expected = self.expected[places(batch, self.first_row).to(self.expected.device)].to(logits)
         return functional.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
 
-    # -- what comes before
-
     @torch.no_grad()
-    def _read(self, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Iterator[_Tails]:
-        """Batches, those with the longest ends first; a sequence with nothing before its position is in one of such."""
-        keeps = self.model.can_read_on(max((len(s.ids) for s in sequences), default=0))
-        begins = [at if keeps else 0 for at in positions]
-        ends = [len(s.ids) - 1 - begin for s, begin in zip(sequences, begins, strict=True)]  # the last is predicted
-        order = sorted(range(len(sequences)), key=lambda place: (begins[place] == 0, -ends[place], -begins[place]))
+    def _read(self, sequences: Sequence[TokenSequence]) -> Iterator[Read]:
+        """What comes before, in batches: those with the longest tails first, and last those with nothing before."""
+        cuts, ends = self.cuts, [len(tail.ids) - 1 for tail in self.tails]  # the last token is predicted
+        order = sorted(range(len(sequences)), key=lambda place: (cuts[place] == 0, -ends[place], -cuts[place]))
         while order:
-            first, budget = order[0], self.model.compute_tokens
-            size, longest = 0, 0
-            for place in order:
-                longest = max(longest, begins[place])
-                kept = (size + 1) * (longest + ends[first])
-                fits = (size + 1) * ends[first] <= budget and kept <= KEPT * budget
-                if size and (not fits or (begins[place] == 0) != (begins[first] == 0)):
-                    break
-                size += 1
-            yield self._tails(order[:size], sequences, positions, begins)
+            size = self._fitting(order, ends)
+            read = self.model.read_heads([sequences[place].ids[: cuts[place]] for place in order[:size]])
+            yield dataclasses.replace(read, members=order[:size])
             order = order[size:]
 
-    def _tails(
-        self,
-        members: list[int],
-        sequences: Sequence[TokenSequence],
-        positions: Sequence[int],
-        begins: Sequence[int],
-    ) -> _Tails:
-        chosen = [sequences[member] for member in members]
-        cuts = [begins[member] for member in members]
-        ends = [list(s.ids[cut:-1]) for s, cut in zip(chosen, cuts, strict=True)]
-        ids = torch.full((len(members), max(map(len, ends))), PADDING)
-        for row, own in enumerate(ends):
-            ids[row, : len(own)] = torch.tensor(own)
-        answers = torch.tensor([s.answer_length for s in chosen])
-        rows = torch.arange(len(chosen)).repeat_interleave(answers)
-        starts = torch.tensor([s.answer_start - 1 - cut for s, cut in zip(chosen, cuts, strict=True)])
-        return _Tails(
-            members,
-            ids,
-            torch.tensor([positions[member] for member in members]) - torch.tensor(cuts),
-            rows,
-            starts[rows] + count_within(rows),
-            torch.tensor([token for s in chosen for token in s.ids[s.answer_start :]]),
-            self.model.read_heads([s.ids[:cut] for s, cut in zip(chosen, cuts, strict=True)]),
-        )
+    def _fitting(self, order: Sequence[int], ends: Sequence[int]) -> int:
+        """How many of the sequences, from the first on, a batch takes: all with something before, or none."""
+        first, budget, longest = order[0], self.model.compute_tokens, 0
+        for size, place in enumerate(order):
+            longest = max(longest, self.cuts[place])
+            tokens, kept = (size + 1) * ends[first], (size + 1) * (longest + ends[first])
+            unlike = (self.cuts[place] == 0) != (self.cuts[first] == 0)
+            if size and (tokens > budget or kept > KEPT * budget or unlike):
+                return size
+        return len(order)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from data.records import TokenBatch, TokenSequence
 from model.edited import EditModule
 from model.offsets import OffsetLosses, hooks
 from model.text import TextModel
-from model.tracing import count_within, head_sees, require_ran
+from model.tracing import head_sees, require_ran
 
 Seen = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(inputs, output) of a module -> the one to be read, (B, L, d) or (B L, d)."""
@@ -129,14 +129,6 @@ class PositionModel(TextModel):
         """
         module = self.edited[name].module
         return OffsetLosses(self, name, module, self.precise, sequences, positions, reference, replace)
-
-
-def places(
-    batch: TokenBatch,
-    first_row: Tensor,  # of `first_rows`
-) -> Tensor:  # (M,)
-    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
-    return first_row[batch.members][batch.rows] + count_within(batch.rows)
 
 
 def _reader(name: str, seen: Seen, keep: Callable[[str, Tensor], None]) -> Callable[..., None]:

@@ -30,6 +30,13 @@ class Read:
     cache: Any  # keys and values of these L tokens; None before the first
     logits: Tensor  # (M, V) that were asked for last
 
+    def part(self, rows: list[int] | None = None) -> Read:
+        """Some of the rows, None for all, to read on from without a change to this."""
+        cache = None if self.cache is None else _select(self.cache, rows)
+        if rows is None:
+            return Read(self.members, self.mask, cache, self.logits)
+        return Read([self.members[row] for row in rows], self.mask[rows], cache, self.logits)
+
 
 class TextModel:
     """The part of `LanguageModel` that reads prompts and goes on from them.
@@ -116,8 +123,7 @@ class TextModel:
         counts = torch.tensor([len(label) - 1 for label in labels])
         at = torch.arange(len(rows)).repeat_interleave(counts)
         targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
-        copied = Read(rows, read.mask[rows], select(read.cache, rows), read.logits)
-        logits = self.read_on(copied, ids.to(self.device), (at, count_within(at)))
+        logits = self.read_on(read.part(rows), ids.to(self.device), (at, count_within(at)))
         chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
         return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
 
@@ -159,7 +165,7 @@ class TextModel:
             own = torch.tensor(prompts[member][shared:])
             ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         before = torch.ones(len(members), shared, dtype=mask.dtype)
-        cache = None if start is None else select(start.cache, [0] * len(members))
+        cache = None if start is None else _select(start.cache, [0] * len(members))
         read = Read(members, before.to(self.device), cache, torch.empty(0))
         self.read_on(read, ids.to(self.device), mask=mask.to(self.device))
         return read
@@ -239,7 +245,7 @@ class TextModel:
                 )
 
 
-def select(cache: Any, rows: list[int] | None) -> Any:
+def _select(cache: Any, rows: list[int] | None) -> Any:
     """Some rows of a cache, None for all of them; its layers may lie on several devices. Its own tensors are left as
     they are, not copied first: all rows together may fill a GPU.
     """

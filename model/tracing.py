@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.records import TokenBatch
 from model.edited import EditModule
 
 
@@ -75,6 +76,14 @@ def count_within(
     rows: Tensor,  # (M,) sorted
 ) -> Tensor:  # (M,) 0, 1, 2, ... within each run of equal rows
     return torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+
+
+def places(
+    batch: TokenBatch,
+    first_row: Tensor,  # of `first_rows`
+) -> Tensor:  # (M,)
+    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
+    return first_row[batch.members][batch.rows] + count_within(batch.rows)
 
 
 @contextlib.contextmanager

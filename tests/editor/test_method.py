@@ -117,7 +117,7 @@ def test_where_rows_outnumber_keys_the_preserving_solve_is_the_same() -> None:
     text = torch.randn(400, 12, generator=generator, dtype=torch.float64)
     A = 2 * torch.eye(12, dtype=torch.float64) + 7 * text.T @ text / len(text)
     for rows in (slice(0, 90), slice(0, 6)):
-        found = linalg.preserving_update(keys[rows], values[rows], linalg.Coordinates(A), chunk=4)
+        found = linalg.preserving_update(keys[rows], values[rows], linalg.CholeskyCoordinates(A), chunk=4)
         expected = torch.linalg.solve(keys[rows].T @ keys[rows] + A, keys[rows].T @ values[rows])
         torch.testing.assert_close(linalg.dense(found), expected, rtol=1e-10, atol=1e-12)
 
@@ -131,7 +131,7 @@ def test_what_is_preserved_moves_less_and_without_weight_nothing_changes() -> No
     moved = [float((text @ plain).norm())]
     for beta in (0.0, 1.0, 100.0):
         A = torch.eye(30, dtype=torch.float64) + beta * text.T @ text / len(text)
-        update = linalg.dense(linalg.preserving_update(keys, values, linalg.Coordinates(A)))
+        update = linalg.dense(linalg.preserving_update(keys, values, linalg.CholeskyCoordinates(A)))
         if beta == 0:
             torch.testing.assert_close(update, plain)
         else:

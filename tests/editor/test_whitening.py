@@ -46,8 +46,8 @@ def test_a_followed_root_whitens_as_decompositions_do() -> None:
         if seen <= D_V + 1:
             continue
         found = normalizer.whitening(0.0, FLOOR, "shift")
-        decomposed.append(found.followed["whitening_decomposed"])
-        steps.append(found.followed["whitening_steps"] or 0)
+        decomposed.append(found.details["whitening_decomposed"])
+        steps.append(found.details["whitening_steps"] or 0)
         if turn % 10:
             continue
         sigma = (scatter - seen * mean[:, None] * mean) / (seen - D_V - 1)
@@ -72,7 +72,7 @@ def test_a_leap_of_the_covariance_is_decomposed_and_said() -> None:
         whole = found.factors[0] @ found.factors[1] @ found.factors[2]
         shifted = sigma + FLOOR * sigma.diagonal().mean() * torch.eye(24)
         torch.testing.assert_close(whole.double() @ shifted @ whole.double(), torch.eye(24).double(), atol=1e-3, rtol=0)
-        followed = dict(found.followed)
+        followed = dict(found.details)
         if seed == 0:
             before = followed
     residual = before["whitening_residual"]

@@ -70,7 +70,7 @@ def test_shrinkage_whitens_the_first_turn(run: Commands, monkeypatch: pytest.Mon
 
     def seen(self: StableEdit, *arguments: Any) -> Any:
         result = whitenings(self, *arguments)
-        found.append({group: whitening.followed for group, whitening in result.items()})
+        found.append({group: whitening.details for group, whitening in result.items()})
         return result
 
     monkeypatch.setattr(StableEdit, "_whitenings", seen)
