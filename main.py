@@ -261,7 +261,9 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                     if is_due(cfg.downstream_eval_steps, state.done, stream):
                         downstream(model, tracker, progress, state.done)
                     with interruption.held():
-                        line = state.diagnostics.line(turn, editor.edit(model, turn), editor)
+                        with model.reading_once():
+                            outcome = editor.edit(model, turn)
+                        line = state.diagnostics.line(turn, outcome, editor)
                         tracker.turn(line)
                         state.done = turn.index + 1
                         state.save_if_due(cfg.checkpoint_every, len(stream))

@@ -1,7 +1,8 @@
 """What an offset at one position of each sequence does to its loss, at any number of offsets.
 
-What stands before the position, no offset moves: it is read once and its keys and values are kept, so that an offset
-costs the forward and backward of what comes from the position on.
+What stands before the position, no offset moves: it is read once and its keys and values are kept. Nor does one move
+what the blocks below its own make of the rest. So it costs the forward and backward of what comes from the position on,
+through the blocks from its own on.
 
 Letters: n sequences, B of them in a batch, T tokens from the position on (a tail), M answer tokens, d_v value size of
 an edit module, V vocabulary.
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from data.batches import padded
 from data.records import TokenBatch, TokenSequence, first_rows
+from model.below import BlocksBelow, blocks_below
 from model.text import KEPT, Read, TextModel
 from model.tracing import places, require_ran, same_bits
 
@@ -52,6 +54,7 @@ class OffsetLosses:
         ]
         self.at = torch.tensor(positions) - torch.tensor(self.cuts)  # (n,) where the offset is in each tail
         self.before = list(self._read(sequences))
+        self.below = BlocksBelow(blocks_below(model.model, [name]))
 
     def __call__(
         self,
@@ -79,7 +82,8 @@ class OffsetLosses:
         batch = padded(self.tails, read.members)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
         mover = _mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
-        with torch.enable_grad(), hooks({self.module: mover}):
+        once = self.below.read_once(read.members, batch.lengths.tolist())
+        with torch.enable_grad(), hooks({self.module: mover}), once:
             logits = self.model.read_on(read, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
             require_ran([self.name], [self.name] * logits.requires_grad)
             each = self._token_losses(logits.to(self.precise), batch)

@@ -6,6 +6,7 @@ edit module, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from data.batches import PADDING, compute_batches
 from data.records import TokenBatch, TokenSequence
+from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
 from model.offsets import OffsetLosses, hooks
 from model.text import TextModel
@@ -27,6 +29,8 @@ class PositionModel(TextModel):
 
     precise: torch.dtype
     edited: Mapping[str, EditModule]
+    below = BlocksBelow(())  # what is read once; nothing, but in `reading_once`
+    _below: Sequence[nn.Module] | None = None
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
@@ -39,10 +43,26 @@ class PositionModel(TextModel):
         logits afterwards is kept. No attention mask is needed: padding stands on the right and attention is causal.
         """
         at = (batch.rows.to(self.device), batch.positions.to(self.device))
-        with head_sees(self.model, *at):
+        lengths = batch.lengths.tolist()
+        texts = [tuple(ids[:length]) for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+        with head_sees(self.model, *at), self.below.read_once(texts, lengths):
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
         return logits[0].to(self.device)
+
+    @contextlib.contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """As long as the context lasts, the blocks below all edit modules read a text only once (model/below.py).
+
+        Entered for each turn, so that a run that goes on after it has the bits of one that was never stopped.
+        """
+        if self._below is None:
+            self._below = blocks_below(self.model, list(self.edited))
+        self.below = BlocksBelow(self._below)
+        try:
+            yield
+        finally:
+            self.below = BlocksBelow(())
 
     # -- what is there
 
@@ -105,12 +125,13 @@ class PositionModel(TextModel):
             yield found
 
     def _block_of(self, name: str) -> nn.Module:
-        """The layer that holds a module: the member of the outermost list of modules on the way to it."""
-        path = name.split(".")
-        for length in range(1, len(path)):
-            if isinstance(self.model.get_submodule(".".join(path[:length])), nn.ModuleList):
-                return self.model.get_submodule(".".join(path[: length + 1]))
-        raise ValueError(f"model.edit_modules: {name!r} lies in no list of layers, so no residual stream is behind it")
+        """The layer that holds a module."""
+        place = layer_of(self.model, name)
+        if place is None:
+            raise ValueError(
+                f"model.edit_modules: {name!r} lies in no list of layers, so no residual stream is behind it"
+            )
+        return place[0][place[1]]
 
     # -- what another value does
 

@@ -1,13 +1,14 @@
 """The method in float64, slow and plain, straight from DESIGN section 1; shares no code with the harness.
 
-It keeps every row it has ever seen and computes each statistic from scratch, one sequence through the model at a time,
-with full logits, and solves the d_k x d_k system.
+It keeps every row it has ever seen and computes each statistic from scratch, puts sequences through the model without
+padding (those of one length together), with full logits, and solves the d_k x d_k system.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +86,17 @@ class Reference:
         for start in range(0, len(longest_first), batch_size):
             mini_batch = longest_first[start : start + batch_size]
             tokens = sum(len(ids) - answer for ids, answer in mini_batch)
-            for ids, answer in mini_batch:
-                inputs, outputs = self._forward_backward(ids, answer, tokens)
+            for _, group in groupby(mini_batch, lambda item: len(item[0])):
+                alike = list(group)
+                inputs, outputs = self._forward_backward(alike, tokens)
                 for name in self.modules:
-                    keys[name].append(inputs[name][answer - 1 : -1])
-                    grads[name].append(outputs[name][answer - 1 : -1])
+                    for row, (_, answer) in enumerate(alike):
+                        keys[name].append(inputs[name][row, answer - 1 : -1])
+                        grads[name].append(outputs[name][row, answer - 1 : -1])
         return {n: torch.cat(k) for n, k in keys.items()}, {n: torch.cat(g) for n, g in grads.items()}
 
     def _forward_backward(
-        self, ids: list[int], answer: int, tokens: int
+        self, sequences: Sequence[tuple[list[int], int]], tokens: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
@@ -103,16 +106,20 @@ class Reference:
             def keep(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> Tensor:
                 out = out if out.requires_grad else out.detach().requires_grad_()
                 out.retain_grad()
-                inputs[name], outputs[name] = args[0].detach()[0], out
+                inputs[name], outputs[name] = args[0].detach(), out
                 return out
 
             handles.append(self.model.get_submodule(name).register_forward_hook(keep))
-        log_probs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        loss = -sum(log_probs[place - 1, ids[place]] for place in range(answer, len(ids))) / tokens
-        loss.backward()
+        log_probs = self.model(input_ids=torch.tensor([ids for ids, _ in sequences])).logits.log_softmax(-1)
+        said = [
+            log_probs[row, place - 1, ids[place]]
+            for row, (ids, answer) in enumerate(sequences)
+            for place in range(answer, len(ids))
+        ]
+        (-sum(said) / tokens).backward()
         for handle in handles:
             handle.remove()
-        return inputs, {name: out.grad[0] for name, out in outputs.items()}
+        return inputs, {name: out.grad for name, out in outputs.items()}
 
 
 def shrunk_inverse_root(rows: Tensor) -> Tensor:

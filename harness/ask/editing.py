@@ -48,7 +48,8 @@ def edit(
         chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
         with RunProgress().turns(len(plan.stream)) as bar:
             for turn in plan.stream.from_turn(0):
-                chosen.edit(edited, turn)
+                with edited.reading_once():
+                    chosen.edit(edited, turn)
                 bar.advance(edits_total=len(plan.stream.edited(turn.index + 1)), phase=turn.phase.value)
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 

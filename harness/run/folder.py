@@ -8,6 +8,7 @@ with RunFolder.create(path, config=..., ...) as folder:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -115,7 +116,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def versions() -> dict[str, str | None]:
+@functools.cache
+def versions() -> Mapping[str, str | None]:
     """Versions of Python and of `PACKAGES`; None for what is not installed as a package."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import pickle
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from harness.run.folder import RunFolder
 from harness.run.launching import ERRORS, MOST_LINES, requeued_after_checkpoint
 from tests.commands import Commands, Run, command_line
 from tests.conftest import ROOT
+from tests.stand_in import stand_in
 
 SCRIPTS = sorted(path.name for path in (ROOT / "sweeps").glob("*.sh") if path.name != "common.sh")
 NARROW = {  # the later setting counts: each script over two runs or three
@@ -68,21 +68,21 @@ def runs_in(folder: Path) -> dict[Path, bytes]:
 
 
 def place(folder: Path, python: str) -> Path:
-    """A folder in which the scripts take themselves to be in the project; `python` is its .venv/bin/python."""
+    """A folder in which the scripts take themselves to be in the project; `python` is the text of .venv/bin/python."""
     (folder / "sweeps").mkdir()
     for path in (ROOT / "sweeps").glob("*.sh"):
         (folder / "sweeps" / path.name).symlink_to(path)
     for name in ("main.py", "config"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
+    (folder / ".venv" / "bin" / "python").write_text(python, encoding="utf-8")
     (folder / ".venv" / "bin" / "python").chmod(0o755)
     return folder
 
 
 def started(folder: Path, script: str, *settings: str, code: int = 0) -> tuple[int, list[list[str]]]:
     """The script's exit code, and the arguments of each python that it starts, which ends with `code`."""
-    place(folder, f'for word; do printf "%s\\n" "$word"; done >> calls; echo >> calls; exit {code}')
+    place(folder, f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> calls; echo >> calls; exit {code}\n')
     done = subprocess.run(["sh", f"sweeps/{script}", *settings], cwd=folder, check=False, timeout=30)
     calls = (folder / "calls").read_text(encoding="utf-8").strip().split("\n\n")
     return done.returncode, [call.splitlines() for call in calls]
@@ -129,14 +129,15 @@ def test_the_step_size_of_raw_rows_is_its_own(tmp_path: Path, monkeypatch: pytes
 # The scripts: started again
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("python")
+    with stand_in(folder, {"XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}) as text:
+        yield text
+
+
 def shell(folder: Path, script: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(folder / "home"),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "LR_WITHOUT_LN": "0.2",
-    }
+    environment = {**os.environ, "LR_WITHOUT_LN": "0.2"}
     return subprocess.run(
         ["sh", f"sweeps/{script}", *settings],
         cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=400,
@@ -145,8 +146,8 @@ def shell(folder: Path, script: str, *settings: str) -> subprocess.CompletedProc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_started_again_runs_nothing_twice(run: Commands, tmp_path: Path, script: str) -> None:
-    place(tmp_path, f'exec {shlex.quote(sys.executable)} "$@"')
+def test_a_script_started_again_runs_nothing_twice(run: Commands, tmp_path: Path, python: str, script: str) -> None:
+    place(tmp_path, python)
     line = [word for word in run.line(*SHORT) if not word.startswith("hydra.run.dir")]
     first = shell(tmp_path, script, *line, *NARROW[script])
     assert first.returncode == 0, first.stderr
