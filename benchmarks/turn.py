@@ -27,7 +27,7 @@ from data.batches import compute_batches
 from data.records import EditRecord, Phase, TokenBatch, TokenSequence, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
-from editor.capture import CaptureEditor
+from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.evaluation.evaluate import score_records
 from harness.job.devices import ask_for_the_same_bits
@@ -121,11 +121,12 @@ def editor(model: LanguageModel, mode: str, alpha: float) -> StableEdit:
     return StableEdit(model.shapes, settings, model.device)
 
 
-def a_turn(bench: Bench, chosen: StableEdit) -> Callable[[], object]:
-    """Capture, update and apply; the step is so small that the model stays what it is."""
+def a_turn(bench: Bench, chosen: StableEdit, passes: int = 1) -> Callable[[], object]:
+    """Capture, update and apply; the step is so small that the model stays as it is, and facts have all passes."""
 
     def work() -> None:
-        CaptureEditor(chosen, bench.model.device).edit(bench.model, bench.turn)
+        with bench.model.reading_once():
+            CaptureEditor(chosen, bench.model.device, CaptureSettings(passes)).edit(bench.model, bench.turn)
 
     return work
 
@@ -142,6 +143,7 @@ def turns(bench: Bench) -> None:
             "bare": lambda: bare(bench.model, sequences, best),
             "ultraedit": a_turn(bench, ultraedit),
             "stableedit": a_turn(bench, stableedit),
+            "stableedit, 5 passes": a_turn(bench, stableedit, passes=5),
         }
     )
     whitened = [value["floored_fraction"] is not None for value in stableedit.statistics().values()]

@@ -155,6 +155,10 @@ class EditableModel(Protocol):
         """The residual stream there, behind the block that holds an edit module."""
         ...
 
+    def adds_to_stream(self, name: str) -> bool:
+        """Whether what an edit module puts out goes into the residual stream as it is: no norm stands between."""
+        ...
+
     def offset_losses(
         self,
         name: str,

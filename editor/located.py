@@ -167,6 +167,13 @@ class LayerByLayer:
         keep_keys: bool,
         device: torch.device,
     ) -> None:
+        """ValueError for a module whose output is normed before it enters the residual stream, where z - h lies."""
+        for name in model.shapes:
+            if not model.adds_to_stream(name):
+                raise ValueError(
+                    f"model.edit_modules: the model norms what {name} puts out before it adds it to its hidden state, "
+                    "which this editor moves; take another model or another editor, as editor=rome or stableedit"
+                )
         self.coordinates = {name: coordinates(name) for name in model.shapes}
         self.targets, self.given, self.ridge = targets, given, ridge
         self.keep_keys, self.device = keep_keys, device

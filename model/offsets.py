@@ -81,9 +81,9 @@ class OffsetLosses:
     def _of(self, read: Read, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
         batch = padded(self.tails, read.members)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
-        mover = _mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
+        move = mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
         once = self.below.read_once(read.members, batch.lengths.tolist())
-        with torch.enable_grad(), hooks({self.module: mover}), once:
+        with torch.enable_grad(), hooks({self.module: move}), once:
             logits = self.model.read_on(read, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
             require_ran([self.name], [self.name] * logits.requires_grad)
             each = self._token_losses(logits.to(self.precise), batch)
@@ -133,12 +133,14 @@ def hooks(functions: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None
             handle.remove()
 
 
-def _mover(
+def mover(
     at: Tensor,  # (B,)
     offsets: Tensor,  # (B, d_v)
     shape: torch.Size,  # (B, T)
     replace: bool,
 ) -> Callable[..., Tensor]:
+    """A forward hook that adds an offset to what a module puts out at one position of each row, or puts it there."""
+
     def move(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         where = torch.arange(len(at), device=output.device), at.to(output.device)
         moved = output.reshape(*shape, -1).clone()  # (B, T, d_v); some families flatten (B, T)

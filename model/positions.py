@@ -16,7 +16,7 @@ from data.batches import PADDING, compute_batches
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
-from model.offsets import OffsetLosses, hooks
+from model.offsets import OffsetLosses, hooks, mover
 from model.text import TextModel
 from model.tracing import head_sees, require_ran
 
@@ -74,17 +74,17 @@ class PositionModel(TextModel):
     ) -> dict[str, Tensor]:  # (n, d_k)
         """Inputs of edit modules at those positions."""
         wanted = {name: self.edited[name].module for name in (self.edited if names is None else names)}
-        return self._read_at(sequences, positions, wanted, lambda inputs, _: inputs[0])
+        return self._read_at(sequences, positions, wanted, _input)
 
     def values_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """What an edit module puts out at those positions."""
         wanted = {name: self.edited[name].module}
-        return self._read_at(sequences, positions, wanted, lambda _, output: output)[name]
+        return self._read_at(sequences, positions, wanted, _output)[name]
 
     def hidden_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """The residual stream behind the block that holds an edit module, at those positions."""
         wanted = {name: self._block_of(name)}
-        return self._read_at(sequences, positions, wanted, lambda _, output: output)[name]
+        return self._read_at(sequences, positions, wanted, _output)[name]
 
     @torch.no_grad()
     def _read_at(
@@ -119,7 +119,7 @@ class PositionModel(TextModel):
                 rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
                 found[name] = rows.to(self.device, self.precise)
 
-            with hooks({module: _reader(name, lambda inputs, _: inputs[0], keep) for name, module in wanted.items()}):
+            with hooks({module: _reader(name, _input, keep) for name, module in wanted.items()}):
                 self._logits(batch)
             require_ran(wanted, found)
             yield found
@@ -132,6 +132,23 @@ class PositionModel(TextModel):
                 f"model.edit_modules: {name!r} lies in no list of layers, so no residual stream is behind it"
             )
         return place[0][place[1]]
+
+    @torch.no_grad()
+    def adds_to_stream(self, name: str) -> bool:
+        """Whether what an edit module puts out goes into the residual stream as it is: no norm stands between.
+
+        By trying: an offset there has to be found behind the block.
+        """
+        module, block = self.edited[name].module, self._block_of(name)
+        ids = torch.tensor([[0, 1, 2, 3]], device=self.device)
+        offset = torch.full((1, self.edited[name].shape[1]), 100.0, dtype=self.precise, device=self.device)
+        found: list[Tensor] = []
+        for some in (torch.zeros_like(offset), offset):
+            move = mover(torch.tensor([3]), some, ids.shape, replace=False)
+            with hooks({module: move, block: _reader(name, _output, lambda _, tensor: found.append(tensor[:, 3]))}):
+                self.model(input_ids=ids, use_cache=False)
+        moved = (found[1] - found[0]).to(offset)
+        return torch.allclose(moved, offset, rtol=0.05) or not bool(moved.isfinite().all())  # broken in another way
 
     # -- what another value does
 
@@ -150,6 +167,14 @@ class PositionModel(TextModel):
         """
         module = self.edited[name].module
         return OffsetLosses(self, name, module, self.precise, sequences, positions, reference, replace)
+
+
+def _input(inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+    return inputs[0]
+
+
+def _output(_inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output
 
 
 def _reader(name: str, seen: Seen, keep: Callable[[str, Tensor], None]) -> Callable[..., None]:

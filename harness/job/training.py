@@ -54,7 +54,8 @@ class MetaTraining:
             raise
 
     def _step(self, turn: TrainingTurn, every: int, network: NetworkKeeper) -> float:
-        step = self.trainer.turn(turn)
+        with self.state.model.reading_once():
+            step = self.trainer.turn(turn)
         self.tracker.turn(self._line(turn, step))
         self.done = turn.edits.index + 1
         ended = turn.place + 1 == turn.of
@@ -89,7 +90,8 @@ class MetaTraining:
             return
         start = time.perf_counter()
         try:
-            loss = self.trainer.validate(self.held_out)
+            with self.state.model.reading_once():
+                loss = self.trainer.validate(self.held_out)
         except FloatingPointError as error:
             raise FloatingPointError(f"on the held-out turns, after {self.done} of training: {error}") from error
         self.tracker.turn(

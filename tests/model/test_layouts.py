@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import EditRecord, Phase, Question, Turn
 from data.stream import mini_batch_weights, tokenize
+from editor.base import LocateInputs
 from editor.capture import CaptureEditor
+from editor.located import LayerByLayer, NullSpace
 from editor.stableedit import StableEdit, StableEditSettings
+from editor.target_vectors import TargetSettings
 from harness.evaluation.evaluate import score_records
 from model import LanguageModel
 from model.source import find_edit_modules
@@ -36,24 +40,29 @@ RECORDS = [EditRecord(i, Question(f"Box {i} has?", str(7919 * i % 997))) for i i
 CPU = torch.device("cpu")
 
 
+def model_of(layout: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
+    kind, sizes = LAYOUTS[layout]
+    torch.manual_seed(0)
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    config = kind(**tokens, **sizes, max_position_embeddings=64, initializer_range=0.2)
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LanguageModel(plain, tokenizer, find_edit_modules(plain, "auto", 2), compute_tokens=64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_goes_through_everything(
     layout: str, dtype: torch.dtype, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Two turns of StableEdit make the facts likelier; the scores and texts are those of the exported model too."""
-    kind, sizes = LAYOUTS[layout]
-    torch.manual_seed(0)
-    tokens = {"vocab_size": len(byte_tokenizer), "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
-    config = kind(**tokens, **sizes, max_position_embeddings=64, initializer_range=0.2)
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = LanguageModel(plain, byte_tokenizer, find_edit_modules(plain, "auto", 2), compute_tokens=64)
+    model = model_of(layout, dtype, byte_tokenizer)
     settings = StableEditSettings(1e-2, 10.0, 512, "stable", "shape", 0.1, "shift", 0.0)
     editor = CaptureEditor(StableEdit(model.shapes, settings, CPU), CPU)
     sequences = tuple(tokenize([record.edit for record in RECORDS], byte_tokenizer, "joint"))
     turn = Turn(0, Phase.EDIT, tuple(RECORDS), sequences, mini_batch_weights(sequences, 4))
 
-    losses = [editor.edit(model, turn).loss for _ in range(2)] + [model.capture(turn).loss]
+    with model.reading_once():
+        losses = [editor.edit(model, turn).loss for _ in range(2)] + [model.capture(turn).loss]
     assert losses[2] < losses[1] < losses[0]
     assert {name for name in model.shapes if model.edited[name].master.dtype is torch.float32} == set(model.shapes)
     assert all(capture.keys.dtype is torch.float32 for capture in model.capture(turn).modules.values())
@@ -69,3 +78,26 @@ def test_a_layout_goes_through_everything(
     model.restore_original()
     assert model.is_original()
     assert model.capture(turn).loss == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_a_norm_stands_before_the_hidden_state(
+    layout: str, dtype: torch.dtype, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Editors that move the hidden state by what a module puts out are refused there, and nowhere else."""
+    model = model_of(layout, dtype, byte_tokenizer)
+    normed = layout.startswith("gemma")
+    assert [model.adds_to_stream(name) for name in model.shapes] == [not normed] * 2
+    targets = TargetSettings(1, 0.5, 0.5, 0.0625, 0.75, 0.05)
+    given = LocateInputs(lambda _: (), lambda _: torch.eye(40))
+    with pytest.raises(ValueError, match="norms what") if normed else nullcontext():
+        LayerByLayer(
+            model,
+            lambda _: NullSpace("", torch.eye(40), 2.0, CPU),
+            targets,
+            given,
+            ridge=1.0,
+            keep_keys=False,
+            device=CPU,
+        )
