@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
     "harness/run/networks.py": "torch editor.base harness.run.checkpoint",
     "harness/run/places.py": "platformdirs",
+    "harness/run/same_bits.py": "torch",
     "harness/run/spill.py": "torch",
     "harness/run/interrupt.py": "",
     "harness/run/launching.py": "",
