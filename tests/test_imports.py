@@ -101,6 +101,7 @@ MAY_IMPORT = {
     "glue_eval/*.py": "numpy datasets data.* glue_eval.* model",
     "startup.py": "torch transformers.*",
     "main.py": "*",
+    "benchmarks/gpu/*.py": "torch.* transformers psutil benchmarks.* data.* editor.* harness.* model.*",
     "benchmarks/*.py": "torch.* transformers safetensors.* benchmarks.* data.* editor.* harness.* model.* nets",
 }
 NEVER = {
