@@ -85,12 +85,11 @@ def refusals(course: Course) -> Iterator[Check]:
         said is not None and model.is_original(),
         said or "it was taken",
     )
-    weight = model.edited[last].weight
-    with torch.no_grad():
-        kept = weight[0, 0].clone()
-        weight[0, 0] = torch.nan
-        said = refusal(lambda: model.capture(course.facts.turn(0, Phase.EDIT)))
-        weight[0, 0] = kept
+    broken = model.edited[last].master.clone()
+    broken[0, 0] = torch.nan
+    model.restore({last: broken})
+    said = refusal(lambda: model.capture(course.facts.turn(0, Phase.EDIT)))
+    model.restore_original()
     yield Check("a model with a NaN is refused", said is not None, said or "it was captured")
 
 

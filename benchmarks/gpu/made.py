@@ -53,8 +53,8 @@ class Shape:
 
 
 SHAPES = {
-    # of mistralai/Mistral-7B-v0.3; step size and warm-up are those of its preset, the network is that of RLEdit's; at 2 ms
-    # an edit, two million facts take 70 minutes
+    # mistralai/Mistral-7B-v0.3; step size, warm-up and network are those of the presets. At 2 ms an edit, two million
+    # facts take 70 minutes.
     "mistral-7b": Shape(
         {
             "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

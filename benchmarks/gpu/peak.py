@@ -10,7 +10,7 @@ from data.records import TokenSequence
 from model import LanguageModel
 
 # bf16 products with sums in float32, flops a second, from NVIDIA's datasheets: dense, half of what those say that count
-# on structured sparsity. The first whose words all stand in the device's name; longer names come first.
+# on structured sparsity. A device is the first whose words all stand in its name, unless it is less than a whole one.
 PEAKS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -25,6 +25,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+LESS = {"Laptop", "D", "MIG"}
 
 
 def forward_flops(model: LanguageModel, sequences: Sequence[TokenSequence]) -> float:
@@ -36,20 +37,17 @@ def forward_flops(model: LanguageModel, sequences: Sequence[TokenSequence]) -> f
     head = model.model.get_output_embeddings().weight.numel()
     embedding = model.model.get_input_embeddings().weight.numel()
     config = model.model.config
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
     lengths = [len(sequence.ids) - 1 for sequence in sequences]
     answers = sum(sequence.answer_length for sequence in sequences)
     body = sum(weight.numel() for weight in model.model.parameters()) - head - embedding
-    attention = 2.0 * sum(length**2 for length in lengths) * width * config.num_hidden_layers
+    attention = 2.0 * sum(length**2 for length in lengths) * config.hidden_size * config.num_hidden_layers
     return 2.0 * body * sum(lengths) + 2.0 * head * answers + attention
 
 
 def card_of(name: str) -> str | None:
     """The card in the table, by the name that its driver gives it; None for one that is not there."""
     words = set(name.replace("-", " ").split())
-    return next((card for card in PEAKS if set(card.split()) <= words), None)
+    return None if words & LESS else next((card for card in PEAKS if set(card.split()) <= words), None)
 
 
 def share_of_peak(flops: float, seconds: float, device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
