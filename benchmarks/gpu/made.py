@@ -64,7 +64,7 @@ SHAPES = {
     ),
     "small": Shape(
         {
-            "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4,
+            "vocab_size": 1024, "hidden_size": 96, "intermediate_size": 336, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2,
         },
         lr=1e-4, warm_up=2, rank=32, blocks=2,
