@@ -5,8 +5,8 @@
 No data and no model's files are read, and of the packages it asks for torch, transformers, numpy, safetensors, psutil,
 rich, tqdm and xxhash alone. Each editor makes three runs: one with a checkpoint in the middle, one that is timed, one
 from that checkpoint on. Milliseconds an edit are medians over the turns of edits, the device synchronised at both ends
-of each part; ratios are to the bare work on a turn (benchmarks/bare.py). Where a check fails, the exit code is 1.
-Targets are judged on the card that they are for, and decide nothing.
+of each part; ratios are medians too, of a turn to the bare work on it (benchmarks/bare.py), done right after it. Where
+a check fails, the exit code is 1. Targets are judged on the card that they are for, and decide nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def work(options: Options) -> list[Check]:
     facts = Facts(options.facts, shape.sizes["vocab_size"])
     found: list[Check] = []
     report: dict[str, Any] = {
-        "options": {key: str(value) for key, value in asdict(options).items()},
+        "options": {**asdict(options), "device": str(options.device), "out": str(options.out)},
         "machine": about_machine(options.device),
         "editors": {},
         "checks": [],
@@ -155,7 +155,7 @@ def work(options: Options) -> list[Check]:
     report["bare"] = bare_cost(course)
     keep()
     for name in options.editors:
-        report["editors"][name] = one_editor(course, name, report["bare"], tell)
+        report["editors"][name] = one_editor(course, name, report["bare"]["budget"], tell)
         keep()
     report["targets"] = targets(report, course)
     keep()

@@ -19,9 +19,10 @@ from benchmarks.gpu import checks, peak
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.runs import Course, Run
 from data.batches import compute_batches
-from data.records import Phase
+from data.records import Phase, Turn
 from editor.stopwatch import Stopwatch
 from harness.watch.diagnostics import memory
+from model import LanguageModel
 
 ROUNDS = 5
 PARTS = ("capture", "update", "apply", "line")
@@ -53,8 +54,25 @@ def bare_cost(course: Course) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_editor(course: Course, name: str, alone: Mapping[str, float], tell: Callable[[Check], None]) -> dict[str, Any]:
-    """Three runs, one after the other: with a checkpoint in the middle, the one that is timed, the resumed one."""
+class Beside:
+    """Seconds of the bare work on each turn of edits, right after it: what makes a machine slower does so for both."""
+
+    def __init__(self, model: LanguageModel, budget: int) -> None:
+        self.model, self.budget = model, budget
+        self.seconds: dict[str, list[float]] = {"forward": [], "both": []}
+
+    def take(self, turn: Turn) -> None:
+        if turn.phase is Phase.EDIT:
+            bench, work = Bench(self.model, turn, 1), partial(bare, self.model, turn.sequences, self.budget)
+            self.seconds["forward"].append(bench.seconds(partial(work, False)))
+            self.seconds["both"].append(bench.seconds(work))
+
+
+def one_editor(course: Course, name: str, budget: int, tell: Callable[[Check], None]) -> dict[str, Any]:
+    """Three runs, one after the other: with a checkpoint in the middle, the one that is timed, the resumed one.
+
+    `budget` is the compute batch of the bare work that the timed one is compared with.
+    """
     device = course.model.device
     with tempfile.TemporaryDirectory() as folder:
         run = Run(course, name)
@@ -72,8 +90,9 @@ def one_editor(course: Course, name: str, alone: Mapping[str, float], tell: Call
             torch.cuda.reset_peak_memory_stats(device)
         run = Run(course, name)
         run.begin()
-        run.go_on(run.last)
-        cost = {**cost_of(run, alone), "checkpoint_seconds": watch.seconds["checkpoint"]}
+        beside = Beside(course.model, budget)
+        run.go_on(run.last, beside.take)
+        cost = {**cost_of(run, beside), "checkpoint_seconds": watch.seconds["checkpoint"]}
         show(name, cost, device)
         tell(checks.finite(name, run))
         tell(checks.learned(name, run))
@@ -90,7 +109,7 @@ def one_editor(course: Course, name: str, alone: Mapping[str, float], tell: Call
     return cost
 
 
-def cost_of(run: Run, alone: Mapping[str, float]) -> dict[str, Any]:
+def cost_of(run: Run, beside: Beside) -> dict[str, Any]:
     """Of the turns of edits, milliseconds a fact; those of meta-training by themselves, means over its turns."""
     facts, device = run.course.facts.a_turn, run.model.device
     turns = [line["seconds"] for line in run.edit_lines()]
@@ -100,15 +119,18 @@ def cost_of(run: Run, alone: Mapping[str, float]) -> dict[str, Any]:
         for line in run.edit_lines()
         if any(group.get("whitening_decomposed") for group in line["statistics"].values())
     ]
-    turn = statistics.median(whole)
+    ratios = {
+        name: statistics.median(turn / alone for turn, alone in zip(whole, times, strict=True))
+        for name, times in beside.seconds.items()
+    }
     return {
         "ms": {part: 1e3 * statistics.median(seconds[part] for seconds in turns) / facts for part in PARTS},
-        "ms_together": 1e3 * turn / facts,
+        "ms_together": 1e3 * statistics.median(whole) / facts,
         "ms_mean": 1e3 * statistics.mean(whole) / facts,
         "turns": whole,
         "decomposed_in": decomposed,
-        "times_forward": turn / alone["forward_seconds"],
-        "times_forward_backward": turn / alone["forward_backward_seconds"],
+        "times_forward": ratios["forward"],
+        "times_forward_backward": ratios["both"],
         "peak_bytes": peak_memory(device),
         "training_ms": training_cost(run),
     }
@@ -133,7 +155,11 @@ def show(name: str, cost: Mapping[str, Any], device: torch.device) -> None:
         together = sum(cost["training_ms"].values())
         print(f"  meta-training                {together:8.3f} ms a fact: {_listed(cost['training_ms'])}")
     print(f"  a checkpoint                 {cost['checkpoint_seconds']:8.3f} s")
-    whose = "allocated on the GPU, the model among it" if device.type == "cuda" else "resident in this process since it began"
+    whose = (
+        "allocated on the GPU, the model among it"
+        if device.type == "cuda"
+        else "resident in this process since it began"
+    )
     print(f"  peak memory                  {cost['peak_bytes'] / GIB:8.2f} GiB {whose}", flush=True)
 
 

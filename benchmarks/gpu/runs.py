@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.made import SEED, TRAINING_TURNS, Facts, Shape
-from data.records import Phase
+from data.records import Phase, Turn
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaStep, MetaTrainer
@@ -100,8 +100,11 @@ class Run:
         trainer = MetaTrainer(self.model, self.editor.rule, self.method.meta, self.editor.settings)
         self.trained = [trainer.turn(self.course.facts.training_turn(index)) for index in range(TRAINING_TURNS)]
 
-    def go_on(self, upto: int) -> None:
-        """The turns before turn `upto`, warm-up counted; seconds of a line hold those of the line itself."""
+    def go_on(self, upto: int, after: Callable[[Turn], None] = lambda turn: None) -> None:
+        """The turns before turn `upto`, warm-up counted; seconds of a line hold those of the line itself.
+
+        `after` is done after each of them.
+        """
         for index in range(self.done, upto):
             turn = self.course.facts.turn(index, Phase.WARM_UP if index < self.first_edit else Phase.EDIT)
             watch = Stopwatch(self.model.device)
@@ -110,6 +113,7 @@ class Run:
                 line = self.diagnostics.line(turn, edit, self.editor)
             line["seconds"] = {**edit.seconds, **watch.seconds}
             self.lines.append(line)
+            after(turn)
         self.done = upto
 
     def save(self, folder: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_turn_is_as_long_as_the_design_counts_with() -> None:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    """Of one batch without padding; plain attention is counted as it computes, for each position with all, norms not."""
+    """Of one batch without padding. Plain attention is counted for all pairs of positions, and norms are not."""
     shape = SHAPES["small"]
     model = editable(build(shape, torch.float32, CPU))
     model.model.set_attn_implementation("eager")
