@@ -55,7 +55,7 @@ def learned(name: str, run: Run) -> Check:
 
 
 def whitened(name: str, run: Run) -> Check:
-    """By a root that was followed, wherever it had been found once."""
+    """How often by a root that was followed, the detail says."""
     turns = [state for line in run.edit_lines() for state in line["statistics"].values()]
     fully = sum(state["floored_fraction"] is not None for state in turns)
     steps = [state["whitening_steps"] for state in turns if state.get("whitening_decomposed") == 0]
