@@ -68,7 +68,6 @@ from harness.job import (
 )
 from harness.ranks import joined, program_of
 from harness.run import (
-    CACHE,
     MODEL,
     Interrupted,
     Interruption,
@@ -81,6 +80,8 @@ from harness.run import (
     requeued_after_checkpoint,
     share_terminal,
 )
+from harness.run.places import CACHE
+from harness.run.same_bits import prepare_libraries
 from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
 from model import BESIDE_WEIGHTS
 from model.source import stamp
@@ -118,8 +119,7 @@ def prepare_process() -> None:
     """What holds for all of a process; a job that a launcher starts has one of its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits twice
-    os.environ.setdefault("MKL_CBWR", "AUTO")  # and MKL, whose sums otherwise hang on where in memory a matrix begins
+    prepare_libraries()
     end_on(signal.SIGTERM)
 
 

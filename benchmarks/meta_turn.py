@@ -20,7 +20,8 @@ import torch
 import transformers
 from torch.nn import functional
 
-from benchmarks.turn import Bench, bare, best_budget, build, parser_of, ratio
+from benchmarks.bare import Bench, bare, best_budget, ratio
+from benchmarks.turn import build, parser_of
 from data.batches import compute_batches
 from data.records import TokenSequence, TrainingTurn
 from data.stream import tokenize

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 import transformers
 
-from benchmarks.turn import SCORED, Bench, build, parser_of, ratio, score
+from benchmarks.bare import Bench, ratio
+from benchmarks.turn import SCORED, build, parser_of, score
 from harness.ranks import Ranks, SharedModel, joined
 from model import LanguageModel
 

@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
     "harness/run/networks.py": "torch editor.base harness.run.checkpoint",
     "harness/run/places.py": "platformdirs",
+    "harness/run/same_bits.py": "torch",
     "harness/run/spill.py": "torch",
     "harness/run/interrupt.py": "",
     "harness/run/launching.py": "",
@@ -100,6 +101,7 @@ MAY_IMPORT = {
     "glue_eval/*.py": "numpy datasets data.* glue_eval.* model",
     "startup.py": "torch transformers.*",
     "main.py": "*",
+    "benchmarks/gpu/*.py": "torch.* transformers psutil benchmarks.* data.* editor.* harness.* model.*",
     "benchmarks/*.py": "torch.* transformers safetensors.* benchmarks.* data.* editor.* harness.* model.* nets",
 }
 NEVER = {

@@ -6,6 +6,7 @@ import torch
 
 from config.schema import Half, RunConfig
 from harness.ranks import Ranks, require_gpu_each
+from harness.run.same_bits import ask_for_the_same_bits
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 
@@ -39,11 +40,3 @@ def _with_index(device: torch.device, ranks: Ranks) -> torch.device:
         return device
     shared = ranks.size > 1 and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device() if shared else 0)
-
-
-def ask_for_the_same_bits(wanted: bool = True) -> None:
-    """CUDA's kernels then give the same result each time, where they have a form that does."""
-    if wanted == torch.are_deterministic_algorithms_enabled():
-        return  # telling torch so once more would import its compiler, which takes seconds
-    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over

@@ -5,10 +5,8 @@ from harness.run.folder import NoRecord, RunFolder
 from harness.run.interrupt import Interrupted, Interruption, end_if_asked, end_on, leave_signals
 from harness.run.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.run.networks import MODEL
-from harness.run.places import CACHE
 
 __all__ = [
-    "CACHE",
     "MODEL",
     "Checkpoints",
     "Interrupted",

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "phi": (transformers.PhiConfig, {**WIDTHS, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
     "phi3": (transformers.Phi3Config, WIDTHS),  # of Phi-4
     "qwen2": (transformers.Qwen2Config, WIDTHS),
+    "mistral": (transformers.MistralConfig, {**WIDTHS, "sliding_window": 8}),
     "llama": (transformers.LlamaConfig, WIDTHS),
 }
 RECORDS = [EditRecord(i, Question(f"Box {i} has?", str(7919 * i % 997))) for i in range(12)]

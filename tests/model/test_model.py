@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, WeightChange
 from data.stream import mini_batch_weights
-from harness.job.devices import ask_for_the_same_bits
+from harness.run.same_bits import ask_for_the_same_bits
 from model import LanguageModel, edited
 from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama

@@ -1,0 +1,24 @@
+"""Arithmetic that gives the same bits each time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def prepare_libraries() -> None:
+    """What cuBLAS needs for it, and MKL, whose sums otherwise hang on where in memory a matrix begins.
+
+    To be called before either has computed anything.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("MKL_CBWR", "AUTO")
+
+
+def ask_for_the_same_bits(wanted: bool = True) -> None:
+    """CUDA's kernels then give the same result each time, where they have a form that does."""
+    if wanted == torch.are_deterministic_algorithms_enabled():
+        return  # telling torch so once more would import its compiler, which takes seconds
+    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written over
