@@ -108,7 +108,8 @@ class Run:
         for index in range(self.done, upto):
             turn = self.course.facts.turn(index, Phase.WARM_UP if index < self.first_edit else Phase.EDIT)
             watch = Stopwatch(self.model.device)
-            edit = self.editor.edit(self.model, turn)
+            with self.model.reading_once():
+                edit = self.editor.edit(self.model, turn)
             with watch.measure("line"):
                 line = self.diagnostics.line(turn, edit, self.editor)
             line["seconds"] = {**edit.seconds, **watch.seconds}
