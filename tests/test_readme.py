@@ -1,4 +1,4 @@
-"""What the README shows must work as shown."""
+"""What the README and the pages of docs/ show must work as shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EDITOR = README.partition("## Your own editor")[2]
-COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", README.replace("\\\n", " "), flags=re.M)
+PAGES = ["editors", "models", "runs", "scores"]
+SHOWN = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)])
+COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", SHOWN.replace("\\\n", " "), flags=re.M)
 
 
 @pytest.mark.parametrize("command", [command.split("#")[0] for command in COMMANDS])
@@ -28,7 +30,24 @@ def test_commands_compose(command: str) -> None:
 
 
 def test_there_are_commands_to_try() -> None:
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 20
+
+
+def test_links_lead_somewhere() -> None:
+    """To a file, and within one to a heading."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("https://"):
+                path, _, heading = link.partition("#")
+                file = page.parent / path
+                assert file.is_file(), f"{page.name}: {link}"
+                assert not heading or heading in headings(file), f"{page.name}: {link}"
+
+
+def headings(page: Path) -> set[str]:
+    """As links name them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in found}
 
 
 def test_the_editor_of_the_readme_edits() -> None:
