@@ -18,6 +18,7 @@ from config.schema import EditPrecision, Half, HyperNetworkConfig, RunConfig
 from editor.registry import EDITORS
 from harness.job import settings_of
 from harness.job.devices import DTYPES
+from model.below import KEPT_TOKENS
 from model.language_model import COMPUTE_TOKENS
 from model.source import Outline
 
@@ -125,6 +126,8 @@ def _of_capture(cfg: RunConfig, outline: Outline, facts: Facts, captured: int, d
     asked = cfg.model.compute_tokens or COMPUTE_TOKENS.get(device.type, COMPUTE_TOKENS["cpu"])
     tokens = max(facts.tokens, min(asked, cfg.dataset.n_edits * facts.tokens))
     answers = tokens // facts.tokens * facts.answer_tokens
+    kept = min(KEPT_TOKENS, cfg.dataset.n_edits * facts.tokens) * outline.width * number
+    yield Item("read once", kept, "what the blocks below the edits put out for a turn's texts")
     if cfg.editor.cache_dir is None:
         yield Item("captures", captured, "keys and value gradients of a turn", while_in="capture")
     inside = max(max(shape) for shape in outline.shapes.values())
