@@ -189,3 +189,9 @@ def first_rows(sequences: Sequence[TokenSequence], every_token: bool = False) ->
     """
     lengths = (len(one.ids) - 1 if every_token else one.answer_length for one in sequences)
     return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def rows_of(places: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
+    """The rows of these places, in their order, where `first_row` (of `first_rows`) says where those of each begin."""
+    own = [torch.arange(int(first_row[place]), int(first_row[place + 1])) for place in places]
+    return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)

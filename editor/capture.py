@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, TurnCapture, WeightChange, first_rows
+from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, TurnCapture, WeightChange, first_rows, rows_of
 from editor.base import AdaptiveWarmUp, Edit, EditableModel, UpdateRule
 from editor.stopwatch import Stopwatch
 from editor.updates import added_up, changed_by
@@ -116,8 +116,7 @@ def _some_rows(
     """The rows of some of the facts."""
     if len(places) == len(captured.right):
         return captured
-    begin = first_row.tolist()
-    rows = torch.tensor([row for place in places for row in range(begin[place], begin[place + 1])], dtype=torch.int64)
+    rows = rows_of(places, first_row)
     modules = {name: Capture(each.keys[rows], each.value_grads[rows]) for name, each in captured.modules.items()}
     return TurnCapture(modules, captured.loss, tuple(captured.right[place] for place in places))
 

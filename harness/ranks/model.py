@@ -24,6 +24,7 @@ from data.records import (
     TurnCapture,
     WeightChange,
     first_rows,
+    rows_of,
 )
 from harness.ranks.group import Ranks
 from model import LanguageModel
@@ -65,7 +66,7 @@ class SharedModel(LanguageModel):
             return (found.loss, weight, found.right), _sides(found.modules)
 
         def take(rank: int, said: tuple[float, float, tuple[bool, ...]], tensors: Sequence[Tensor]) -> None:
-            rows = _rows(shares[rank], first_row)
+            rows = rows_of(shares[rank], first_row)
             for into, tensor in zip(_sides(captures), tensors, strict=False):  # a rank without a share has none
                 into[rows.to(into.device)] = tensor.to(into.device)
             losses.append(said[:2])
@@ -181,15 +182,6 @@ def _require_alike(found: Sequence[Mapping[str, int]]) -> None:
 
 def _sides(captures: Mapping[str, Capture]) -> list[Tensor]:
     return [side for capture in captures.values() for side in (capture.keys, capture.value_grads)]
-
-
-def _rows(
-    places: Sequence[int],
-    first_row: Sequence[int],  # of each place, and the end
-) -> Tensor:
-    """The rows that lie at these places."""
-    own = [torch.arange(first_row[place], first_row[place + 1]) for place in places]
-    return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
 
 
 def _share_of_term(term: LossTerm, share: Sequence[int]) -> LossTerm:
