@@ -17,11 +17,13 @@ from functools import partial
 import torch
 import transformers
 
-from benchmarks.turn import SCORED, Bench, build, parser_of, ratio, score
+from benchmarks.evaluation import score
+from benchmarks.turn import Bench, build, parser_of, ratio
 from harness.ranks import Ranks, SharedModel, joined
 from model import LanguageModel
 
 ALONE, SHARED = "one rank", "all ranks"
+SCORED = 60  # facts whose questions the evaluation is timed on
 
 
 def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SharedModel) -> None:

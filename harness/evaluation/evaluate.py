@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data.disk import sync
 from data.intervals import bootstrap_interval
+from data.progress import progress_bar
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.evaluation.generation import Generation, matches
@@ -34,8 +35,10 @@ PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", 
 # What is said of a probe beside its token accuracy: all tokens right; these and the end after them; the generated text
 # is the answer, contains it; first choices as the base model's, and KL(base || edited) in nats.
 FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
-# Records that a process scores together: enough for tight length buckets, few enough to forget.
-BLOCK = 128
+# Compute batches that the questions of a block fill, which a process scores together: enough for batches of sequences
+# of about one length, few enough to forget.
+BLOCK = 32
+TOKENIZED_TOGETHER = 384  # questions
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
 SCORES_FORMAT = 3
 
@@ -155,18 +158,13 @@ def score_records(
 
     FloatingPointError where the model's logits are not finite.
     """
-    stream = iter(records)
-    while block := list(islice(stream, BLOCK * model.hands)):
-        probes = [
-            _Probe(place, record, field, question)
-            for place, record in block
-            for field, question in questions_of(record).items()
-            if field in protocols and (field == "locality" or place not in locality_only)
-        ]
-        sequences = [
-            sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
-            for probe, sequence in zip(probes, tokenize([probe.question for probe in probes]), strict=True)
-        ]
+    asked = (
+        _Probe(place, record, field, question)
+        for place, record in records
+        for field, question in questions_of(record).items()
+        if field in protocols and (field == "locality" or place not in locality_only)
+    )
+    for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.hands):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
         for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
@@ -174,6 +172,27 @@ def score_records(
             tokens = sequence.answer_length - sequence.end_tokens
             ended = all(hits[i]) if sequence.end_tokens else None
             yield RecordScore(probe.place, probe.record.index, name, sum(hits[i][:tokens]), tokens, ended, **said)
+
+
+def _blocks(
+    probes: Iterator[_Probe],
+    tokenize: Tokenize,
+    size: int,  # tokens that a block holds at least, but for the last
+) -> Iterator[tuple[list[_Probe], list[TokenSequence]]]:
+    """The probes with their sequences, in order, a block at a time."""
+    block: list[_Probe] = []
+    sequences: list[TokenSequence] = []
+    while read := list(islice(probes, TOKENIZED_TOGETHER)):
+        block += read
+        sequences += [
+            sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
+            for probe, sequence in zip(read, tokenize([probe.question for probe in read]), strict=True)
+        ]
+        if sum(len(sequence.ids) for sequence in sequences) >= size:
+            yield block, sequences
+            block, sequences = [], []
+    if block:
+        yield block, sequences
 
 
 def _teacher_forced(
@@ -254,8 +273,10 @@ def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> 
     lengths = torch.tensor([sequence.answer_length for sequence in sequences])
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
-    for batch in model.batches(sequences):
-        yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+    with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
+        for batch in model.batches(sequences):
+            yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+            bar.advance(len(batch.members))
 
 
 def _rows_of(chosen: Sequence[int], lengths: Sequence[int]) -> Tensor:  # (tokens,)

@@ -70,7 +70,7 @@ class Table(StandIn):
         self.logits = torch.randn(50, 50, generator=torch.Generator().manual_seed(seed))
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        return compute_batches(sequences, 8)
+        return compute_batches(sequences, self.compute_tokens)
 
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         return self.logits[batch.input_ids[batch.rows, batch.positions]]
@@ -89,7 +89,8 @@ def record(i: int) -> EditRecord:
 
 def test_each_record_is_compared_with_its_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through batches, blocks and shards, for some of the records kept, against the two tables directly."""
-    monkeypatch.setattr(evaluate, "BLOCK", 8)
+    monkeypatch.setattr(evaluate, "TOKENIZED_TOGETHER", 8)
+    monkeypatch.setattr(evaluate, "BLOCK", 2)
     monkeypatch.setattr(locality, "SHARD_TOKENS", 20)
     base, edited = Table(0), Table(1)
     edited.logits[::3] = base.logits[::3]

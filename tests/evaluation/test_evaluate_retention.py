@@ -49,7 +49,7 @@ class Fading(StandIn):
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         self.asked += len(sequences)
-        return compute_batches(sequences, 8)
+        return compute_batches(sequences, self.compute_tokens)
 
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         right = []
