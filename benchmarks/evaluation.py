@@ -1,6 +1,6 @@
 """What evaluation costs beside the language model's own work, as ratios measured in one run:
 
-    python -m benchmarks.evaluation [--facts 300] [--data ZSRE_FILE] [--counterfact FILE] [--device cuda] [--half bf16]
+    python -m benchmarks.evaluation [--facts 300] [--data ZSRE] [--counterfact FILE] [--device cuda] [--half bf16]
 
 Of each data set: the share of the tokens computed that are real, the rest being padding; and the speed of two
 evaluations, tokenising and summaries included, as a ratio to the bare forward. `base` scores edits, rephrases and
@@ -14,7 +14,9 @@ tokens. Every round times each contender once; ratios are of the shortest times.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -47,21 +49,17 @@ def score_base(model: LanguageModel, records: Sequence[EditRecord], folder: Path
     writer.flush()
 
 
-class TokensSeen:
-    """Counts the tokens that a model is given, padding included."""
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Counter[str]]:
+    """Counts the tokens that the model is given, padding included."""
+    given: Counter[str] = Counter()
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tokens = 0
-        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+    def add(_model: nn.Module, _args: tuple[object, ...], options: dict[str, Tensor]) -> None:
+        given["tokens"] += options["input_ids"].numel()
 
-    def _count(self, _model: nn.Module, _args: tuple[object, ...], options: dict[str, Tensor]) -> None:
-        self.tokens += options["input_ids"].numel()
-
-    def __enter__(self) -> TokensSeen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+    handle = model.register_forward_pre_hook(add, with_kwargs=True)
+    yield given
+    handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------------- the bare cost
@@ -100,20 +98,26 @@ def compare(race: Race, name: str, records: Sequence[EditRecord], folder: Path) 
     questions = [question for record in records for question in questions_of(record).values()]
     sequences = tokenize(questions, race.model.tokenizer, "joint")
     real = sum(len(sequence.ids) - 1 for sequence in sequences)
-    with TokensSeen(race.model.model) as seen:
-        score_base(race.model, records, folder / "base")
     batches = list(end_to_end(sequences, race.model.compute_tokens))
-    number = count()
+    number, computed = count(), 0
+
+    def base() -> None:
+        nonlocal computed
+        with counted(race.model.model) as given:
+            score_base(race.model, records, folder / str(next(number)))
+        computed = given.total()
+
     times = race.race(
         {
             "bare": lambda: bare(race.model, batches),
-            "base": lambda: score_base(race.model, records, folder / str(next(number))),
-            "edited": lambda: score(race.model, records, BaseReader(folder / "base")),
+            "base": base,
+            "edited": lambda: score(race.model, records, BaseReader(folder / "0")),
         }
     )
     shortest = {contender: min(seconds) for contender, seconds in times.items()}
-    print(f"{name:<14} {len(questions):>9,} {real:>9,} {real / seen.tokens:>7.3f} {real / shortest['bare']:>14,.0f} "
-          f"{shortest['bare'] / shortest['base']:>7.3f} {shortest['bare'] / shortest['edited']:>7.3f}", flush=True)  # fmt: skip
+    base, edited = (shortest["bare"] / shortest[contender] for contender in ("base", "edited"))
+    print(f"{name:<14} {len(questions):>9,} {real:>9,} {real / computed:>7.3f} {real / shortest['bare']:>14,.0f} "
+          f"{base:>7.3f} {edited:>7.3f}", flush=True)  # fmt: skip
 
 
 def main() -> None:

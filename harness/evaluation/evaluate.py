@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import compute_batches
 from data.disk import sync
 from data.intervals import bootstrap_interval
 from data.progress import progress_bar
@@ -38,9 +39,12 @@ FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
 # Compute batches that the questions of a block fill, which a process scores together: enough for batches of sequences
 # of about one length, few enough to forget.
 BLOCK = 32
-TOKENIZED_TOGETHER = 384  # questions
+TOKENIZED_TOGETHER = 128  # questions
+# The most padding of a compute batch, as a share of its budget: about what another batch costs beside its tokens (on a
+# CPU as much as 12 tokens of 512, measured).
+PADDING = 1 / 32
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 3
+SCORES_FORMAT = 4
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -182,15 +186,18 @@ def _blocks(
     """The probes with their sequences, in order, a block at a time."""
     block: list[_Probe] = []
     sequences: list[TokenSequence] = []
+    tokens = 0
     while read := list(islice(probes, TOKENIZED_TOGETHER)):
-        block += read
-        sequences += [
+        cut = [
             sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
             for probe, sequence in zip(read, tokenize([probe.question for probe in read]), strict=True)
         ]
-        if sum(len(sequence.ids) for sequence in sequences) >= size:
+        block += read
+        sequences += cut
+        tokens += sum(len(sequence.ids) for sequence in cut)
+        if tokens >= size:
             yield block, sequences
-            block, sequences = [], []
+            block, sequences, tokens = [], [], 0
     if block:
         yield block, sequences
 
@@ -274,7 +281,7 @@ def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> 
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
     with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
-        for batch in model.batches(sequences):
+        for batch in compute_batches(sequences, model.compute_tokens, int(PADDING * model.compute_tokens)):
             yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
             bar.advance(len(batch.members))
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import compute_batches
 from data.records import (
     EditRecord,
     LowRankUpdate,
@@ -32,9 +31,6 @@ from tests.hand_made import StandIn
 
 class Successor(StandIn):
     """A language model that always expects the next number: after token 4 it is sure of token 5."""
-
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        return compute_batches(sequences, self.compute_tokens)
 
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         seen = batch.input_ids[batch.rows, batch.positions]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from data.batches import compute_batches
 from data.records import EditRecord, Question, TokenBatch, TokenSequence
 from data.stream import EditStream
 from harness.evaluation import evaluate, locality
@@ -68,9 +67,6 @@ class Table(StandIn):
 
     def __init__(self, seed: int) -> None:
         self.logits = torch.randn(50, 50, generator=torch.Generator().manual_seed(seed))
-
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        return compute_batches(sequences, self.compute_tokens)
 
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         return self.logits[batch.input_ids[batch.rows, batch.positions]]
