@@ -78,7 +78,8 @@ def end_to_end(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tupl
         for cut in (slice(start, whole), slice(whole, end)):  # the rest is a shorter row
             if cut.start < cut.stop:
                 rows = min(length, cut.stop - cut.start)
-                yield ids[cut].view(-1, rows), *asked[cut].view(-1, rows).nonzero(as_tuple=True)
+                at = asked[cut].view(-1, rows).nonzero()
+                yield ids[cut].view(-1, rows), at[:, 0], at[:, 1]
 
 
 @torch.inference_mode()
@@ -115,9 +116,9 @@ def compare(race: Race, name: str, records: Sequence[EditRecord], folder: Path) 
         }
     )
     shortest = {contender: min(seconds) for contender, seconds in times.items()}
-    base, edited = (shortest["bare"] / shortest[contender] for contender in ("base", "edited"))
+    ratios = [shortest["bare"] / shortest[contender] for contender in ("base", "edited")]
     print(f"{name:<14} {len(questions):>9,} {real:>9,} {real / computed:>7.3f} {real / shortest['bare']:>14,.0f} "
-          f"{base:>7.3f} {edited:>7.3f}", flush=True)  # fmt: skip
+          f"{ratios[0]:>7.3f} {ratios[1]:>7.3f}", flush=True)  # fmt: skip
 
 
 def main() -> None:
