@@ -77,9 +77,9 @@ def end_to_end(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tupl
         whole = start + (end - start) // length * length
         for cut in (slice(start, whole), slice(whole, end)):  # the rest is a shorter row
             if cut.start < cut.stop:
-                rows = min(length, cut.stop - cut.start)
-                at = asked[cut].view(-1, rows).nonzero()
-                yield ids[cut].view(-1, rows), at[:, 0], at[:, 1]
+                width = min(length, cut.stop - cut.start)
+                at = asked[cut].view(-1, width).nonzero()
+                yield ids[cut].view(-1, width), at[:, 0], at[:, 1]
 
 
 @torch.inference_mode()
