@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import progress
 from data.records import (
     EditRecord,
     LowRankUpdate,
@@ -142,6 +143,26 @@ def test_at_scale_nine_of_ten_tokens_computed_are_real(compute_tokens: int) -> N
     assert model.real == lengths.sum()
     assert model.most <= compute_tokens
     assert model.real / model.given > 0.9
+
+
+def test_a_slow_block_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    caplog.set_level("INFO")
+
+    class Slow(Successor):
+        def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
+            now[0] += 8.0
+            return super().answer_logits(batch)
+
+    model: Any = Slow()
+    records = [EditRecord(i, Question("1 2 3 4 5 6 7", "8")) for i in range(8)]  # a batch each
+    assert len(list(score_records(model, enumerate(records), numbers))) == 8
+    assert caplog.messages == [
+        f"answering: {said}"
+        for said in ("2 of 8 questions, 48 s left", "4 of 8 questions, 32 s left", "6 of 8 questions, 16 s left",
+                     "8 of 8 questions, done in 1 min 04 s")
+    ]  # fmt: skip
 
 
 def test_shuffled_answers_score_at_chance_and_answers_given_away_all_right() -> None:
