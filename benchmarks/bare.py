@@ -22,9 +22,8 @@ BUDGETS = {"cpu": (256, 384, 512, 768, 1024), "cuda": (4096, 8192, 16384)}  # pa
 
 
 @dataclass(frozen=True)
-class Bench:
+class Race:
     model: LanguageModel
-    turn: Turn
     rounds: int
 
     def seconds(self, work: Callable[[], object]) -> float:
@@ -47,6 +46,11 @@ class Bench:
             for name, work in contenders.items():
                 times[name].append(self.seconds(work))
         return times
+
+
+@dataclass(frozen=True)
+class Bench(Race):
+    turn: Turn
 
 
 def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
@@ -80,7 +84,7 @@ def bare(model: LanguageModel, sequences: Sequence[TokenSequence], budget: int, 
             bare_batch(model, batch, backward)
 
 
-def best_budget(bench: Bench, sequences: Sequence[TokenSequence], backward: bool) -> int:
+def best_budget(bench: Race, sequences: Sequence[TokenSequence], backward: bool) -> int:
     """The compute batch, in padded tokens, in which the bare work is fastest."""
     budgets = {f"bare in batches of {size}": size for size in BUDGETS[bench.model.device.type]}
     times = bench.race(

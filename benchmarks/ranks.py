@@ -18,11 +18,13 @@ import torch
 import transformers
 
 from benchmarks.bare import Bench, ratio
-from benchmarks.turn import SCORED, build, parser_of, score
+from benchmarks.evaluation import score
+from benchmarks.turn import build, parser_of
 from harness.ranks import Ranks, SharedModel, joined
 from model import LanguageModel
 
 ALONE, SHARED = "one rank", "all ranks"
+SCORED = 60  # facts whose questions the evaluation is timed on
 
 
 def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SharedModel) -> None:

@@ -12,26 +12,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 
 from benchmarks.bare import Bench, bare, best_budget, ratio
+from data import DATASETS
+from data.files import open_records
 from data.records import EditRecord, Phase, Turn
 from data.stream import mini_batch_weights, tokenize
 from editor import linalg
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
-from harness.evaluation.evaluate import score_records
 from harness.run.places import CACHE, ROOT
 from harness.run.same_bits import ask_for_the_same_bits, prepare_libraries
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, outline
 
-SCORED = 60  # facts whose questions the evaluation is timed on
 SAMPLE = ROOT / "data" / "sample" / "zsre_eval.json"
 
 
@@ -77,33 +76,6 @@ def turns(bench: Bench) -> None:
         )
 
 
-def score(model: LanguageModel, records: Sequence[EditRecord]) -> None:
-    """Teacher-forced, tokenising included."""
-    as_tokens = partial(tokenize, tokenizer=model.tokenizer, answer_tokens="joint")
-    for _ in score_records(model, enumerate(records), as_tokens):
-        pass
-
-
-def evaluation(bench: Bench) -> None:
-    """Scoring against the bare forward over the same tokens."""
-    records = bench.turn.records[:SCORED]
-    questions = [question for r in records for question in (r.edit, r.rephrase, r.locality) if question is not None]
-    tokenized = tokenize(questions, bench.model.tokenizer, "joint")
-    tokens = sum(len(sequence.ids) - 1 for sequence in tokenized)
-
-    print(f"evaluation: {len(questions)} questions, {tokens} tokens")
-    best = best_budget(bench, tokenized, backward=False)
-    times = bench.race(
-        {
-            "forward": partial(bare, bench.model, tokenized, best, False),
-            "evaluation": partial(score, bench.model, records),
-        }
-    )
-    for name in times:
-        print(f"  {name:<28} {tokens / statistics.median(times[name]):8.0f} tokens/s")
-    print(f"  evaluation runs at           {ratio(times, 'forward', 'evaluation'):8.3f} x the bare forward", flush=True)
-
-
 def ridge(device: torch.device, rounds: int, count: int = 400, d_k: int = 14336, d_v: int = 4096) -> None:
     """The update of one module of a 7B model, against the d_k x d_k system of the textbook in float32."""
     generator = torch.Generator().manual_seed(0)
@@ -135,28 +107,33 @@ def ridge(device: torch.device, rounds: int, count: int = 400, d_k: int = 14336,
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def build(arguments: argparse.Namespace) -> Bench:
-    from data import DATASETS
-    from data.files import open_records
-
+def load_model(arguments: argparse.Namespace) -> LanguageModel:
     if arguments.device != "cpu":  # as a run does
         prepare_libraries()
         ask_for_the_same_bits()
     source = ModelSource(locate(arguments.model, CACHE))
     plan = outline(source, arguments.modules, 3)
-    tokenizer = load_tokenizer(source)
-    model = LanguageModel.load(
+    return LanguageModel.load(
         source,
-        tokenizer,
+        load_tokenizer(source),
         plan.shapes,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.half],
         device=torch.device(arguments.device),
     )
-    rows = open_records(arguments.data, DATASETS["zsre"], cache_dir=CACHE / "arrow", seed=0)
-    records: list[EditRecord] = [rows[place] for place in range(arguments.facts)]
-    sequences = tokenize([record.edit for record in records], tokenizer, "joint")
+
+
+def read_records(dataset: str, path: Path, count: int) -> list[EditRecord]:
+    """The first `count` rows, or all there are."""
+    rows = open_records(path, DATASETS[dataset], cache_dir=CACHE / "arrow", seed=0)
+    return rows[:count]
+
+
+def build(arguments: argparse.Namespace) -> Bench:
+    model = load_model(arguments)
+    records = read_records("zsre", arguments.data, arguments.facts)
+    sequences = tokenize([record.edit for record in records], model.tokenizer, "joint")
     turn = Turn(0, Phase.EDIT, tuple(records), tuple(sequences), mini_batch_weights(sequences, 10))
-    return Bench(model, turn, arguments.rounds)
+    return Bench(model, arguments.rounds, turn)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -176,7 +153,6 @@ def main() -> None:
     arguments = parser_of(__doc__).parse_args()
     bench = build(arguments)
     turns(bench)
-    evaluation(bench)
     ridge(bench.model.device, arguments.rounds)
 
 

@@ -13,18 +13,24 @@ from data.records import TokenBatch, TokenSequence
 PADDING = 0
 
 
-def compute_batches(sequences: Sequence[TokenSequence], token_budget: int) -> Iterator[TokenBatch]:
+def compute_batches(
+    sequences: Sequence[TokenSequence], token_budget: int, most_padding: int | None = None
+) -> Iterator[TokenBatch]:
     """Cut the sequences, longest first, into batches of at most `token_budget` padded tokens.
 
-    A sequence longer than the budget gets a batch of its own. Each loses its last token, which predicts nothing.
+    With `most_padding` a batch also ends before more than so many of them are padding. A sequence longer than the
+    budget gets a batch of its own. Each loses its last token, which predicts nothing.
     """
     lengths = np.array([len(sequence.ids) - 1 for sequence in sequences], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        size = max(1, token_budget // int(lengths[order[start]]))
-        yield padded(sequences, order[start : start + size])
-        start += size
+        longest = int(lengths[order[start]])
+        members = order[start : start + max(1, token_budget // longest)]
+        if most_padding is not None:
+            members = members[(longest - lengths[members]).cumsum() <= most_padding]
+        yield padded(sequences, members)
+        start += len(members)
 
 
 def padded(

@@ -19,6 +19,7 @@ class StandIn:
     """What scoring asks of a model beside its answers: one that shares its work with nobody."""
 
     device = torch.device("cpu")
+    compute_tokens = 8  # padded tokens of its batches
     hands = LanguageModel.hands
     shares = LanguageModel.shares
     each = LanguageModel.each

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import Bench, bare, best_budget
+from benchmarks.bare import Race, bare, best_budget
 from benchmarks.gpu import checks, peak
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.runs import Course, Run
@@ -32,7 +32,7 @@ GIB = 1 << 30
 def bare_cost(course: Course) -> dict[str, Any]:
     """Forward, and forward and backward to the edit modules, over a turn; the forward's share of the card's peak."""
     model, turn = course.model, course.facts.turn(0, Phase.EDIT)
-    bench, sequences = Bench(model, turn, ROUNDS), turn.sequences
+    bench, sequences = Race(model, ROUNDS), turn.sequences
     tokens = sum(len(one.ids) - 1 for one in sequences)
     answers = sum(one.answer_length for one in sequences)
     print(f"the model alone, {len(sequences)} facts: {tokens} tokens, {answers} of answers")
@@ -63,7 +63,7 @@ class Beside:
 
     def take(self, turn: Turn) -> None:
         if turn.phase is Phase.EDIT:
-            bench, work = Bench(self.model, turn, 1), partial(bare, self.model, turn.sequences, self.budget)
+            bench, work = Race(self.model, 1), partial(bare, self.model, turn.sequences, self.budget)
             self.seconds["forward"].append(bench.seconds(partial(work, False)))
             self.seconds["both"].append(bench.seconds(work))
 

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import compute_batches
 from data.disk import sync
 from data.intervals import bootstrap_interval
+from data.progress import progress_bar
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.evaluation.generation import Generation, matches
@@ -34,10 +36,15 @@ PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", 
 # What is said of a probe beside its token accuracy: all tokens right; these and the end after them; the generated text
 # is the answer, contains it; first choices as the base model's, and KL(base || edited) in nats.
 FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
-# Records that a process scores together: enough for tight length buckets, few enough to forget.
-BLOCK = 128
+# Compute batches that the questions of a block fill, which a process scores together: enough for batches of sequences
+# of about one length, few enough to forget.
+BLOCK = 32
+TOKENIZED_TOGETHER = 128  # questions
+# The most padding of a compute batch, as a share of its budget: about what another batch costs beside its tokens (on a
+# CPU as much as 12 tokens of 512, measured).
+PADDING = 1 / 32
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 3
+SCORES_FORMAT = 4
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -155,18 +162,13 @@ def score_records(
 
     FloatingPointError where the model's logits are not finite.
     """
-    stream = iter(records)
-    while block := list(islice(stream, BLOCK * model.hands)):
-        probes = [
-            _Probe(place, record, field, question)
-            for place, record in block
-            for field, question in questions_of(record).items()
-            if field in protocols and (field == "locality" or place not in locality_only)
-        ]
-        sequences = [
-            sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
-            for probe, sequence in zip(probes, tokenize([probe.question for probe in probes]), strict=True)
-        ]
+    asked = (
+        _Probe(place, record, field, question)
+        for place, record in records
+        for field, question in questions_of(record).items()
+        if field in protocols and (field == "locality" or place not in locality_only)
+    )
+    for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.hands):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
         for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
@@ -174,6 +176,30 @@ def score_records(
             tokens = sequence.answer_length - sequence.end_tokens
             ended = all(hits[i]) if sequence.end_tokens else None
             yield RecordScore(probe.place, probe.record.index, name, sum(hits[i][:tokens]), tokens, ended, **said)
+
+
+def _blocks(
+    probes: Iterator[_Probe],
+    tokenize: Tokenize,
+    size: int,  # tokens that a block holds at least, but for the last
+) -> Iterator[tuple[list[_Probe], list[TokenSequence]]]:
+    """The probes with their sequences, in order, a block at a time."""
+    block: list[_Probe] = []
+    sequences: list[TokenSequence] = []
+    tokens = 0
+    while read := list(islice(probes, TOKENIZED_TOGETHER)):
+        cut = [
+            sequence.without_end() if probe.field == "locality" else sequence  # the base model was taught no end
+            for probe, sequence in zip(read, tokenize([probe.question for probe in read]), strict=True)
+        ]
+        block += read
+        sequences += cut
+        tokens += sum(len(sequence.ids) for sequence in cut)
+        if tokens >= size:
+            yield block, sequences
+            block, sequences, tokens = [], [], 0
+    if block:
+        yield block, sequences
 
 
 def _teacher_forced(
@@ -254,8 +280,10 @@ def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> 
     lengths = torch.tensor([sequence.answer_length for sequence in sequences])
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
-    for batch in model.batches(sequences):
-        yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+    with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
+        for batch in compute_batches(sequences, model.compute_tokens, int(PADDING * model.compute_tokens)):
+            yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+            bar.advance(len(batch.members))
 
 
 def _rows_of(chosen: Sequence[int], lengths: Sequence[int]) -> Tensor:  # (tokens,)

@@ -234,6 +234,18 @@ class TestComputeBatches:
             assert batch.input_ids.numel() <= budget or len(batch.members) == 1
             assert batch.input_ids.shape == (len(batch.members), int(batch.lengths.max()))
 
+    @given(sequences=token_sequences(), most=st.integers(0, 20))
+    def test_no_more_is_padding_than_may_be(self, sequences: list[TokenSequence], most: int) -> None:
+        """And a batch ends because one more sequence would not fit, or would pad too much."""
+        batches = list(compute_batches(sequences, 40, most))
+        assert sorted(m for batch in batches for m in batch.members.tolist()) == list(range(len(sequences)))
+        padding = [batch.input_ids.numel() - int(batch.lengths.sum()) for batch in batches]
+        assert all(own <= most for own in padding)
+        for batch, own, after in zip(batches, padding, batches[1:], strict=False):
+            longest = batch.input_ids.shape[1]
+            full = batch.input_ids.numel() + longest > 40
+            assert full or own + longest - int(after.lengths.max()) > most
+
     @given(sequences=token_sequences(), budget=st.integers(1, 100))
     def test_a_batch_holds_its_sequences(self, sequences: list[TokenSequence], budget: int) -> None:
         for batch in compute_batches(sequences, budget):

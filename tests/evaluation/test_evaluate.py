@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import compute_batches
+from data import progress
 from data.records import (
     EditRecord,
     LowRankUpdate,
@@ -32,9 +32,6 @@ from tests.hand_made import StandIn
 
 class Successor(StandIn):
     """A language model that always expects the next number: after token 4 it is sure of token 5."""
-
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        return compute_batches(sequences, 8)
 
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         seen = batch.input_ids[batch.rows, batch.positions]
@@ -98,7 +95,8 @@ def test_what_shares_a_batch_or_a_block_changes_no_score(monkeypatch: pytest.Mon
     sequences = [TokenSequence(tuple(new), s.answer_start) for new, s in zip(ids, sequences, strict=True)]
     records = [EditRecord(i, Question(str(i), "-")) for i in range(len(sequences))]
 
-    def correct(budget: int, block: int) -> list[int]:
+    def correct(budget: int, together: int, block: int) -> list[int]:
+        monkeypatch.setattr(evaluate, "TOKENIZED_TOGETHER", together)
         monkeypatch.setattr(evaluate, "BLOCK", block)
         model = LanguageModel(plain, None, {}, compute_tokens=budget)
         cut = lambda questions: [sequences[int(question.prompt)] for question in questions]  # noqa: E731
@@ -116,8 +114,55 @@ def test_what_shares_a_batch_or_a_block_changes_no_score(monkeypatch: pytest.Mon
         ]
     assert all(right >= 1 for right in (alone[0], alone[1], alone[2], alone[4]))
     for budget in (1, 64, 4096):
-        for block in (1, 4, 128):
-            assert correct(budget, block) == alone
+        for together, block in ((1, 0), (4, 0), (1, 2), (4, 10**6), (384, 32)):
+            assert correct(budget, together, block) == alone
+
+
+@pytest.mark.parametrize("compute_tokens", [512, 8192])
+def test_at_scale_nine_of_ten_tokens_computed_are_real(compute_tokens: int) -> None:
+    """20,000 facts with three questions of 5 to 80 tokens, on average 16, in no order."""
+    lengths = 5 + np.random.default_rng(0).geometric(1 / 12, (20_000, 3)).clip(max=75)
+
+    class Counting(Successor):
+        given, real, most = 0, 0, 0
+
+        def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
+            self.given += batch.input_ids.numel()
+            self.real += int(batch.lengths.sum())
+            self.most = max(self.most, batch.input_ids.numel())
+            return torch.zeros(len(batch.targets), 2)
+
+    def cut(questions: Sequence[Question]) -> list[TokenSequence]:
+        return [TokenSequence((1,) * int(question.prompt) + (0,), int(question.prompt)) for question in questions]
+
+    model: Any = Counting()
+    model.compute_tokens = compute_tokens
+    records = (EditRecord(i, *(Question(str(n), "-") for n in own)) for i, own in enumerate(lengths))
+    scores = score_records(model, enumerate(records), cut)
+    assert sum(score.correct for score in scores) == lengths.size
+    assert model.real == lengths.sum()
+    assert model.most <= compute_tokens
+    assert model.real / model.given > 0.9
+
+
+def test_a_slow_block_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    caplog.set_level("INFO")
+
+    class Slow(Successor):
+        def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
+            now[0] += 8.0
+            return super().answer_logits(batch)
+
+    model: Any = Slow()
+    records = [EditRecord(i, Question("1 2 3 4 5 6 7", "8")) for i in range(8)]  # a batch each
+    assert len(list(score_records(model, enumerate(records), numbers))) == 8
+    assert caplog.messages == [
+        f"answering: {said}"
+        for said in ("2 of 8 questions, 48 s left", "4 of 8 questions, 32 s left", "6 of 8 questions, 16 s left",
+                     "8 of 8 questions, done in 1 min 04 s")
+    ]  # fmt: skip
 
 
 def test_shuffled_answers_score_at_chance_and_answers_given_away_all_right() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from data.batches import compute_batches
 from data.records import EditRecord, Question, TokenBatch, TokenSequence
 from data.stream import EditStream
 from harness.evaluation import evaluate, locality
@@ -69,9 +68,6 @@ class Table(StandIn):
     def __init__(self, seed: int) -> None:
         self.logits = torch.randn(50, 50, generator=torch.Generator().manual_seed(seed))
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        return compute_batches(sequences, 8)
-
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
         return self.logits[batch.input_ids[batch.rows, batch.positions]]
 
@@ -89,7 +85,8 @@ def record(i: int) -> EditRecord:
 
 def test_each_record_is_compared_with_its_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through batches, blocks and shards, for some of the records kept, against the two tables directly."""
-    monkeypatch.setattr(evaluate, "BLOCK", 8)
+    monkeypatch.setattr(evaluate, "TOKENIZED_TOGETHER", 8)
+    monkeypatch.setattr(evaluate, "BLOCK", 2)
     monkeypatch.setattr(locality, "SHARD_TOKENS", 20)
     base, edited = Table(0), Table(1)
     edited.logits[::3] = base.logits[::3]

@@ -99,8 +99,6 @@ class Parrot(StandIn):
 
     def __init__(self, said: dict[str, str], tokenizer: Any) -> None:
         self.said, self.tokenizer = said, tokenizer
-        self.plain = LanguageModel(tiny_llama(), tokenizer, {})
-        self.batches = self.plain.batches
         self.asked: list[str] = []
 
     def answer_logits(self, batch: Any) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data.batches import compute_batches
 from data.records import EditRecord, Question, TokenBatch, TokenSequence
 from data.stream import EditStream
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation
@@ -47,11 +46,8 @@ class Fading(StandIn):
         self.stream = stream
         self.asked = 0
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
-        self.asked += len(sequences)
-        return compute_batches(sequences, 8)
-
     def answer_logits(self, batch: TokenBatch) -> torch.Tensor:
+        self.asked += len(batch.members)
         right = []
         for row, position, target in zip(
             batch.rows.tolist(), batch.positions.tolist(), batch.targets.tolist(), strict=True
