@@ -74,6 +74,10 @@ class _DrawnBar(tqdm):
         self.set_postfix_str(note, refresh=False)
         self.update(n)
 
+    def finish(self) -> None:
+        """All that is left is done at once."""
+        self.advance((self.total or self.n) - self.n)
+
     def restart(self, total: int | None, done: int) -> None:
         """Begin again, with `done` of `total` units behind it."""
         self.reset(total)
@@ -102,6 +106,11 @@ class _LoggedBar:
         if due and now >= self._quiet_until:
             self._said, self._said_at = self._done, now
             log.info("%s", self._line(now - self._started, note))
+
+    def finish(self) -> None:
+        left = 0 if self._total is None else self._total - self._done
+        if left:
+            self.advance(left)
 
     def _line(self, elapsed: float, note: str) -> str:
         of = "" if self._total is None else f" of {self._number(self._total)}"

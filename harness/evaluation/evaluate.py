@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
 Summary = dict[str, Score | float]  # perplexity has no interval
 Watch = Callable[["RecordScore"], None]
+Told = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +159,11 @@ def score_records(
     locality_only: Container[int] = (),  # places of which only the locality probe is scored
     generation: Generation | None = None,
     generated: Container[int] = (),  # places whose answers are generated too
+    told: Told = lambda _: None,
 ) -> Iterator[RecordScore]:
     """Score every probe a record has, in the order of the records; a probe it lacks is left out.
 
+    `told(n)` is told of n more records when they have been computed, which many are at a time.
     FloatingPointError where the model's logits are not finite.
     """
     asked = (
@@ -171,6 +175,7 @@ def score_records(
     for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.hands):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
+        told(sum(probe.field == "edit" for probe in probes))
         for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
             name, said = protocols[probe.field], {**moved.get(i, {}), **texts.get(i, {})}
             tokens = sequence.answer_length - sequence.end_tokens
@@ -337,16 +342,18 @@ class Evaluation:
         self.retention = RetentionPlan(stream, retention, seed)
         self._base: BaseReader | None = None
 
-    def run(self, upto: int | None, watch: Watch, cache: Path | None = None) -> Summary:
+    def run(self, upto: int | None, watch: Watch, cache: Path | None = None, told: Told = lambda _: None) -> Summary:
         """Score the facts written before turn `upto` (None: all); `watch(score)` sees every single score go by.
+
+        `told(n)` is told of n more records that were computed.
 
         With `cache` the model is the base: its scores are read from that folder, or computed and kept there; later
         evaluations are compared with them.
         """
         if cache is None:
-            scores = self._score(upto, self._base)
+            scores = self._score(upto, self._base, told)
         else:
-            scores = kept_scores(cache, self._score_base, self.model.everywhere)
+            scores = kept_scores(cache, partial(self._score_base, told), self.model.everywhere)
         summary = summarize(_watched(scores, watch), self.resamples, self.seed)
         if cache is not None:
             self._base = BaseReader(cache / "locality")
@@ -384,6 +391,7 @@ class Evaluation:
         self,
         upto: int | None,
         locality: Locality | None,
+        told: Told,
         beside: Container[int] = (),  # of `places`, those not to be scored but on their locality probes
         places: Sequence[int] | None = None,  # None: those that are scored
     ) -> Iterator[RecordScore]:
@@ -398,14 +406,15 @@ class Evaluation:
             locality_only=beside,
             generation=self.generation,
             generated=generated,
+            told=told,
         )
 
-    def _score_base(self, folder: Path) -> Iterator[RecordScore]:
+    def _score_base(self, told: Told, folder: Path) -> Iterator[RecordScore]:
         """The base model's scores; into `folder` goes what later evaluations are compared with, on the way too."""
         beside = self._compared_beside()
         places = sorted({*self._places(None), *beside}) if beside else self._places(None)
         writer = BaseWriter(folder / "locality")
-        for score in self._score(None, writer, beside, places):
+        for score in self._score(None, writer, told, beside, places):
             if score.place not in beside:
                 yield score
         writer.flush()

@@ -46,7 +46,8 @@ class Scoring:
             self._timed(SECONDS[stage]),
             self.progress.evaluation(what, count, unit="records") as bar,
         ):
-            summary = self.evaluation.run(upto, partial(self._watch, stage, bar), cache)
+            summary = self.evaluation.run(upto, partial(self._line, stage), cache, bar.advance)
+            bar.finish()  # what was computed by an earlier run
             self._write()
         self.tracker.scores(done, summary, stage)
         return summary
@@ -133,11 +134,6 @@ class Scoring:
 
     def _summary(self, values: Iterable[tuple[str, float]]) -> dict[str, Score]:
         return summarize_values(values, self.evaluation.resamples, self.evaluation.seed)
-
-    def _watch(self, stage: Stage, bar: Bar, score: RecordScore) -> None:
-        self._line(stage, score)
-        if score.protocol == PROTOCOLS["edit"]:  # the first probe of every record
-            bar.advance()
 
     def _line(self, stage: str, score: RecordScore, **more: int) -> None:
         turn = self.evaluation.stream.turn_of(score.place)
