@@ -1,8 +1,10 @@
 """What it costs to whiten value gradients by decomposition (eigh) and by following the last turn's root (newton):
 
     python -m benchmarks.whitening [--d-v 576] [--turns 60] [--rows 400] [--decay 1.0] [--floor 0.01] [--device cuda]
+    python -m benchmarks.whitening --data FILE [--facts 10] [--turns 60] [--warm-up 20]
 
-A made stream: rows of heavy-tailed length, eigenvalues that fall like i^-decay, directions that turn as it goes on. The
+With a file in zsRE's form the rows are real: captures of the embedded model, layers 26 to 28, --facts of them a turn.
+Otherwise they are made: rows of heavy-tailed length, eigenvalues that fall like i^-decay, directions that turn. The
 first rows, as many as --warm-up turns bring and d_v + 2 at least, enter the statistics before anything is whitened.
 Agreement is ||g_tilde (newton) - g_tilde (eigh)|| / ||g_tilde (eigh)|| of a turn's rows, eigh in float64. Flops are
 counted: a product of d x d matrices as 2 d^3, of N rows with one as 2 N d^2, a decomposition with eigenvectors as 9 d^3
@@ -16,17 +18,29 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.turn import build, parser_of
 from nets import LifelongNormalizer, Whitening
 
 T = TypeVar("T")
 
 
-def value_grads(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
+def captured(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
+    """Of all modules together, as they share their statistics."""
+    chosen = parser_of(None).parse_args(["--data", str(arguments.data), "--device", str(device)])
+    chosen.facts = arguments.facts * (arguments.warm_up + arguments.turns)
+    bench = build(chosen)
+    for start in range(0, len(bench.turn.sequences), arguments.facts):
+        turn = bench.turn.part(range(start, min(start + arguments.facts, len(bench.turn.sequences))))
+        yield torch.cat([capture.value_grads for capture in bench.model.capture(turn).modules.values()])
+
+
+def made(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
     d_v, turns = arguments.d_v, arguments.warm_up + arguments.turns
     generator = torch.Generator(device).manual_seed(0)
 
@@ -72,6 +86,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--decay", type=float, default=1.0)
     parser.add_argument("--floor", type=float, default=0.01)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--facts", type=int, default=10, help="of a turn of real rows")
     parser.add_argument("--compared", type=int, default=10, help="every so many turns eigh is computed and timed too")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -79,14 +95,14 @@ def main() -> None:
     followed = LifelongNormalizer(1, d_v, full=True, follow=True).to(device)
     plain = LifelongNormalizer(1, d_v, full=True).to(device)
 
-    agreement, decomposed, steps, flops = [], [], [], []
+    agreement, decomposed, steps, flops, seen = [], [], [], [], 0
     seconds: dict[str, list[float]] = {"newton": [], "eigh": []}
-    for turn, rows in enumerate(value_grads(arguments, device)):
+    for turn, rows in enumerate((captured if arguments.data else made)(arguments, device)):
         for normalizer in (followed, plain):
             normalizer.observe(torch.zeros(len(rows), 1, device=device), rows, 512)
         if turn < arguments.warm_up:
             continue
-        here = turn - arguments.warm_up
+        here, seen = turn - arguments.warm_up, seen + len(rows)
         took, (found, ours) = timed(lambda r=rows: whitened(followed, floor, r), device)  # type: ignore[misc]
         flops.append(newton_flops(found, d_v, len(rows)))
         decomposed.append(here) if found.details["whitening_decomposed"] else steps.append(
@@ -98,8 +114,10 @@ def main() -> None:
             seconds["eigh"].append(theirs_took)
         if not found.details["whitening_decomposed"]:
             seconds["newton"].append(took)
-    eigh = 11.0 * d_v**3 + 2.0 * arguments.rows * d_v**2
-    print(f"d_v = {d_v}, {arguments.rows} rows a turn, eigenvalues as i^-{arguments.decay}, shift {floor}, {device}")
+    a_turn = seen / arguments.turns
+    eigh = 11.0 * d_v**3 + 2.0 * a_turn * d_v**2
+    print(f"d_v = {d_v}, {a_turn:.0f} rows a turn, shift {floor}, {device}")
+    print(f"  Sigma's eigenvalues fall as  {f'i^-{decay(plain):.2f}':>8}")
     print(f"  g_tilde differs by at most   {max(agreement):8.1e} in {len(agreement)} turns")
     print(f"  decomposed after all in      {len(decomposed):8d} of {arguments.turns} turns: {decomposed}")
     if steps:
@@ -108,6 +126,13 @@ def main() -> None:
     print(f"  seconds a turn, eigh         {statistics.median(seconds['eigh']):8.3f}")
     print(f"  flops a turn, newton         {statistics.mean(flops):8.2e} on average, in products")
     print(f"  flops a turn, eigh           {eigh:8.2e}, most of them not in products")
+
+
+def decay(normalizer: LifelongNormalizer) -> float:
+    """The exponent a of eigenvalues that fall as i^-a, by least squares of their logarithms, the first ten apart."""
+    values = torch.linalg.eigvalsh(normalizer.value_scatter).flip(0)[10 : len(normalizer.value_scatter) // 2].log()
+    places = torch.arange(11, 11 + len(values), device=values.device, dtype=values.dtype).log()
+    return -float(torch.cov(torch.stack([places, values]))[0, 1] / places.var())
 
 
 def whitened(normalizer: LifelongNormalizer, floor: float, rows: Tensor) -> tuple[Whitening, Tensor]:
