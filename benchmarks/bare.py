@@ -84,12 +84,10 @@ def bare(model: LanguageModel, sequences: Sequence[TokenSequence], budget: int, 
             bare_batch(model, batch, backward)
 
 
-def best_budget(bench: Race, sequences: Sequence[TokenSequence], backward: bool) -> int:
+def best_budget(bench: Race, sequences: Sequence[TokenSequence]) -> int:
     """The compute batch, in padded tokens, in which the bare work is fastest."""
     budgets = {f"bare in batches of {size}": size for size in BUDGETS[bench.model.device.type]}
-    times = bench.race(
-        {name: partial(bare, bench.model, sequences, size, backward) for name, size in budgets.items()}, rounds=2
-    )
+    times = bench.race({name: partial(bare, bench.model, sequences, size) for name, size in budgets.items()}, rounds=2)
     for name, rounds in times.items():
         print(f"  {name:<28} {statistics.median(rounds):8.3f} s", flush=True)
     return budgets[min(times, key=lambda name: statistics.median(times[name]))]

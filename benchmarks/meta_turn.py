@@ -79,7 +79,7 @@ def main() -> None:
     turn = TrainingTurn(bench.turn, questions["rephrase"], questions["locality"], epoch=0, place=0, of=10**9)
     print(f"a turn of meta-training: {len(turn.edits.sequences)} facts, {len(turn.rephrases)} rephrases, "
           f"{len(turn.localities)} localities")  # fmt: skip
-    budget = best_budget(bench, turn.edits.sequences, backward=True)
+    budget = best_budget(bench, turn.edits.sequences)
 
     shapes, device = bench.model.shapes, bench.model.device
     network: dict[str, Any] = {"lr": 1e-9, "batch_size": 512, "statistics_scope": "shape"}

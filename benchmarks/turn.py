@@ -56,7 +56,7 @@ def turns(bench: Bench) -> None:
     sequences = bench.turn.sequences
     tokens = sum(len(sequence.ids) - 1 for sequence in sequences)
     print(f"turn: {len(sequences)} facts, {tokens} tokens, {len(bench.model.shapes)} edit modules")
-    best = best_budget(bench, sequences, backward=True)
+    best = best_budget(bench, sequences)
 
     ultraedit, stableedit = editor(bench.model, "original", 1.0), editor(bench.model, "stable", 10.0)
     times = bench.race(

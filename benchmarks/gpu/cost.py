@@ -36,7 +36,7 @@ def bare_cost(course: Course) -> dict[str, Any]:
     tokens = sum(len(one.ids) - 1 for one in sequences)
     answers = sum(one.answer_length for one in sequences)
     print(f"the model alone, {len(sequences)} facts: {tokens} tokens, {answers} of answers")
-    budget = best_budget(bench, sequences, backward=True)
+    budget = best_budget(bench, sequences)
     padded = sum(batch.input_ids.numel() for batch in compute_batches(sequences, budget))
     work = {backward: partial(bare, model, sequences, budget, backward) for backward in (False, True)}
     times = bench.race({"forward": work[False], "both": work[True]})

@@ -80,11 +80,11 @@ class Shift(_Columns):
 
 def shift(base: Distributions, logits: Tensor) -> Shift:  # logits (N, V) of the edited model at the same tokens
     log_q, ids = _log_softmax(logits), base.ids.long()
+    kl = (base.log_probs.exp() * (base.log_probs - log_q.gather(1, ids))).sum(-1)
     others = _others(log_q, ids)
     ratio = base.others - others.logsumexp(-1)  # log(r / s)
-    least = others.masked_fill(others == -torch.inf, torch.inf).amin(-1)
+    least = others.masked_fill_(others == -torch.inf, torch.inf).amin(-1)
     some = base.others > -torch.inf
-    kl = (base.log_probs.exp() * (base.log_probs - log_q.gather(1, ids))).sum(-1)
     kl = kl + torch.where(some, base.others.exp() * ratio, 0)
     error = torch.where(some, base.others.exp() * (base.log_probs[:, -1] - least - ratio), 0)
     return Shift(logits.argmax(-1) == base.argmax, kl.clamp(min=0), error.clamp(min=0))
@@ -95,8 +95,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _others(log_p: Tensor, ids: Tensor) -> Tensor:
-    """The log-probabilities with -inf in the places of `ids`."""
-    return log_p.scatter(1, ids, -torch.inf)
+    """The log-probabilities, from now on with -inf in the places of `ids`."""
+    return log_p.scatter_(1, ids, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
