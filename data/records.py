@@ -160,6 +160,7 @@ class TurnCapture:
     modules: Mapping[str, Capture]
     loss: float  # nats a token, the mean over the turn's mini-batches
     right: tuple[bool, ...]  # of each fact: whether every answer token is the model's first choice already
+    worst: tuple[float, ...]  # of each fact: the largest -log p of its answer tokens, nats
 
 
 @dataclass(frozen=True, slots=True)

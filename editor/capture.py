@@ -23,11 +23,13 @@ class CaptureSettings:
     """How often a turn is captured and updated, and at which positions.
 
     The published methods have one pass. In later ones only those facts are captured and pushed further that the model,
-    as the pass before left it, does not say: an answer whose tokens are all its first choice is left alone. Warm-up
-    turns have one: their facts are there for the statistics, and pushing them further only harms the model.
+    as the pass before left it, does not say: an answer is left alone whose tokens are all its first choice or, with
+    `pass_loss`, all have a -log p below it. Warm-up turns have one: their facts are there for the statistics, and
+    pushing them further only harms the model.
     """
 
     passes: int = 1
+    pass_loss: float | None = None  # nats
     every_token: bool = False  # captures at all positions that predict something, not only at those of the answer
     allocate: Allocate | None = None  # where captures lie; None = in memory
 
@@ -56,10 +58,12 @@ class CaptureEditor:
 
     def _pass(self, model: EditableModel, todo: Turn, done: _Passes, watch: Stopwatch) -> Turn:
         """One capture, update and application; the facts that are left for the next one."""
+        limit = self.settings.pass_loss
         with watch.measure("capture"):
             captured = model.capture(todo, self.settings.every_token, self.settings.allocate)
             if done.losses:
-                wrong = [place for place, right in enumerate(captured.right) if not right]
+                said = captured.right if limit is None else [worst < limit for worst in captured.worst]
+                wrong = [place for place, is_said in enumerate(said) if not is_said]
                 captured = _some_rows(captured, first_rows(todo.sequences, self.settings.every_token), wrong)
                 todo = todo.part(wrong)
         updates: Mapping[str, LowRankUpdate] = {}
@@ -118,7 +122,8 @@ def _some_rows(
         return captured
     rows = rows_of(places, first_row)
     modules = {name: Capture(each.keys[rows], each.value_grads[rows]) for name, each in captured.modules.items()}
-    return TurnCapture(modules, captured.loss, tuple(captured.right[place] for place in places))
+    right = tuple(captured.right[place] for place in places)
+    return TurnCapture(modules, captured.loss, right, tuple(captured.worst[place] for place in places))
 
 
 def _place(turn: Turn, done: _Passes) -> str:

@@ -131,14 +131,17 @@ class LanguageModel(PositionModel):
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         wrong = torch.zeros(len(turn.sequences), dtype=torch.int64, device=self.device)  # answer tokens of each
+        worst = torch.zeros(len(turn.sequences), dtype=self.precise, device=self.device)
         with same_bits():
             for batch in compute_batches(turn.sequences, self.compute_tokens):
                 at = _every_position(batch) if every_token else (batch.rows, batch.positions)
-                share, missed = self._capture_batch(
+                losses, missed = self._capture_batch(
                     batch, at, weights[batch.members], first_row[batch.members], captures
                 )
-                loss += share
-                wrong.index_add_(0, batch.members[batch.rows].to(self.device), missed.long())
+                fact = batch.members[batch.rows]
+                loss += (losses.double() * weights[fact].to(losses.device)).sum()
+                wrong.index_add_(0, fact.to(self.device), missed.long())
+                worst.scatter_reduce_(0, fact.to(self.device), losses, "amax")
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
         if not math.isfinite(mean):
@@ -146,7 +149,7 @@ class LanguageModel(PositionModel):
         for name, capture in captures.items():
             if not bool(torch.isfinite(capture.keys).all() & torch.isfinite(capture.value_grads).all()):
                 raise FloatingPointError(f"the keys or value gradients of {name} are not finite")
-        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()))
+        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()), tuple(worst.tolist()))
 
     def empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
         """Room for the captures of a turn of that many rows."""
@@ -163,8 +166,8 @@ class LanguageModel(PositionModel):
         weights: Tensor,  # (B,) loss weight of each sequence's answer tokens
         first_row: Tensor,  # (B,) where each sequence's rows begin in the captures
         captures: Mapping[str, Capture],
-    ) -> tuple[Tensor, Tensor]:  # (), (M,) bool
-        """Fill the batch's rows of the captures; its share of the loss, and which answer tokens it would not choose."""
+    ) -> tuple[Tensor, Tensor]:  # (M,), (M,) bool
+        """Fill the batch's rows of the captures; the losses of its answer tokens, and which it would not choose."""
         within = count_within(at[0])
         rows, positions = at[0].to(self.device), at[1].to(self.device)
         with Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
@@ -180,7 +183,7 @@ class LanguageModel(PositionModel):
             there = target.to(into.keys.device)
             into.keys[there] = trace.keys[name].to(into.keys)
             into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
-        return loss.detach().double(), logits.detach().argmax(-1) != targets
+        return losses.detach(), logits.detach().argmax(-1) != targets
 
     # -- scoring
 

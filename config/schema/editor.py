@@ -123,6 +123,9 @@ class EditorConfig(Section):
     passes: int = 1
     """How often an edit turn is captured and updated; later passes push those facts that the model does not say yet.
     Warm-up turns have one."""
+    pass_loss: float | None = None
+    """-log p of each of its answer tokens, in nats, below which a fact leaves later passes; null = once each is the
+    model's first choice."""
     preheat_mode: PreheatMode = PreheatMode.none
     cache_dir: str | None = None
     """Folder that a turn's captures spill to, removed with the run; null = they stay in memory."""
@@ -133,6 +136,7 @@ class EditorConfig(Section):
             *positive("editor.lr", self.lr),
             *at_least("editor.batch_size", self.batch_size, 1, "it counts the rows of a chunk"),
             *at_least("editor.passes", self.passes, 1, "1 is as published"),
+            *positive("editor.pass_loss", self.pass_loss),
             *filled("editor.cache_dir", self.cache_dir),
         ]
 
@@ -153,7 +157,7 @@ class EditorConfig(Section):
         return False
 
 
-CAPTURE_KEYS = ("batch_size", "token", "passes", "cache_dir", "statistics_scope")
+CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
 
 

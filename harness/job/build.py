@@ -28,7 +28,7 @@ def build_editor(
 ) -> Editor:
     """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
-    capture = CaptureSettings(cfg.editor.passes, cfg.editor.token is Token.all, allocate)
+    capture = CaptureSettings(cfg.editor.passes, cfg.editor.pass_loss, cfg.editor.token is Token.all, allocate)
     return build(kind, model, settings_of(kind.Settings, cfg), device, capture, given)
 
 

@@ -54,28 +54,28 @@ class SharedModel(LanguageModel):
         first_row = first_rows(turn.sequences, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
         losses: list[tuple[float, float]] = []  # and what each counts for
-        right = [False] * len(turn.sequences)
+        right, worst = [False] * len(turn.sequences), [0.0] * len(turn.sequences)
         capture = super().capture
 
-        def own() -> tuple[tuple[float, float, tuple[bool, ...]], list[Tensor]]:
+        def own() -> tuple[tuple[float, float, list[tuple[bool, float]]], list[Tensor]]:
             part = turn.part(shares[self.ranks.rank])
             if not part.sequences:
-                return (0.0, 0.0, ()), []
+                return (0.0, 0.0, []), []
             found = capture(part, every_token)
             weight = sum(w * s.answer_length for w, s in zip(part.loss_weights, part.sequences, strict=True))
-            return (found.loss, weight, found.right), _sides(found.modules)
+            return (found.loss, weight, list(zip(found.right, found.worst, strict=True))), _sides(found.modules)
 
-        def take(rank: int, said: tuple[float, float, tuple[bool, ...]], tensors: Sequence[Tensor]) -> None:
+        def take(rank: int, said: tuple[float, float, list[tuple[bool, float]]], tensors: Sequence[Tensor]) -> None:
             rows = rows_of(shares[rank], first_row)
             for into, tensor in zip(_sides(captures), tensors, strict=False):  # a rank without a share has none
                 into[rows.to(into.device)] = tensor.to(into.device)
             losses.append(said[:2])
-            for place, is_right in zip(shares[rank], said[2], strict=True):
-                right[place] = is_right
+            for place, found in zip(shares[rank], said[2], strict=True):
+                right[place], worst[place] = found
 
         self.ranks.gather(own, take)
         mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
-        return TurnCapture(captures, mean, tuple(right))
+        return TurnCapture(captures, mean, tuple(right), tuple(worst))
 
     # -- scoring and text
 
