@@ -265,6 +265,9 @@ def test_a_key_that_hydra_lets_through_is_refused_at_the_door() -> None:
 
 def test_settings_without_effect_are_told() -> None:
     assert settings_without_effect(run_config("")) == []
+    assert settings_without_effect(run_config("editor.pass_loss=0.5")) == []
+    told = settings_without_effect(run_config("editor.passes=1 editor.pass_loss=0.5"))
+    assert told == ["editor.pass_loss=0.5 has no effect with editor.passes=1"]
     told = settings_without_effect(run_config("editor.preheat_mode=none num_seq_zsre=5 model_cache_dir=x"))
     assert len(told) == 2
     assert "5 warm-up turns" in told[0]
