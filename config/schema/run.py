@@ -173,8 +173,6 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
         if run.editor.save_checkpoint:
             lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
-    if run.editor.pass_loss is not None and run.editor.passes == 1:
-        lines.append(f"editor.pass_loss={run.editor.pass_loss:g} has no effect with editor.passes=1")
     defaults = {entry.name: entry.default for entry in fields(run.editor)}
     for key in run.editor.unused():
         value = getattr(run.editor, key)
