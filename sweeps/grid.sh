@@ -5,6 +5,6 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 
-sweep runs editor.lr=1.75e-4,3.5e-4,7e-4 editor.alpha=1,10,100 "$@"
+sweep runs editor.lr=2.5e-4,5e-4,1e-3 editor.alpha=1,10,100 "$@"
 report "$folder"
 exit "$status"

@@ -11,7 +11,7 @@ LONG="dataset=counterfact dataset.shuffle=true num_seq=100 num_seq_zsre=10 evalu
     evaluation.generation=100 evaluation.max_new_tokens=8 evaluation.retention=10 downstream_eval_steps=55"
 
 sweep 1_pass $LONG editor=stableedit,ultraedit editor.passes=1 model.lr=1e-3 seed=1,2 "$@"
-sweep 2_passes $LONG editor=stableedit,ultraedit editor.passes=5 editor.pass_loss=0.5 model.lr="$STEP_OF_5" seed=1,2 "$@"
+sweep 2_passes $LONG editor=stableedit,ultraedit editor.passes=5 model.lr="$STEP_OF_5" seed=1,2 "$@"
 sweep 3_trajectory $LONG editor=rledit seed=1,2 "$@"
 sweep 4_others $LONG editor=malmen,ft_m,locft_bf seed=1 "$@"
 sweep 5_slow $LONG num_seq=30 editor=grace,memit,alphaedit seed=1 "$@"
