@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from data.batches import padded
 from data.records import TokenBatch, TokenSequence, first_rows
-from model.below import BlocksBelow, blocks_below
+from model.below import BlocksBelow
 from model.text import KEPT, Read, TextModel
 from model.tracing import places, require_ran, same_bits
 
@@ -38,13 +38,15 @@ class OffsetLosses:
         model: TextModel,
         name: str,  # of the edit module
         module: nn.Module,
+        below: BlocksBelow,
         precise: torch.dtype,  # of losses and gradients
         sequences: Sequence[TokenSequence],
         positions: Sequence[int],  # one of each sequence, before the one that predicts its last token
         reference: Tensor | None,  # (M, V)
         replace: bool,
     ) -> None:
-        self.model, self.name, self.module, self.precise, self.replace = model, name, module, precise, replace
+        self.model, self.name, self.module, self.below = model, name, module, below
+        self.precise, self.replace = precise, replace
         self.expected = None if reference is None else reference.to(precise).log_softmax(-1)
         self.first_row = first_rows(sequences)
         keeps = model.can_read_on(max((len(s.ids) for s in sequences), default=0))
@@ -54,7 +56,6 @@ class OffsetLosses:
         ]
         self.at = torch.tensor(positions) - torch.tensor(self.cuts)  # (n,) where the offset is in each tail
         self.before = list(self._read(sequences))
-        self.below = BlocksBelow(blocks_below(model.model, [name]))
 
     def __call__(
         self,

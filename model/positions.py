@@ -30,7 +30,7 @@ class PositionModel(TextModel):
     precise: torch.dtype
     edited: Mapping[str, EditModule]
     below = BlocksBelow(())  # what is read once; nothing, but in `reading_once`
-    _below: Sequence[nn.Module] | None = None
+    _found: dict[tuple[str, ...], Sequence[nn.Module]] | None = None  # blocks, by the modules that they lie below
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
@@ -56,13 +56,18 @@ class PositionModel(TextModel):
 
         Entered for each turn, so that a run that goes on after it has the bits of one that was never stopped.
         """
-        if self._below is None:
-            self._below = blocks_below(self.model, list(self.edited))
-        self.below = BlocksBelow(self._below)
+        self.below = self._below(*self.edited)
         try:
             yield
         finally:
             self.below = BlocksBelow(())
+
+    def _below(self, *names: str) -> BlocksBelow:
+        """The blocks below these modules, which are looked for once, with nothing kept."""
+        self._found = {} if self._found is None else self._found
+        if names not in self._found:
+            self._found[names] = blocks_below(self.model, names)
+        return BlocksBelow(self._found[names])
 
     # -- what is there
 
@@ -166,7 +171,8 @@ class PositionModel(TextModel):
         Behind a residual block the offset is one of the layer's output, too.
         """
         module = self.edited[name].module
-        return OffsetLosses(self, name, module, self.precise, sequences, positions, reference, replace)
+        below = self._below(name)
+        return OffsetLosses(self, name, module, below, self.precise, sequences, positions, reference, replace)
 
 
 def _input(inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
