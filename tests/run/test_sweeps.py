@@ -26,7 +26,7 @@ from harness.run.folder import RunFolder
 from harness.run.launching import ERRORS, MOST_LINES, requeued_after_checkpoint
 from tests.commands import Commands, Run, command_line
 from tests.conftest import ROOT
-from tests.stand_in import stand_in
+from tests.forked import Forks
 
 SCRIPTS = sorted(path.name for path in (ROOT / "sweeps").glob("*.sh") if path.name != "common.sh")
 NARROW = {  # the later setting counts: each script over few runs
@@ -137,8 +137,8 @@ def test_the_step_size_of_raw_rows_is_its_own(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("python")
-    with stand_in(folder, {"XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}) as text:
-        yield text
+    with Forks(folder, folder) as forks:
+        yield forks.stand_in()
 
 
 def shell(folder: Path, script: str, *settings: str) -> subprocess.CompletedProcess[str]:
