@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
@@ -71,7 +72,8 @@ def check_command_line(argv: Sequence[str]) -> None:
     with _hydra(flags) as hydra:
         overrides = _parsed(flags.overrides, hydra.config_loader)
         mistakes = [] if _is_multirun(flags, overrides) else _several_values(overrides)
-        options = cache(hydra.config_loader.get_group_options)  # it looks through all of the search path each time
+        assert isinstance(hydra.config_loader, ConfigLoaderImpl)
+        options = cache(hydra.config_loader.repository.get_group_options)  # the loader's own copies every schema first
         for job in _jobs(overrides) if not mistakes else []:
             mistakes += _Job(hydra, options, flags.config_name or CONFIG_NAME, job).mistakes(values=flags.cfg is None)
     if mistakes:
