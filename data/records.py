@@ -71,7 +71,8 @@ class Turn:
 
     `index` counts the turns of the stream, warm-up turns included; `sequences[i]` is the tokenised edit of
     `records[i]`, and `loss_weights[i]` = 1 / (answer tokens of the mini-batch that record i belongs to), the
-    factor each of its answer tokens has in the loss (DESIGN section 1, capture).
+    factor each of its answer tokens has in the loss (DESIGN section 1, capture). `replay` has the facts of earlier
+    turns that are asked again with it (DESIGN section 13, replay); None where there are none.
     """
 
     index: int
@@ -79,6 +80,19 @@ class Turn:
     records: tuple[EditRecord, ...]
     sequences: tuple[TokenSequence, ...]
     loss_weights: tuple[float, ...]
+    replay: Turn | None = None
+
+    def with_replay(self) -> Turn:
+        """Its own facts, then those of earlier turns that are asked again."""
+        if self.replay is None:
+            return self
+        return Turn(
+            self.index,
+            self.phase,
+            self.records + self.replay.records,
+            self.sequences + self.replay.sequences,
+            self.loss_weights + self.replay.loss_weights,
+        )
 
     def part(self, places: Sequence[int]) -> Turn:
         """Some of its facts; each token keeps the weight in the loss that it has in the whole turn."""
@@ -87,6 +101,7 @@ class Turn:
             records=tuple(self.records[place] for place in places) if self.records else (),
             sequences=tuple(self.sequences[place] for place in places),
             loss_weights=tuple(self.loss_weights[place] for place in places),
+            replay=None,
         )
 
 

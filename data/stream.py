@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, overload
 
@@ -241,7 +241,8 @@ class EditStream:
 
     `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
     turns there are, 0 none of them. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its
-    file's order.
+    file's order. Each edit turn brings `replay` facts of the edit turns before it, drawn from the seed and its index,
+    or all of them where they are fewer.
     Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
     together with preheat_mode=none.
     """
@@ -261,8 +262,9 @@ class EditStream:
         seed: int,
         shuffle: bool = False,
         form: PromptForm = RAW,
+        replay: int = 0,
     ) -> None:
-        self.n_edits, self.batch_size = n_edits, batch_size
+        self.n_edits, self.batch_size, self.seed, self.replay = n_edits, batch_size, seed, replay
         self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
         self.num_turns = _count_turns(len(edits), n_edits, num_turns)
         self.num_warm_up = _count_warm_up(len(warm_up), n_edits, num_warm_up, preheat_mode)
@@ -280,10 +282,24 @@ class EditStream:
         if not 0 <= index < len(self):
             raise IndexError(f"turn {index} of a stream of {len(self)} turns")
         phase, rows = self._rows_of(index)
-        records = tuple(rows)
+        turn = self._turn_of(index, phase, rows)
+        earlier = self._replayed(index) if phase is Phase.EDIT else ()
+        return replace(turn, replay=self._turn_of(index, phase, earlier)) if earlier else turn
+
+    def _turn_of(self, index: int, phase: Phase, records: Sequence[EditRecord]) -> Turn:
+        records = tuple(records)
         sequences = self._tokenize([record.edit for record in records])
         weights = mini_batch_weights(sequences, self.batch_size)
         return Turn(index, phase, records, tuple(sequences), weights)
+
+    def _replayed(self, index: int) -> Sequence[EditRecord]:
+        """Drawn without replacement, in the order in which they were written."""
+        earlier = self.edited(index)
+        asked = min(self.replay, len(earlier))
+        if not asked:
+            return ()
+        places = np.random.default_rng([self.seed, index]).choice(len(earlier), asked, replace=False)
+        return [earlier[int(place)] for place in np.sort(places)]
 
     def from_turn(self, first: int) -> Iterator[Turn]:
         """The turns from `first` to the end; none where the stream is already done."""

@@ -26,6 +26,8 @@ class CaptureSettings:
     as the pass before left it, does not say: an answer is left alone whose tokens are all its first choice or, with
     `pass_loss`, all have a -log p below it. Warm-up turns have one: their facts are there for the statistics, and
     pushing them further only harms the model.
+
+    A turn's replay is captured in its first pass. Of these facts too only those are pushed that the model does not say.
     """
 
     passes: int = 1
@@ -47,7 +49,7 @@ class CaptureEditor:
         if isinstance(self.rule, AdaptiveWarmUp) and self.rule.passes_over(turn.phase):
             return Edit(None, {}, {}, {}, {"passed_over": True})
         watch = Stopwatch(*model.devices, self.device)
-        todo, done = turn, _Passes()
+        todo, done = turn.with_replay(), _Passes(len(turn.sequences))
         passes = self.settings.passes if turn.phase is Phase.EDIT else 1
         while len(done.losses) < passes and todo.sequences:
             try:
@@ -58,14 +60,13 @@ class CaptureEditor:
 
     def _pass(self, model: EditableModel, todo: Turn, done: _Passes, watch: Stopwatch) -> Turn:
         """One capture, update and application; the facts that are left for the next one."""
-        limit = self.settings.pass_loss
+        limit, new = self.settings.pass_loss, 0 if done.losses else done.new
         with watch.measure("capture"):
             captured = model.capture(todo, self.settings.every_token, self.settings.allocate)
-            if done.losses:
-                said = captured.right if limit is None else [worst < limit for worst in captured.worst]
-                wrong = [place for place, is_said in enumerate(said) if not is_said]
-                captured = _some_rows(captured, first_rows(todo.sequences, self.settings.every_token), wrong)
-                todo = todo.part(wrong)
+            said = captured.right if limit is None else [worst < limit for worst in captured.worst]
+            unsaid = [place for place, is_said in enumerate(said) if place < new or not is_said]
+            captured = _some_rows(captured, first_rows(todo.sequences, self.settings.every_token), unsaid)
+            todo = todo.part(unsaid)
         updates: Mapping[str, LowRankUpdate] = {}
         changes: Mapping[str, WeightChange] = {}
         if todo.sequences:
@@ -80,7 +81,8 @@ class CaptureEditor:
 class _Passes:
     """What the passes of a turn did so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, new: int) -> None:
+        self.new = new  # facts of the turn's own, which its first pass pushes whether they are said or not
         self.losses: list[float] = []
         self.facts: list[int] = []  # that each pass pushed
         self._updates: list[Mapping[str, LowRankUpdate]] = []
@@ -108,8 +110,10 @@ class _Passes:
         return changed_by(self.updates(), self._changes)
 
     def details(self) -> dict[str, Any]:
-        """Facts pushed and loss before, by pass; nothing of a turn that has one."""
-        return {"passes": {"facts": self.facts, "loss": self.losses}} if len(self.losses) > 1 else {}
+        """Facts pushed, and the loss of those captured, by pass; nothing of a turn with one pass and no replay."""
+        if len(self.losses) == 1 and self.facts[0] == self.new:
+            return {}
+        return {"passes": {"facts": self.facts, "loss": self.losses}}
 
 
 def _some_rows(

@@ -126,6 +126,9 @@ class EditorConfig(Section):
     pass_loss: float | None = None
     """-log p of each of its answer tokens, in nats, below which a fact leaves later passes; null = once each is the
     model's first choice."""
+    replay: int = 0
+    """Facts of earlier turns that each edit turn asks again; those that the model no longer says are pushed with the
+    turn's own."""
     preheat_mode: PreheatMode = PreheatMode.none
     cache_dir: str | None = None
     """Folder that a turn's captures spill to, removed with the run; null = they stay in memory."""
@@ -137,6 +140,7 @@ class EditorConfig(Section):
             *at_least("editor.batch_size", self.batch_size, 1, "it counts the rows of a chunk"),
             *at_least("editor.passes", self.passes, 1, "1 is as published"),
             *positive("editor.pass_loss", self.pass_loss),
+            *at_least("editor.replay", self.replay, 0, "0 is as published"),
             *filled("editor.cache_dir", self.cache_dir),
         ]
 
@@ -157,7 +161,7 @@ class EditorConfig(Section):
         return False
 
 
-CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "cache_dir", "statistics_scope")
+CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "replay", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
 
 

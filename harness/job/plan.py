@@ -165,6 +165,7 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
         seed=cfg.seed,
         shuffle=cfg.dataset.shuffle,
         form=form,
+        replay=cfg.editor.replay,
     )
     if cfg.evaluate is None:
         warn_of_repeats(stream, files["eval"].path)
@@ -235,8 +236,8 @@ def capture_memory(
         yield None
         return
     with CaptureFolder(Path(cfg.editor.cache_dir)) as folder:
-        first = stream.turn(0)
-        lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in first.sequences)
+        last = stream.turn(len(stream) - 1).with_replay()
+        lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in last.sequences)
         folder.require(shapes, sum(lengths), kept=cfg.diagnostics.previous + 1)
         yield folder.allocate
 

@@ -55,7 +55,7 @@ def items(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) 
     number = DTYPES[cfg.model.half].itemsize
     mastered = cfg.model.edit_precision is EditPrecision.master and number < SINGLE
     aside = entries * (SINGLE if mastered else number)
-    rows = cfg.dataset.n_edits * facts.answer_tokens
+    rows = _facts(cfg) * facts.answer_tokens
     captured = sum(rows * (d_k + d_v) for d_k, d_v in outline.shapes.values()) * SINGLE
     found = [
         Item("weights", outline.weights * number, f"{outline.weights:.3g} numbers in {cfg.model.half.name}"),
@@ -106,6 +106,11 @@ def _editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: torch
     return rule
 
 
+def _facts(cfg: RunConfig) -> int:
+    """Of a turn, those of earlier turns included."""
+    return cfg.dataset.n_edits + cfg.editor.replay
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -124,9 +129,9 @@ class _WithoutNumbers(TorchFunctionMode):
 def _of_capture(cfg: RunConfig, outline: Outline, facts: Facts, captured: int, device: torch.device) -> Iterator[Item]:
     number = DTYPES[cfg.model.half].itemsize
     asked = cfg.model.compute_tokens or COMPUTE_TOKENS.get(device.type, COMPUTE_TOKENS["cpu"])
-    tokens = max(facts.tokens, min(asked, cfg.dataset.n_edits * facts.tokens))
+    tokens = max(facts.tokens, min(asked, _facts(cfg) * facts.tokens))
     answers = tokens // facts.tokens * facts.answer_tokens
-    kept = min(KEPT_TOKENS, cfg.dataset.n_edits * facts.tokens) * outline.width * number
+    kept = min(KEPT_TOKENS, _facts(cfg) * facts.tokens) * outline.width * number
     yield Item("read once", kept, "what the blocks below the edits put out for a turn's texts")
     if cfg.editor.cache_dir is None:
         yield Item("captures", captured, "keys and value gradients of a turn", while_in="capture")

@@ -84,6 +84,7 @@ LINES = {
     "num_seq=abc": ("num_seq=abc", "a whole number"),
     "num_seq=0": ("num_seq=0", "1 or more"),
     "editor.alpha=-1": ("editor.alpha=-1", "above 0"),
+    "editor.replay=-1": ("editor.replay=-1", "0 is as published"),
     "dataset.n_edits=-5": ("dataset.n_edits=-5", "1 or more"),
     "editor.preheat_mode=strat": ("editor.preheat_mode=strat", "did you mean start?"),
     "dataset=zzz": ("dataset=zzz", "choose from", "zsre"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -320,6 +321,35 @@ class TestStream:
     @pytest.mark.parametrize(("rows", "turns"), [(105, 20), (100, 20), (24, 4), (5, 1)])
     def test_null_warm_up_is_twenty_turns_or_all_there_are(self, rows: int, turns: int) -> None:
         assert stream(warm_up=rows).num_warm_up == turns
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_replay_is_drawn_from_the_facts_of_earlier_turns(self, shuffle: bool) -> None:
+        turns = stream(num_warm_up=2, preheat_mode="middle", replay=7, shuffle=shuffle)
+        written: list[EditRecord] = []
+        for turn in turns.from_turn(0):
+            if turn.phase is Phase.WARM_UP or not written:
+                assert turn.replay is None
+            else:
+                assert turn.replay is not None
+                asked = turn.replay.records
+                assert len(set(asked)) == len(asked) == min(7, len(written))
+                assert [record for record in written if record in asked] == list(asked)  # in the order of writing
+                assert turn.replay.sequences == tuple(
+                    tokenize([record.edit for record in asked], TOKENIZERS["byte_level"], "joint")
+                )
+                assert turn.replay.loss_weights == mini_batch_weights(turn.replay.sequences, 2)
+                joined = turn.with_replay()
+                assert joined.records == turn.records + asked
+                assert joined.sequences == turn.sequences + turn.replay.sequences
+            written += turn.records if turn.phase is Phase.EDIT else ()
+
+    def test_replay_is_a_function_of_seed_and_turn(self) -> None:
+        turns = stream(replay=7)
+        assert turns.turn(6) == turns.turn(6)
+        drawn = [stream(replay=7, seed=seed).turn(index).replay for seed in (1, 2) for index in (6, 7)]
+        assert len({each.records for each in drawn if each is not None}) == 4
+        without = stream()
+        assert [replace(turn, replay=None) for turn in turns.from_turn(0)] == list(without.from_turn(0))
 
     @settings(max_examples=30, deadline=None)
     @given(

@@ -111,6 +111,23 @@ def test_a_turn_ends_when_the_model_says_all_of_it() -> None:
     assert all(model.capture(turn).right) or facts.count(3) < len(facts) - 1  # one may have been unsettled by another
 
 
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_of_the_replay_only_what_is_forgotten_is_pushed(limit: float | None) -> None:
+    """The same edit as of a turn that has these facts as its own."""
+    model, by_hand = harness(tiny_llama, LLAMA), harness(tiny_llama, LLAMA)
+    replayed = random_turn(1, EDIT)
+    for each in (model, by_hand):
+        CaptureEditor(Descent(), CPU, CaptureSettings(passes=3)).edit(each, replayed)
+    forgotten = [place for place in range(17) if not is_said(by_hand, replayed, place, limit)]
+    assert 0 < len(forgotten) < 17
+    own = random_turn(0, EDIT)
+    edit = CaptureEditor(Descent(), CPU, CaptureSettings(1, limit)).edit(model, replace(own, replay=replayed))
+    CaptureEditor(Descent(), CPU).edit(by_hand, replace(own, replay=replayed.part(forgotten)).with_replay())
+    assert edit.details["passes"]["facts"] == [17 + len(forgotten)]
+    for name, weight in by_hand.snapshot().items():
+        torch.testing.assert_close(model.snapshot()[name], weight, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("passes", "place", "weights"), [(1, "turn 7: ", "turn"), (3, "turn 7, pass 2: ", "pass")])
 def test_a_number_that_is_not_finite_says_where_and_what_is_left(passes: int, place: str, weights: str) -> None:
     class Spoilt(Descent):
