@@ -32,40 +32,10 @@ from data.stream import EditStream
 from editor.capture import CaptureEditor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
+from harness import job
 from harness.evaluation import Downstream
 from harness.export import form_note
-from harness.job import (
-    LoopState,
-    MetaTraining,
-    Plan,
-    asked_too_late,
-    base_cache,
-    build_editor,
-    capture_memory,
-    check_export,
-    earlier_run,
-    editor_inputs,
-    evaluate_only,
-    evaluated_source,
-    export_folder,
-    is_saved,
-    load_model,
-    make_evaluation,
-    make_hidden_states,
-    make_plan,
-    make_scoring,
-    move_into,
-    network_keeper,
-    new_record,
-    newest_checkpoint,
-    plan_downstream,
-    quiet_unless_first,
-    rank_settings,
-    require_alike,
-    require_weights,
-    settings_of,
-    wandb_settings,
-)
+from harness.job import LoopState, Plan
 from harness.ranks import joined, program_of
 from harness.run import (
     MODEL,
@@ -100,11 +70,11 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     prepare_process()
     try:
-        with joined() as ranks, quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
+        with joined() as ranks, job.quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
             check_launcher(arguments, ranks.size)
             check_command_line(arguments)
             sys.argv[1:] = waiting_for_choices(arguments)
-            job()
+            run_job()
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(error_line(error))
     except launcher_errors() as error:
@@ -124,14 +94,14 @@ def prepare_process() -> None:
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
-def job(composed: DictConfig) -> None:
+def run_job(composed: DictConfig) -> None:
     """One run, or one of a sweep."""
     prepare_process()
     share_terminal(HydraConfig.get().launcher["_target_"])
     in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         with requeued_after_checkpoint(), joined().in_step():
-            cfg = rank_settings(to_run_config(composed), joined())
+            cfg = job.rank_settings(to_run_config(composed), joined())
             run(cfg, composed, Path(HydraConfig.get().runtime.output_dir))
     except (ValueError, FloatingPointError, OSError) as error:
         line = error_line(error)
@@ -164,9 +134,9 @@ def error_line(error: Exception) -> str:
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
-    plan = make_plan(cfg, joined())
-    downstream = plan_downstream(cfg, plan)
-    evaluated = evaluated_source(cfg, plan)
+    plan = job.make_plan(cfg, joined())
+    downstream = job.plan_downstream(cfg, plan)
+    evaluated = job.evaluated_source(cfg, plan)
     about: dict[str, Any] = {
         "config": plain_config(composed),
         "overrides": list(HydraConfig.get().overrides.task),
@@ -177,23 +147,23 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     }
     if evaluated is not None:
         about["model"]["evaluated"] = {"name": cfg.evaluate, "files": stamp(evaluated)}
-    about = require_alike(plan.ranks, about)
+    about = job.require_alike(plan.ranks, about)
     end_if_asked()
-    with earlier_run(cfg.resume, roots_of_runs(), about, folder, plan.ranks) as earlier:
+    with job.earlier_run(cfg.resume, roots_of_runs(), about, folder, plan.ranks) as earlier:
         if earlier is not None:
-            move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
+            job.move_into(earlier.path, folder, link=HydraConfig.get().mode is RunMode.MULTIRUN)
         if earlier is not None and earlier.run["status"] == "finished":
-            require_weights(cfg, plan, earlier, about, evaluated)
+            job.require_weights(cfg, plan, earlier, about, evaluated)
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
-            for line in asked_too_late(cfg, earlier.path):
+            for line in job.asked_too_late(cfg, earlier.path):
                 log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
             if cfg.diagnostics.report and evaluated is None and not earlier.is_drawn():
                 draw(earlier.path)
         elif evaluated is not None:
-            evaluate_only(cfg, plan, evaluated, about, folder, earlier)
+            job.evaluate_only(cfg, plan, evaluated, about, folder, earlier)
         else:
-            check_export(cfg, None if earlier is None else earlier.run.get("saved"))
+            job.check_export(cfg, None if earlier is None else earlier.run.get("saved"))
             edit(cfg, plan, downstream, about, folder, earlier)
 
 
@@ -201,7 +171,7 @@ def edit(
     cfg: RunConfig, plan: Plan, downstream: Downstream, about: dict[str, Any], folder: Path, earlier: RunFolder | None
 ) -> None:
     """Edit from the first turn, or from where `earlier` stands. A new run is recorded in `folder`."""
-    with capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate:
+    with job.capture_memory(cfg, plan.stream, plan.outline.shapes) as allocate:
         state = begin(cfg, plan, about, folder, earlier, allocate)
         results = loop(cfg, plan, downstream, state)
     show_results(results, state.folder.path)
@@ -218,18 +188,18 @@ def begin(
     allocate: Allocate | None,
 ) -> LoopState:
     """Model, editor and run folder as they are before the next turn."""
-    start = None if earlier is None else newest_checkpoint(earlier)
-    model = load_model(cfg, plan)
+    start = None if earlier is None else job.newest_checkpoint(earlier)
+    model = job.load_model(cfg, plan)
     about["model"]["fingerprint"] = model.fingerprint()
-    given = editor_inputs(cfg, plan, model, about["model"]["fingerprint"])
-    editor = build_editor(cfg, model, plan.editor_device, allocate, given)
+    given = job.editor_inputs(cfg, plan, model, about["model"]["fingerprint"])
+    editor = job.build_editor(cfg, model, plan.editor_device, allocate, given)
     if cfg.model_cache and model.is_wrapped:
         raise ValueError(f"model_cache=true: {BESIDE_WEIGHTS}; leave it out")
     if plan.network is not None:
         plan.network.require({MODEL: about["model"]["fingerprint"]})
         editor.load_state_dict(plan.network.tensors())
     diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
-    state = LoopState(earlier or new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)
+    state = LoopState(earlier or job.new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)
     if earlier is not None:
         state.restore(start, about, plan.ranks)
     return state
@@ -240,14 +210,14 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
     model, editor, stream = state.model, state.editor, plan.stream
     with (
         state.folder,
-        Tracker(state.folder, wandb_settings(cfg.tracker)) as tracker,
+        Tracker(state.folder, job.wandb_settings(cfg.tracker)) as tracker,
         Interruption() as interruption,
     ):
         progress = RunProgress()
-        score = make_scoring(plan.ranks, make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
-        hidden = make_hidden_states(cfg, plan, model, state.folder.path)
+        score = job.make_scoring(plan.ranks, job.make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
+        hidden = job.make_hidden_states(cfg, plan, model, state.folder.path)
         try:
-            base = score.base(state.begun, base_cache(cfg, plan, state.fingerprint))
+            base = score.base(state.begun, job.base_cache(cfg, plan, state.fingerprint))
             downstream.base(model, tracker, progress, state.fingerprint)
             if not state.begun:
                 hidden.keep("base")
@@ -297,23 +267,23 @@ def train(
     """The meta-training of the editor's network, from wherever the run's state has it; nothing where there is none."""
     if plan.training is None:
         return
-    keeper = network_keeper(cfg, state.folder.path, state.model.shapes, state.fingerprint)
+    keeper = job.network_keeper(cfg, state.folder.path, state.model.shapes, state.fingerprint)
     if state.done:
         keeper.keep_late(state.editor, len(plan.training), state.done)
         return
     assert isinstance(state.editor, CaptureEditor)
     assert isinstance(state.editor.rule, HyperNetworkEditor)
-    settings = settings_of(MetaSettings, cfg)
+    settings = job.settings_of(MetaSettings, cfg)
     trainer = MetaTrainer(state.model, state.editor.rule, settings, state.editor.settings)
-    MetaTraining(trainer, plan.training, state, tracker).run(cfg.checkpoint_every, keeper, progress, interruption)
+    job.MetaTraining(trainer, plan.training, state, tracker).run(cfg.checkpoint_every, keeper, progress, interruption)
 
 
 def save_model(cfg: RunConfig, state: LoopState, interruption: Interruption) -> None:
     """The edited model, where it is wanted and not there yet."""
-    if not cfg.model_cache or is_saved(cfg, state.folder.path, state.folder.run.get("saved")):
+    if not cfg.model_cache or job.is_saved(cfg, state.folder.path, state.folder.run.get("saved")):
         return
     with interruption.held():
-        state.model.export(target := export_folder(cfg, state.folder.path), form_note(cfg.asked_form().name))
+        state.model.export(target := job.export_folder(cfg, state.folder.path), form_note(cfg.asked_form().name))
         state.folder.note(saved=cfg.model_cache_dir)
     log.info("the edited model is in %s", target)
 

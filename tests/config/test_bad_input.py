@@ -447,7 +447,7 @@ def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
         monkeypatch.setattr(editor.rule, "update", spoiling)
         return editor
 
-    monkeypatch.setattr(main, "build_editor", building)
+    monkeypatch.setattr(main.job, "build_editor", building)
     check(commands.refused(), "turn 2", MODULES[1], "is not finite")
     check_ended(commands, applied, 2)
 

@@ -232,7 +232,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(main, "load_model", never)
+    monkeypatch.setattr(main.job, "load_model", never)
 
 
 MISTAKES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -349,7 +349,7 @@ def test_a_job_is_put_back_into_the_queue_before_its_first_turn(
         signal.raise_signal(signal.SIGUSR2)
         pytest.fail("went on")
 
-    monkeypatch.setattr(main, "load_model", asked)
+    monkeypatch.setattr(main.job, "load_model", asked)
     assert not (ended(run).folder / "checkpoints").exists()
     assert put_back == [signal.SIGUSR2]
 
@@ -358,7 +358,7 @@ def test_sigterm_alone_is_no_launchers_business(
     run: Commands, monkeypatch: pytest.MonkeyPatch, put_back: list[int]
 ) -> None:
     """Before there is a turn to finish."""
-    monkeypatch.setattr(main, "load_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(main.job, "load_model", lambda *_: signal.raise_signal(signal.SIGTERM))
     with command_line(run.line(*TURNS)), pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 128 + signal.SIGTERM
@@ -398,7 +398,7 @@ def test_a_job_without_a_result(
     def lost() -> None:
         raise error("\n".join(f"line {i}" for i in range(100)))
 
-    monkeypatch.setattr(main, "job", lost)
+    monkeypatch.setattr(main, "run_job", lost)
     message = run.refused("-m", "seed=1,2")
     assert "resume=auto" in message
     assert capfd.readouterr().err.splitlines() == [f"line {i}" for i in range(100 - MOST_LINES, 100)]
