@@ -1,37 +1,63 @@
-"""Text that second moments of keys are taken over: files to documents to windows of token ids, streamed."""
+"""Text that second moments of keys are taken over, as windows of token ids, streamed: of files, or of questions."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.batches import PADDING
 from data.disk import sha256_of
 from data.prompts import Tokenizer
-from data.records import TokenSequence
+from data.records import EditRecord, Question, TokenSequence
 
 BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
 TOGETHER = 64  # documents
 SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
 
 
+class Corpus(Protocol):
+    """What second moments are taken over."""
+
+    @property
+    def name(self) -> str:
+        """The setting that chose it."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it is too little."""
+
+    @property
+    def sha256(self) -> str:
+        """Of all that its tokens come from, but for the tokenizer."""
+
+    def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
+        """Its text cut every `window` tokens, up to `tokens` in all.
+
+        Behind a window stands one token more that says nothing, since nothing is asked of a sequence's last one.
+        """
+
+    def total(self, tokens: int) -> int | None:
+        """How many of `tokens` there will be; None where only reading tells."""
+
+
 @dataclass(frozen=True)
-class Corpus:
+class TextFiles:
     """Text files, JSON Lines with a field `text`, and, of `rows`, JSON arrays whose every text counts."""
 
     texts: tuple[Path, ...]
     rows: tuple[Path, ...]
-    sha256: str  # of all of them
+    name: str
+    sha256: str
+    remedy: str = "bring more text, `python -m data.prepare corpus` says how"
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(path.stat().st_size for path in (*self.texts, *self.rows))
+    def total(self, tokens: int) -> int | None:
+        size = sum(path.stat().st_size for path in (*self.texts, *self.rows))
+        return tokens if size > 16 * tokens else None
 
     def documents(self) -> Iterator[str]:
         """ValueError, naming file and line, for a row without text."""
@@ -42,31 +68,71 @@ class Corpus:
                 yield "\n".join(_strings(row))
 
     def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
-        """Documents cut every `window` tokens, up to `tokens` in all.
-
-        Special tokens stand where the tokenizer puts them, around each document. Behind a window stands one token more
-        that says nothing, since nothing is asked of a sequence's last one.
-        """
-        documents, left = self.documents(), tokens
-        while left and (some := list(itertools.islice(documents, TOGETHER))):
-            for ids in tokenizer(some)["input_ids"]:
-                for start in range(0, len(ids), window):
-                    cut = ids[start : start + window][:left]
-                    left -= len(cut)
-                    if cut:
-                        yield TokenSequence((*cut, PADDING), len(cut))
+        """Special tokens stand where the tokenizer puts them, around each document."""
+        documents = iter(self.documents())
+        read = iter(lambda: list(itertools.islice(documents, TOGETHER)), [])
+        yield from _cut((ids for some in read for ids in tokenizer(some)["input_ids"]), window, tokens)
 
 
-def open_corpus(path: str | None, sample_dir: Path) -> Corpus:
+@dataclass(frozen=True)
+class UnrelatedQuestions:
+    """The unrelated questions of records, with their answers, as they are put to the model."""
+
+    questions: tuple[Question, ...]
+    tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]]
+    name: str
+    sha256: str
+    remedy: str = "warm up with more turns"
+
+    def total(self, tokens: int) -> int | None:
+        return None
+
+    def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
+        sequences = self.tokenize(self.questions)
+        yield from _cut((sequence.without_end().ids for sequence in sequences), window, tokens)
+
+
+def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterator[TokenSequence]:
+    left = tokens
+    for ids in documents:
+        if not left:
+            return
+        for start in range(0, len(ids), window):
+            cut = ids[start : start + window][:left]
+            left -= len(cut)
+            if cut:
+                yield TokenSequence((*cut, PADDING), len(cut))
+
+
+def unrelated_questions(
+    records: Iterable[EditRecord],
+    tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]],
+    name: str,
+    file: Path,
+    form: str,
+) -> UnrelatedQuestions:
+    """Those of the records of `file`; `form` names how they are put. ValueError where it has none."""
+    questions = tuple(record.locality for record in records if record.locality is not None)
+    if not questions:
+        raise ValueError(
+            f"{name}: the rows of {file} that warm up hold no unrelated questions; bring text and set "
+            "editor.preserve_text=corpus, or set editor.preserve=0"
+        )
+    asked = [[question.prompt, question.answer] for question in questions]
+    digest = hashlib.sha256(json.dumps([name, form, asked]).encode()).hexdigest()
+    return UnrelatedQuestions(questions, tokenize, name, digest)
+
+
+def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
     """The corpus at `corpus.path`, None for the shipped texts. ValueError where it is no text file."""
     if path is None:
         texts: tuple[Path, ...] = (sample_dir / "passage.txt",)
         rows: tuple[Path, ...] = tuple(sample_dir / name for name in SAMPLES)
-        return Corpus(texts, rows, _digest([*texts, *rows]))
+        return TextFiles(texts, rows, "corpus.path=null", _digest([*texts, *rows]))
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")
-    corpus = Corpus((file,), (), _digest([file]))
+    corpus = TextFiles((file,), (), f"corpus.path={path}", _digest([file]))
     if not any(document.strip() for document in corpus.documents()):
         raise ValueError(f"corpus.path={path}: holds no text; name another file, or set it to null")
     return corpus

@@ -81,6 +81,14 @@ class WhiteningSolver(Enum):
     newton = "newton"
 
 
+class PreserveText(Enum):
+    """The text whose keys are asked to stay: that of corpus.path, or the unrelated questions of the warm-up turns with
+    their answers, put as facts are."""
+
+    corpus = "corpus"
+    unrelated = "unrelated"
+
+
 class FactToken(Enum):
     """The position that holds a fact: the last token of the subject, or of the prompt."""
 
@@ -157,7 +165,11 @@ class EditorConfig(Section):
         return False
 
     def asks_for_text(self) -> bool:
-        """Whether it asks for second moments of keys over text (corpus.path)."""
+        """Whether it asks for second moments of keys over text."""
+        return False
+
+    def preserves_unrelated(self) -> bool:
+        """Whether that text is the unrelated questions of the warm-up turns, and not that of corpus.path."""
         return False
 
 
@@ -180,7 +192,8 @@ class ClosedFormConfig(EditorConfig):
     whitening_solver: WhiteningSolver = WhiteningSolver.auto
     preserve: float = 0.0
     """Tokens of text whose keys count in the solve as ones that are to stay where they are: the ridge alpha I becomes
-    alpha I + preserve C, C their second moments over the corpus. 0 = as published."""
+    alpha I + preserve C, C their second moments. 0 = as published."""
+    preserve_text: PreserveText = PreserveText.corpus
     preheat_least: int = 1
     """Warm-up turns at least, with preheat_mode=adaptive."""
     preheat_tolerance: float = 0.1
@@ -213,6 +226,9 @@ class ClosedFormConfig(EditorConfig):
     def asks_for_text(self) -> bool:
         return self.preserve > 0
 
+    def preserves_unrelated(self) -> bool:
+        return self.preserve > 0 and self.preserve_text is PreserveText.unrelated
+
     def _solver_mistakes(self) -> list[str]:
         if self.whitening_solver is not WhiteningSolver.newton:
             return []
@@ -230,6 +246,8 @@ class ClosedFormConfig(EditorConfig):
         return mistakes
 
     def needs_warm_up(self) -> str | None:
+        if self.preserves_unrelated():
+            return "editor.preserve_text=unrelated"
         frozen = self.RunningMeanStd_mode is RunningMeanStdMode.frozen
         return "editor.RunningMeanStd_mode=frozen" if frozen else None
 

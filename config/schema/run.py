@@ -181,6 +181,8 @@ def settings_without_effect(run: RunConfig) -> list[str]:
             lines.append(f"editor.{key}={shown} has no effect with editor={run.editor.name}")
     if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
         lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
+    if run.corpus.path is not None and run.editor.preserves_unrelated():
+        lines.append("corpus.path has no effect with editor.preserve_text=unrelated")
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:

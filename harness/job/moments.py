@@ -48,14 +48,14 @@ def second_moments(cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint
         part = folder / f"{_key(cfg, plan, plan.corpus, fingerprint, list(files))}.part.safetensors"
         sums = MomentSums(model, part, writes=plan.ranks.is_first)
         windows = plan.corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
-        sums.add_up(windows, _total(plan.corpus, cfg.corpus.tokens))
+        sums.add_up(windows, plan.corpus.total(cfg.corpus.tokens))
         kept = {name: (sums.moments(name), sums.tokens) for name in files}
         if plan.ranks.is_first:
             for name, file in files.items():
                 _write(file, {"moments": sums.moments(name)}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
-    _warn(model.shapes, {name: tokens for name, (_, tokens) in found.items()}, cfg.corpus.path)
+    _warn(model.shapes, {name: tokens for name, (_, tokens) in found.items()}, plan.corpus)
     return {name: moments for name, (moments, _) in found.items()}
 
 
@@ -129,11 +129,6 @@ def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: 
     return hashlib.sha256(canonical_json(identity, "second moments").encode()).hexdigest()[:16]
 
 
-def _total(corpus: Corpus, tokens: int) -> int | None:
-    """Tokens that there will be, where the text is long enough for all that are wanted."""
-    return tokens if corpus.size > 16 * tokens else None
-
-
 def _read(file: Path) -> tuple[Tensor, int] | None:
     """Moments and their tokens; None where there are none."""
     found = _open(file)
@@ -159,16 +154,17 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
     sync(path.parent)
 
 
-def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], path: str | None) -> None:
+def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], corpus: Corpus) -> None:
     """Of text with fewer tokens than say something of every direction, twice over."""
     name = max(tokens, key=lambda one: shapes[one][0])
     d_k, found = shapes[name][0], tokens[name]
     if found < 2 * d_k:
         log.warning(
-            "corpus.path=%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
-            "second moments say nothing of: bring more text, `python -m data.prepare corpus` says how",
-            "null" if path is None else path,
+            "%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
+            "second moments say nothing of: %s",
+            corpus.name,
             f"{found:,}",
             f"{d_k:,}",
             f"{2 * d_k:,}",
+            corpus.remedy,
         )

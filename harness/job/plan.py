@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 
 from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
-from data.corpus import Corpus, open_corpus
+from data.corpus import Corpus, open_corpus, unrelated_questions
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
-from data.records import Allocate
+from data.records import Allocate, Question, TokenSequence
 from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, check_context, tokenize
 from data.training import TrainingStream
@@ -112,7 +112,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
-    corpus = plan_corpus(cfg)
+    corpus = plan_corpus(cfg, stream, as_tokens, files)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -172,10 +172,19 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
     return stream
 
 
-def plan_corpus(cfg: RunConfig) -> Corpus | None:
+def plan_corpus(
+    cfg: RunConfig,
+    stream: EditStream,
+    as_tokens: Callable[[Sequence[Question]], Sequence[TokenSequence]],
+    files: Mapping[str, RecordFile],
+) -> Corpus | None:
     """The text whose keys say what is to stay, None where the editor asks for none."""
-    asks = cfg.evaluate is None and cfg.editor.asks_for_text()
-    return open_corpus(cfg.corpus.path, SAMPLES) if asks else None
+    if cfg.evaluate is not None or not cfg.editor.asks_for_text():
+        return None
+    if not cfg.editor.preserves_unrelated():
+        return open_corpus(cfg.corpus.path, SAMPLES)
+    name, form = "editor.preserve_text=unrelated", cfg.dataset.prompt_form.name
+    return unrelated_questions(stream.warmed_up(), as_tokens, name, files["train"].path, form)
 
 
 def check_lengths(

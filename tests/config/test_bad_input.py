@@ -432,7 +432,7 @@ def test_an_update_that_is_not_finite(commands: Commands, applied: dict[str, Any
 def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
     commands: Commands, applied: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = main.build_editor
+    build = main.job.build_editor
 
     def building(*args: Any) -> Any:
         editor = build(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -35,6 +36,34 @@ def test_without_preserve_no_text_is_read(run: Commands) -> None:
     assert "corpus.* has no effect with editor=stableedit" in (done.folder / "main.log").read_text()
     assert "corpus" not in done.json("run.json")["inputs"]
     assert "editor.preserve=-1.0: must be a finite number, 0 or above" in run.refused("editor.preserve=-1")
+
+
+@pytest.mark.parametrize("form", ["raw", "qa"])
+def test_unrelated_questions_of_the_warm_up_turns_as_they_are_put(run: Commands, form: str) -> None:
+    """As if they had been written into a file of text; those of facts that warm nothing up are not read."""
+    settings = ("editor.preserve=200", f"dataset.prompt_form={form}", "dataset.answer_end=eos", "num_seq_zsre=2")
+    asked = run(*settings, "editor.preserve_text=unrelated", "corpus.path=other.txt", run="asked")
+    assert "corpus.path has no effect with editor.preserve_text" in (asked.folder / "main.log").read_text()
+    texts = {"raw": "{loc}? {loc_ans}", "qa": "Q: {loc}?\nA: {loc_ans}"}
+    rows = json.loads((run.folder / "train.json").read_text())[:6]
+    lines = [json.dumps({"text": texts[form].format(**row)}) for row in rows]
+    (run.folder / "text.jsonl").write_text("\n".join(lines))
+    read = run(*settings, f"corpus.path={run.folder / 'text.jsonl'}", run="read")
+    assert asked.turns() == read.turns()
+    assert asked.scores() == read.scores()
+    plain = run(*settings[1:], run="plain")
+    assert asked.scores() != plain.scores()
+
+
+def test_unrelated_questions_that_are_not_there(run: Commands) -> None:
+    asked = ("editor.preserve=200", "editor.preserve_text=unrelated")
+    for none in ("num_seq_zsre=0", "editor.preheat_mode=none"):
+        assert "editor.preserve_text=unrelated with" in run.refused(*asked, none)
+    rows = json.loads((run.folder / "train.json").read_text())
+    run.write("train", [{key: value for key, value in row.items() if "loc" not in key} for row in rows])
+    fields = ("dataset=jsonl", "dataset.fields.prompt=src", "dataset.fields.answer=ans")
+    said = run.refused(*asked, *fields, "num_seq_zsre=2")
+    assert "train.json that warm up hold no unrelated questions" in said
 
 
 def test_warm_up_that_ends_by_itself(run: Commands) -> None:
