@@ -108,15 +108,14 @@ def unrelated_questions(
     records: Iterable[EditRecord],
     tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]],
     name: str,
-    file: Path,
     form: str,
 ) -> UnrelatedQuestions:
-    """Those of the records of `file`; `form` names how they are put. ValueError where it has none."""
+    """Those of the records; `form` names how they are put. ValueError where they have none."""
     questions = tuple(record.locality for record in records if record.locality is not None)
     if not questions:
         raise ValueError(
-            f"{name}: the rows of {file} that warm up hold no unrelated questions; bring text and set "
-            "editor.preserve_text=corpus, or set editor.preserve=0"
+            f"{name}: the rows of dataset.train_path that warm up hold no unrelated questions; name their field, bring "
+            "text and set editor.preserve_text=corpus, or set editor.preserve=0"
         )
     asked = [[question.prompt, question.answer] for question in questions]
     digest = hashlib.sha256(json.dumps([name, form, asked]).encode()).hexdigest()

@@ -24,6 +24,7 @@ from editor.wise import WISE
 EDITORS: dict[str, Any] = {  # classes, each with the dataclass of its Settings
     # gradient capture: classes of editor.base.UpdateRule, built from the shapes of the edit modules
     "stableedit": StableEdit,
+    "stableedit_plus": StableEdit,
     "ultraedit": StableEdit,
     "mend": MEND,
     "malmen": MALMEN,

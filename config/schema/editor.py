@@ -82,8 +82,11 @@ class WhiteningSolver(Enum):
 
 
 class PreserveText(Enum):
-    """The text whose keys are asked to stay: that of corpus.path, or the unrelated questions of the warm-up turns with
-    their answers, put as facts are."""
+    """The text whose keys are asked to stay.
+
+    corpus = that of corpus.path; unrelated = unrelated questions with their answers, put as facts are: those of the
+    warm-up turns or, where nothing warms up, of the shipped training questions of zsRE.
+    """
 
     corpus = "corpus"
     unrelated = "unrelated"
@@ -169,7 +172,7 @@ class EditorConfig(Section):
         return False
 
     def preserves_unrelated(self) -> bool:
-        """Whether that text is the unrelated questions of the warm-up turns, and not that of corpus.path."""
+        """Whether that text is unrelated questions, and not that of corpus.path."""
         return False
 
 
@@ -246,8 +249,6 @@ class ClosedFormConfig(EditorConfig):
         return mistakes
 
     def needs_warm_up(self) -> str | None:
-        if self.preserves_unrelated():
-            return "editor.preserve_text=unrelated"
         frozen = self.RunningMeanStd_mode is RunningMeanStdMode.frozen
         return "editor.RunningMeanStd_mode=frozen" if frozen else None
 

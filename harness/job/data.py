@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from config.schema import HyperNetworkConfig, RunConfig
@@ -9,6 +10,8 @@ from data import DATASETS
 from data.dataset import Dataset
 from data.files import RecordFile, open_records, resolve_file
 from data.made import made_file
+from data.records import EditRecord
+from data.stream import EditStream
 from harness.run import places
 
 
@@ -24,6 +27,14 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
         )
         for split, path in paths.items()
     }
+
+
+def records_that_warm_up(cfg: RunConfig, stream: EditStream) -> Sequence[EditRecord]:
+    """Those of the warm-up turns; where there are none, the shipped training questions of zsRE."""
+    if stream.num_warm_up:
+        return stream.warmed_up()
+    shipped = places.ROOT / "data" / "sample" / "zsre_train.json"
+    return open_records(shipped, DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed)
 
 
 def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:

@@ -28,7 +28,7 @@ from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data
+from harness.job.data import open_data, records_that_warm_up
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
@@ -112,7 +112,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
-    corpus = plan_corpus(cfg, stream, as_tokens, files)
+    corpus = plan_corpus(cfg, stream, as_tokens)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -176,7 +176,6 @@ def plan_corpus(
     cfg: RunConfig,
     stream: EditStream,
     as_tokens: Callable[[Sequence[Question]], Sequence[TokenSequence]],
-    files: Mapping[str, RecordFile],
 ) -> Corpus | None:
     """The text whose keys say what is to stay, None where the editor asks for none."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():
@@ -184,7 +183,7 @@ def plan_corpus(
     if not cfg.editor.preserves_unrelated():
         return open_corpus(cfg.corpus.path, SAMPLES)
     name, form = "editor.preserve_text=unrelated", cfg.dataset.prompt_form.name
-    return unrelated_questions(stream.warmed_up(), as_tokens, name, files["train"].path, form)
+    return unrelated_questions(records_that_warm_up(cfg, stream), as_tokens, name, form)
 
 
 def check_lengths(

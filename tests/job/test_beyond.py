@@ -57,13 +57,15 @@ def test_unrelated_questions_of_the_warm_up_turns_as_they_are_put(run: Commands,
 
 def test_unrelated_questions_that_are_not_there(run: Commands) -> None:
     asked = ("editor.preserve=200", "editor.preserve_text=unrelated")
-    for none in ("num_seq_zsre=0", "editor.preheat_mode=none"):
-        assert "editor.preserve_text=unrelated with" in run.refused(*asked, none)
     rows = json.loads((run.folder / "train.json").read_text())
     run.write("train", [{key: value for key, value in row.items() if "loc" not in key} for row in rows])
     fields = ("dataset=jsonl", "dataset.fields.prompt=src", "dataset.fields.answer=ans")
     said = run.refused(*asked, *fields, "num_seq_zsre=2")
-    assert "train.json that warm up hold no unrelated questions" in said
+    assert "the rows of dataset.train_path that warm up hold no unrelated questions" in said
+    none = run(*asked, *fields, "editor.preheat_mode=none", "num_seq=1", "corpus.tokens=3000", run="none")
+    assert "second moments of keys: 3,000 tokens" in (none.folder / "main.log").read_text()
+    plain = run(*fields, "editor.preheat_mode=none", "num_seq=1", run="plain")
+    assert none.turns() != plain.turns()
 
 
 def test_warm_up_that_ends_by_itself(run: Commands) -> None:
