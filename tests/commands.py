@@ -74,6 +74,7 @@ class Commands:
             "dataset.batch_size": "2",
             "dataset.prompt_form": "raw",
             "dataset.answer_end": "none",
+            "editor": "stableedit",
             "editor.passes": "1",
             "evaluation.perplexity": "off",  # its text is longer than all these questions
             "evaluation.generation": "off",

