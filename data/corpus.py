@@ -7,13 +7,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.batches import PADDING
 from data.disk import sha256_of
 from data.prompts import Tokenizer
-from data.records import EditRecord, Question, TokenSequence
+from data.records import Question, TokenSequence
 
 BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
 TOGETHER = 64  # documents
@@ -75,21 +76,29 @@ class TextFiles:
 
 
 @dataclass(frozen=True)
-class UnrelatedQuestions:
-    """The unrelated questions of records, with their answers, as they are put to the model."""
+class Questions:
+    """Questions with their answers, as they are put to the model: what `tokenize` makes of them, without ends."""
 
-    questions: tuple[Question, ...]
+    questions: Sequence[Question]
     tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]]
+    form: str  # that `tokenize` puts them in
     name: str
-    sha256: str
-    remedy: str = "warm up with more turns"
+    remedy: str
+
+    @cached_property
+    def sha256(self) -> str:
+        asked = [[question.prompt, question.answer] for question in self.questions]
+        return hashlib.sha256(json.dumps([self.form, asked]).encode()).hexdigest()
+
+    @cached_property
+    def _documents(self) -> list[tuple[int, ...]]:
+        return [sequence.without_end().ids for sequence in self.tokenize(self.questions)]
 
     def total(self, tokens: int) -> int | None:
-        return None
+        return min(tokens, sum(map(len, self._documents)))
 
     def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
-        sequences = self.tokenize(self.questions)
-        yield from _cut((sequence.without_end().ids for sequence in sequences), window, tokens)
+        yield from _cut(self._documents, window, tokens)
 
 
 def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterator[TokenSequence]:
@@ -102,24 +111,6 @@ def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterat
             left -= len(cut)
             if cut:
                 yield TokenSequence((*cut, PADDING), len(cut))
-
-
-def unrelated_questions(
-    records: Iterable[EditRecord],
-    tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]],
-    name: str,
-    form: str,
-) -> UnrelatedQuestions:
-    """Those of the records; `form` names how they are put. ValueError where they have none."""
-    questions = tuple(record.locality for record in records if record.locality is not None)
-    if not questions:
-        raise ValueError(
-            f"{name}: the rows of dataset.train_path that warm up hold no unrelated questions; name their field, bring "
-            "text and set editor.preserve_text=corpus, or set editor.preserve=0"
-        )
-    asked = [[question.prompt, question.answer] for question in questions]
-    digest = hashlib.sha256(json.dumps([name, form, asked]).encode()).hexdigest()
-    return UnrelatedQuestions(questions, tokenize, name, digest)
 
 
 def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:

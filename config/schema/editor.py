@@ -85,7 +85,7 @@ class PreserveText(Enum):
     """The text whose keys are asked to stay.
 
     corpus = that of corpus.path; unrelated = unrelated questions with their answers, put as facts are: those of the
-    warm-up turns or, where nothing warms up, of the shipped training questions of zsRE.
+    warm-up turns or, where nothing warms up, all that the shipped training file of zsRE asks.
     """
 
     corpus = "corpus"

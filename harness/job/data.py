@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from config.schema import HyperNetworkConfig, RunConfig
@@ -10,8 +9,8 @@ from data import DATASETS
 from data.dataset import Dataset
 from data.files import RecordFile, open_records, resolve_file
 from data.made import made_file
-from data.records import EditRecord
-from data.stream import EditStream
+from data.records import Question
+from data.stream import EditStream, questions_of
 from harness.run import places
 
 
@@ -29,12 +28,22 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     }
 
 
-def records_that_warm_up(cfg: RunConfig, stream: EditStream) -> Sequence[EditRecord]:
-    """Those of the warm-up turns; where there are none, the shipped training questions of zsRE."""
-    if stream.num_warm_up:
-        return stream.warmed_up()
-    shipped = places.ROOT / "data" / "sample" / "zsre_train.json"
-    return open_records(shipped, DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed)
+def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:
+    """Those of the warm-up turns; where nothing warms up, all that the shipped training file of zsRE asks.
+
+    ValueError where the warm-up turns have none.
+    """
+    if not stream.num_warm_up:
+        shipped = places.ROOT / "data" / "sample" / "zsre_train.json"
+        records = open_records(shipped, DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed)
+        return [question for record in records for question in questions_of(record).values()]
+    found = [record.locality for record in stream.warmed_up() if record.locality is not None]
+    if not found:
+        raise ValueError(
+            "editor.preserve_text=unrelated: the rows of dataset.train_path that warm up hold no unrelated questions; "
+            "name their field, bring text and set editor.preserve_text=corpus, or set editor.preserve=0"
+        )
+    return found
 
 
 def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:

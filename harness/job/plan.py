@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfig, settings_without_effect
-from data.corpus import Corpus, open_corpus, unrelated_questions
+from data.corpus import Corpus, Questions, open_corpus
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate, Question, TokenSequence
@@ -28,7 +28,7 @@ from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data, records_that_warm_up
+from harness.job.data import open_data, unrelated_questions
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
@@ -182,8 +182,8 @@ def plan_corpus(
         return None
     if not cfg.editor.preserves_unrelated():
         return open_corpus(cfg.corpus.path, SAMPLES)
-    name, form = "editor.preserve_text=unrelated", cfg.dataset.prompt_form.name
-    return unrelated_questions(records_that_warm_up(cfg, stream), as_tokens, name, form)
+    name, remedy = "editor.preserve_text=unrelated", "warm up with more turns"
+    return Questions(unrelated_questions(cfg, stream), as_tokens, cfg.dataset.prompt_form.name, name, remedy)
 
 
 def check_lengths(
