@@ -20,7 +20,7 @@ FACTS_A_TURN = 100  # as published
 def edit(
     model: str,
     facts: Iterable[Mapping[str, str]],
-    editor: str = "stableedit",
+    editor: str = "stableedit_plus",
     settings: Sequence[str] = (),
 ) -> EditedModel:
     """A model with the facts written into it, ready to be asked; nothing is written to disk.
@@ -28,7 +28,7 @@ def edit(
     `model` is a preset of config/model, or the folder or Hugging Face name of any causal language model, which needs
     a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt`, an `answer` and, for editors that ask for it, a
     `subject`. `settings` are those of the command line. Up to 100 facts are one turn; more of them are turns of
-    `dataset.n_edits`, which must share them out evenly. ValueError, in one line, for what is wrong with any of them,
+    `dataset.n_edits`, which must share them out evenly. Nothing warms up, unless they say otherwise. ValueError, in one line, for what is wrong with any of them,
     before a weight is read.
     """
     rows = [_row(place, fact) for place, fact in enumerate(facts)]
@@ -67,4 +67,5 @@ def _choices(model: str, editor: str, path: Path, facts: int) -> list[str]:
     chosen = [f"model={model}"] if preset else ["model=huggingface", f"model.name_or_path={quoted(model)}"]
     fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer", "subject")]
     size = f"dataset.n_edits={min(facts, FACTS_A_TURN)}"
-    return [*chosen, f"editor={editor}", "dataset=jsonl", f"dataset.valid_path={quoted(str(path))}", size, *fields]
+    data = ["dataset=jsonl", f"dataset.valid_path={quoted(str(path))}", size, *fields]
+    return [*chosen, f"editor={editor}", "editor.preheat_mode=none", *data]

@@ -13,7 +13,7 @@ from harness.ask import edit, open_edited
 from tests.commands import MODULES, Commands
 
 FACTS = [{"prompt": f"Who keeps box {i}?", "answer": f"number {7 * i % 10}"} for i in range(6)]
-SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.half=fp32", "model.lr=0.1", "editor.preheat_mode=none")
+SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.half=fp32", "model.lr=0.1")
 
 
 @pytest.fixture
@@ -25,11 +25,16 @@ def folder(run: Commands) -> str:
 def test_it_is_the_run_of_the_command_line(run: Commands, folder: str, tmp_path: Path) -> None:
     form = ("dataset.prompt_form=raw", "dataset.answer_end=none")  # those of the tests' command lines
     settings = [*SETTINGS, *form, "dataset.n_edits=3", "editor.passes=2"]
-    edited = edit(folder, FACTS, settings=settings)
+    edited = edit(folder, FACTS, "stableedit", settings)
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
     fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer")]
     done = run(
-        *settings, "dataset=jsonl", f"dataset.valid_path={tmp_path / 'facts.jsonl'}", "dataset.batch_size=10", *fields
+        *settings,
+        "editor.preheat_mode=none",
+        "dataset=jsonl",
+        f"dataset.valid_path={tmp_path / 'facts.jsonl'}",
+        "dataset.batch_size=10",
+        *fields,
     )
     there = open_edited(done.folder)
     for name, module in there.language_model.edited.items():
