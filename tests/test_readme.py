@@ -84,10 +84,10 @@ def test_an_edited_model_opens_from_python(run: Commands, capsys: pytest.Capture
 def test_the_facts_of_the_readme_are_edited(run: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     """The lines of the README, on the tiny model."""
     code = re.findall(r"```python\n(.*?)```", README.partition("## From Python")[2], flags=re.S)[1]
-    assert code.count('"smollm2-135m"') == 1
-    assert code.count("settings=[") == 1
-    tiny = f"settings=['model.lr=0.1', 'model.half=fp32', 'model.edit_modules=[{','.join(MODULES)}]', "
-    here = code.replace('"smollm2-135m"', repr(str(run.model))).replace("settings=[", tiny)
+    assert code.count('edit("smollm2-135m", facts)') == 1
+    modules = f"model.edit_modules=[{','.join(MODULES)}]"
+    tiny = ["model.lr=0.1", "model.half=fp32", modules, "corpus.tokens=2000"]
+    here = code.replace('"smollm2-135m", facts', f"{str(run.model)!r}, facts, settings={tiny}")
     exec(compile(here, "README.md", "exec"), {})
     assert "question='Who is the mayor of Nordhaven?', base=" in capsys.readouterr().out
 
