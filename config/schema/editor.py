@@ -163,6 +163,10 @@ class EditorConfig(Section):
         """The keys of all editors that this one does not ask for."""
         return ()
 
+    def ignored(self) -> dict[str, str]:
+        """The keys that have no effect as its other settings stand, each with the setting that is the cause."""
+        return {}
+
     def has_one_module(self) -> bool:
         """Whether it is an editor of one module."""
         return False
@@ -225,6 +229,14 @@ class ClosedFormConfig(EditorConfig):
             f"editor.preheat_mode=adaptive with editor.RunningMeanStd_mode={mode.name}, which keeps no covariance that "
             "could come to stand still: set editor.preheat_mode=start"
         ]
+
+    def ignored(self) -> dict[str, str]:
+        adaptive = self.preheat_mode is PreheatMode.adaptive
+        preheat = {} if adaptive else dict.fromkeys(("preheat_least", "preheat_tolerance"), self.preheat_mode.name)
+        found = {key: f"editor.preheat_mode={mode}" for key, mode in preheat.items()}
+        if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
+            found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
+        return found
 
     def asks_for_text(self) -> bool:
         return self.preserve > 0

@@ -174,11 +174,12 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         if run.editor.save_checkpoint:
             lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
     defaults = {entry.name: entry.default for entry in fields(run.editor)}
-    for key in run.editor.unused():
+    ignored = dict.fromkeys(run.editor.unused(), f"editor={run.editor.name}") | run.editor.ignored()
+    for key, cause in ignored.items():
         value = getattr(run.editor, key)
         if value != defaults[key]:
             shown = value.name if isinstance(value, Enum) else value
-            lines.append(f"editor.{key}={shown} has no effect with editor={run.editor.name}")
+            lines.append(f"editor.{key}={shown} has no effect with {cause}")
     if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
         lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
     if run.corpus.path is not None and run.editor.preserves_unrelated():

@@ -114,6 +114,22 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
     assert told == ["editor.preheat_mode=middle has no effect with num_seq_zsre=0"]
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("editor.preheat_least=3", ["editor.preheat_least=3 has no effect with editor.preheat_mode=start"]),
+        ("editor.preheat_least=3 editor.preheat_mode=adaptive", []),
+        (
+            "editor.whitening_floor=0.5 editor.whitening_floor_mode=shrinkage",
+            ["editor.whitening_floor=0.5 has no effect with editor.whitening_floor_mode=shrinkage"],
+        ),
+        ("editor.whitening_floor=0.5", []),
+    ],
+)
+def test_settings_that_others_make_idle_are_told(line: str, told: list[str]) -> None:
+    assert settings_without_effect(run_config(line)) == told
+
+
 def test_a_mistake_is_said_by_the_key_that_was_typed() -> None:
     assert "num_warm_up" not in refusal("num_seq_zsre=-1")
     assert "num_seq" not in refusal("dataset.num_warm_up=-1")
