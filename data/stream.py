@@ -44,7 +44,11 @@ WARM_UP_POSITIONS = {
 
 
 def tokenize(
-    questions: Sequence[Question], tokenizer: Tokenizer, answer_tokens: AnswerTokens, form: PromptForm = RAW
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    answer_tokens: AnswerTokens,
+    form: PromptForm = RAW,
+    taught: bool = False,
 ) -> list[TokenSequence]:
     """Token ids of each prompt, in its form, and of its answer, which is the tail.
 
@@ -52,7 +56,8 @@ def tokenize(
     first token that holds a character of it. So a BPE token with its leading space is an answer token; a token of
     nothing but the space is the prompt's, since predicting it says nothing about the fact; and a token across the
     border is the answer's as a whole, or part of the answer would be given away. A prompt that ends in whitespace
-    gets no second space.
+    gets no second space. Of facts that are `taught` in a form with an end, such a token is the answer's: a model that
+    does not write it does not say the answer.
 
     `separate` tokenises the prompt with special tokens, and " " + answer alone without, as the published code does;
     on SentencePiece tokenizers the answer then begins with a token that is only the space.
@@ -62,8 +67,11 @@ def tokenize(
     """
     if not questions:
         return []
-    cut = {"joint": _tokenize_joint, "separate": _tokenize_separate}[answer_tokens]
-    sequences = cut([(form.text(question.prompt), question.answer) for question in questions], tokenizer, form)
+    pairs = [(form.text(question.prompt), question.answer) for question in questions]
+    if answer_tokens == "joint":
+        sequences = _tokenize_joint(pairs, tokenizer, form, with_gap=taught and form.end is not None)
+    else:
+        sequences = _tokenize_separate(pairs, tokenizer, form)
     for question, sequence in zip(questions, sequences, strict=True):
         if not 0 < sequence.answer_start < len(sequence.ids):
             missing = "answer" if sequence.answer_start else "prompt"
@@ -130,6 +138,7 @@ def _tokenize_joint(
     pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
     tokenizer: Tokenizer,
     form: PromptForm,
+    with_gap: bool,
 ) -> list[TokenSequence]:
     if not tokenizer.is_fast:
         raise ValueError(
@@ -145,11 +154,17 @@ def _tokenize_joint(
         return_special_tokens_mask=True,
         return_attention_mask=False,
     )
-    return [
+    found = [
         _cut_at_character(ids[: _text_end(special)], offsets, len(head))
         for ids, offsets, special, head in zip(
             encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], heads, strict=True
         )
+    ]
+    if not with_gap:
+        return found
+    return [
+        _from_character(sequence, offsets, len(prompt))
+        for sequence, offsets, (prompt, _) in zip(found, encoded["offset_mapping"], pairs, strict=True)
     ]
 
 
@@ -162,6 +177,14 @@ def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: in
     """The answer starts with the first token that reaches past character `border`."""
     start = next((i for i, (_, end) in enumerate(offsets) if end > border), len(ids))
     return TokenSequence(tuple(ids), min(start, len(ids)))
+
+
+def _from_character(sequence: TokenSequence, offsets: list[tuple[int, int]], border: int) -> TokenSequence:
+    """The answer starts with the first token from character `border` on, if it does not start before."""
+    place = sequence.answer_start
+    while place and border <= offsets[place - 1][0] < offsets[place - 1][1]:
+        place -= 1
+    return replace(sequence, answer_start=place)
 
 
 def _tokenize_separate(
@@ -265,7 +288,7 @@ class EditStream:
         replay: int = 0,
     ) -> None:
         self.n_edits, self.batch_size, self.seed, self.replay = n_edits, batch_size, seed, replay
-        self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
+        self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form, taught=True)
         self.num_turns = _count_turns(len(edits), n_edits, num_turns)
         self.num_warm_up = _count_warm_up(len(warm_up), n_edits, num_warm_up, preheat_mode)
         self.warm_up_start = WARM_UP_POSITIONS[preheat_mode](self.num_turns)

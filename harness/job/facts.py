@@ -76,7 +76,7 @@ class Contexts:
             for record in turn.records
             for prefix in self.prefixes
         ]
-        sequences = tokenize(questions, self.tokenizer, self.answer_tokens, self.form)
+        sequences = tokenize(questions, self.tokenizer, self.answer_tokens, self.form, taught=True)
         positions = self._positions(turn.records, questions, sequences)
         essences = self._essences(turn.records)
         size = len(self.prefixes)
