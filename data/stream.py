@@ -163,8 +163,8 @@ def _tokenize_joint(
     if not with_gap:
         return found
     return [
-        _from_character(sequence, offsets, len(prompt))
-        for sequence, offsets, (prompt, _) in zip(found, encoded["offset_mapping"], pairs, strict=True)
+        _with_gap(sequence, offsets, len(prompt)) if head != prompt else sequence
+        for sequence, offsets, head, (prompt, _) in zip(found, encoded["offset_mapping"], heads, pairs, strict=True)
     ]
 
 
@@ -179,10 +179,10 @@ def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: in
     return TokenSequence(tuple(ids), min(start, len(ids)))
 
 
-def _from_character(sequence: TokenSequence, offsets: list[tuple[int, int]], border: int) -> TokenSequence:
-    """The answer starts with the first token from character `border` on, if it does not start before."""
+def _with_gap(sequence: TokenSequence, offsets: list[tuple[int, int]], border: int) -> TokenSequence:
+    """The answer starts with the first token from character `border` on, if not before; some have empty offsets."""
     place = sequence.answer_start
-    while place and border <= offsets[place - 1][0] < offsets[place - 1][1]:
+    while place and offsets[place - 1][0] >= border:
         place -= 1
     return replace(sequence, answer_start=place)
 

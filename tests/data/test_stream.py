@@ -129,6 +129,20 @@ class TestJoint:
         assert head[-1] == space
         assert tail == list("1998")
 
+    @pytest.mark.parametrize(("name", "space"), [("byte_level", "Ġ"), ("sentence_piece", "▁")])
+    def test_who_is_taught_to_say_a_number_is_taught_the_space_before_it(self, name: str, space: str) -> None:
+        tokenizer = TOKENIZERS[name]
+
+        def tail(prompt: str, answer: str, form: PromptForm, taught: bool = True) -> list[str]:
+            (sequence,) = tokenize([Question(prompt, answer)], tokenizer, "joint", form, taught)
+            return tokenizer.convert_ids_to_tokens(list(sequence.without_end().ids[sequence.answer_start :]))
+
+        ends, plain = PromptForm(end=0), PromptForm()
+        assert tail("in", "1998", ends) == [space, *"1998"]
+        assert tail("in", "1998", ends, taught=False) == tail("in", "1998", plain) == list("1998")
+        assert tail("in ", "1998", ends) == list("1998")
+        assert tail("city is", "Rome", ends) == [f"{space}Rome"]
+
     def test_a_token_across_the_border_is_the_answers(self) -> None:
         head, tail = split_tokens(sentence_piece(pieces=("s▁Ro",)), "is", "Rome")
         assert head == [BOS, "▁", "i"]
