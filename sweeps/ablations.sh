@@ -12,9 +12,9 @@ LR_WITHOUT_LN=${LR_WITHOUT_LN:-2}
 # As the paper has it: raw prompts without an end, one pass, one step size for all normalised rows, all records scored.
 AS_PUBLISHED="dataset.prompt_form=raw dataset.answer_end=none editor.passes=1 model.lr=1e-3 evaluation.sample=null"
 
-sweep 1_stableedit dataset.shuffle=true seed=1,2 $AS_PUBLISHED \
+sweep 1_stableedit dataset.shuffle=true seed=1,2 $AS_PUBLISHED editor=stableedit \
     ablation=full_method,frozen_statistics,without_warm_up,diagonal_whitening "$@"
-sweep 2_without_ln dataset.shuffle=true seed=1,2 $AS_PUBLISHED ablation=without_ln editor.lr="$LR_WITHOUT_LN" "$@"
+sweep 2_without_ln dataset.shuffle=true seed=1,2 $AS_PUBLISHED editor=stableedit ablation=without_ln editor.lr="$LR_WITHOUT_LN" "$@"
 sweep 3_ultraedit dataset.shuffle=true seed=1,2 $AS_PUBLISHED editor=ultraedit "$@"
 report "$folder"
 exit "$status"

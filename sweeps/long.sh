@@ -1,7 +1,7 @@
 #!/bin/sh
 # What is left after thousands of edits? 10,000 CounterFact facts, 100 a turn, after 10 warm-up turns of zsRE questions.
 #     sh sweeps/long.sh dataset.valid_path=FILE dataset.train_path=FILE [SETTING...]
-# Scored every 1,000 edits, with GLUE-style tasks at the start, in the middle and at the end. 16 runs, a day with the default model
+# Scored every 1,000 edits, with GLUE-style tasks at the start, in the middle and at the end. 18 runs, a day with the default model
 # on 2 cores; then outputs/sweeps/long/<time>/report.html and leaderboard.html. The last three are slow and stop after 3,000.
 set -eu
 . "$(dirname "$0")/common.sh"
@@ -12,7 +12,7 @@ LONG="dataset=counterfact dataset.shuffle=true num_seq=100 num_seq_zsre=10 evalu
 
 sweep 1_pass $LONG editor=stableedit,ultraedit editor.passes=1 model.lr=1e-3 seed=1,2 "$@"
 sweep 2_passes $LONG editor=stableedit,ultraedit editor.passes=5 model.lr="$STEP_OF_5" seed=1,2 "$@"
-sweep 3_trajectory $LONG editor=rledit seed=1,2 "$@"
+sweep 3_plus_and_trajectory $LONG editor=stableedit_plus,rledit seed=1,2 "$@"
 sweep 4_others $LONG editor=malmen,ft_m,locft_bf seed=1 "$@"
 sweep 5_slow $LONG num_seq=30 editor=grace,memit,alphaedit seed=1 "$@"
 report "$folder"
