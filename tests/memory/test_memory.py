@@ -53,7 +53,7 @@ def test_weights_are_those_of_the_loaded_model(folder: Path, half: str, precisio
     assert found["originals"].bytes == size(*(one.original for one in model.edited.values()))
     assert size(*masters) == (found["masters"].bytes if "masters" in found else 0)
     assert found["set aside"].bytes == size(*model.snapshot().values())
-    rows = cfg.dataset.n_edits * FACTS.answer_tokens
+    rows = (cfg.dataset.n_edits + cfg.editor.replay) * FACTS.answer_tokens
     captures = model.empty_captures(rows, None).values()
     assert found["captures"].bytes == size(*(side for one in captures for side in (one.keys, one.value_grads)))
 
@@ -81,7 +81,7 @@ def test_the_editors_state_is_that_of_the_editor(folder: Path, settings: tuple[s
 @pytest.mark.parametrize("inside", [224, 512])
 def test_activations_are_about_what_autograd_keeps(folder: Path, inside: int) -> None:
     """A layer more costs what it costs, or up to twice as much, whatever the size of its MLP."""
-    cfg = planned(folder, "dataset.n_edits=3", "dataset.batch_size=1")[0]
+    cfg = planned(folder, "dataset.n_edits=3", "dataset.batch_size=1", "editor=stableedit")[0]
     estimated, kept = [], []
     for layers in (3, 6):
         sketch = Outline(None, {"m": (inside, 64)}, weights=0, width=64, vocabulary=64, layers=layers, lowest=1)
@@ -126,7 +126,7 @@ def test_stableedit_on_mistral_7b_fits_24_gib(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_does_not_fit_names_what_makes_it_fit(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        main([*mistral(tmp_path), "model.half=fp32", "--gib", "24"])
+        main([*mistral(tmp_path), "editor=stableedit", "model.half=fp32", "--gib", "24"])
     assert "more than a GPU of 24 GiB; with model.half=bf16 it is 1" in str(end.value)
     with pytest.raises(SystemExit) as end:
         main([*mistral(tmp_path), "--gib", "10"])

@@ -303,7 +303,7 @@ def test_a_sweep(place: Commands, forks: Forks) -> None:
 def fail_in_the_second_job() -> None:
     import main
 
-    original, calls = main.build_editor, 0
+    original, calls = main.job.build_editor, 0
 
     def build_editor(*arguments: Any) -> Any:
         nonlocal calls
@@ -313,7 +313,7 @@ def fail_in_the_second_job() -> None:
             editor.edit = lambda *_: (_ for _ in ()).throw(FloatingPointError("out of range"))  # type: ignore[method-assign]
         return editor
 
-    main.build_editor = build_editor
+    main.job.build_editor = build_editor
 
 
 @pytest.mark.slow
