@@ -161,7 +161,12 @@ def killed_run(folder: Path, model: Path, kills: int, seed: int, *more: str) -> 
     line = [word for word in commands.line(*settings) if not word.startswith("hydra.run.dir")]
     chance, killed, mid_loop = random.Random(seed), 0, 0
     with Forks(folder, folder / "cache") as forks:
+        begun = time.monotonic()
         forks.start([*line, f"hydra.run.dir={folder / 'whole'}"])
+        while not (folder / "whole" / "turns.jsonl").exists():
+            assert time.monotonic() - begun < 100, forks.stderr()
+            time.sleep(0.005)
+        start = time.monotonic() - begun
         assert forks.end() == 0, forks.stderr()
         begun = time.monotonic()
         while True:
@@ -171,7 +176,7 @@ def killed_run(folder: Path, model: Path, kills: int, seed: int, *more: str) -> 
             before = turns_written(folder)
             anywhere = chance.random() < 0.5
             if anywhere:
-                time.sleep(chance.uniform(0, 2))
+                time.sleep(chance.uniform(0, 1.5 * start))
             while not anywhere and turns_written(folder) == before:
                 assert time.monotonic() - begun < 500, "no turn is made any more"
                 time.sleep(0.005)
