@@ -122,11 +122,9 @@ def main() -> None:
     print(f"  decomposed after all in      {len(decomposed):8d} of {arguments.turns} turns: {decomposed}")
     if steps:
         print(f"  steps in all others          {statistics.mean(steps):8.2f} on average, {max(steps):.0f} at most")
-    if len(steps) >= 4:
         quarters = [steps[len(steps) * n // 4 : len(steps) * (n + 1) // 4] for n in range(4)]
-        at_most = ", ".join(f"{statistics.mean(each):.1f} ({max(each):.0f} at most)" for each in quarters)
-        print(f"  in each quarter of these     {at_most}")
-    if steps:
+        said = ", ".join(f"{statistics.mean(each):.1f} ({max(each):.0f} at most)" for each in quarters if each)
+        print(f"  in each quarter of these     {said}")
         print(f"  seconds a turn, newton       {statistics.median(seconds['newton']):8.3f}")
     print(f"  seconds a turn, eigh         {statistics.median(seconds['eigh']):8.3f}")
     print(f"  flops a turn, newton         {statistics.mean(flops):8.2e} on average, in products")

@@ -72,7 +72,7 @@ class Turn:
     `index` counts the turns of the stream, warm-up turns included; `sequences[i]` is the tokenised edit of
     `records[i]`, and `loss_weights[i]` = 1 / (answer tokens of the mini-batch that record i belongs to), the
     factor each of its answer tokens has in the loss (DESIGN section 1, capture). `replay` has the facts of earlier
-    turns that are asked again with it (DESIGN section 13, replay); None where there are none.
+    turns that are asked again with it (DESIGN section 1, replay); None where there are none.
     """
 
     index: int

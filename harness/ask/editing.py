@@ -29,8 +29,7 @@ def edit(
     a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt`, an `answer` and, for editors that ask for it, a
     `subject`. `settings` are those of the command line. Up to 100 facts are one turn; more of them are turns of
     `dataset.n_edits`, which must share them out evenly. Nothing warms up, unless the settings say otherwise.
-    ValueError, in one line, for what is wrong with any of them,
-    before a weight is read.
+    ValueError, in one line, for what is wrong with any of them, before a weight is read.
     """
     rows = [_row(place, fact) for place, fact in enumerate(facts)]
     if not rows:

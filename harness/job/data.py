@@ -13,6 +13,8 @@ from data.records import Question
 from data.stream import EditStream, questions_of
 from harness.run import places
 
+SAMPLES = places.ROOT / "data" / "sample"
+
 
 def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
@@ -34,8 +36,9 @@ def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:
     ValueError where the warm-up turns have none.
     """
     if not stream.num_warm_up:
-        shipped = places.ROOT / "data" / "sample" / "zsre_train.json"
-        records = open_records(shipped, DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed)
+        records = open_records(
+            SAMPLES / "zsre_train.json", DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed
+        )
         return [question for record in records for question in questions_of(record).values()]
     found = [record.locality for record in stream.warmed_up() if record.locality is not None]
     if not found:
@@ -51,7 +54,7 @@ def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) ->
     facts = cfg.dataset.made_facts(split)
     if path is None and facts is not None:
         return made_file(dataset, split, facts, places.CACHE / "made")
-    return resolve_file(dataset, split, path, places.ROOT / "data" / "raw", places.ROOT / "data" / "sample")
+    return resolve_file(dataset, split, path, places.ROOT / "data" / "raw", SAMPLES)
 
 
 def trains(cfg: RunConfig) -> bool:

@@ -28,7 +28,7 @@ from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import open_data, unrelated_questions
+from harness.job.data import SAMPLES, open_data, unrelated_questions
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
@@ -42,7 +42,6 @@ from model.source import ModelSource, Outline, end_tokens, load_tokenizer, locat
 log = logging.getLogger(__name__)
 
 
-SAMPLES = places.ROOT / "data" / "sample"
 PASSAGE = SAMPLES / "passage.txt"
 
 
