@@ -107,9 +107,7 @@ class PositionModel(TextModel):
                     found[name] = rows.new_empty((len(cut), rows.shape[1]), dtype=self.precise, device=self.device)
                 found[name][batch.members.to(self.device)] = rows.to(found[name])
 
-            with hooks({module: _reader(name, seen, keep) for name, module in wanted.items()}):
-                self._logits(batch)
-        require_ran(wanted, found)
+            self._read_in(batch, wanted, seen, keep)
         return found
 
     @torch.no_grad()
@@ -124,10 +122,24 @@ class PositionModel(TextModel):
                 rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
                 found[name] = rows.to(self.device, self.precise)
 
-            with hooks({module: _reader(name, _input, keep) for name, module in wanted.items()}):
-                self._logits(batch)
-            require_ran(wanted, found)
+            self._read_in(batch, wanted, _input, keep)
             yield found
+
+    def _read_in(
+        self, batch: TokenBatch, wanted: Mapping[str, nn.Module], seen: Seen, keep: Callable[[str, Tensor], None]
+    ) -> None:
+        """A forward that ends where the last of the wanted modules has been read."""
+        left = set(wanted)
+
+        def kept(name: str, tensor: Tensor) -> None:
+            keep(name, tensor)
+            left.discard(name)
+            if not left:
+                raise _AllRead
+
+        with contextlib.suppress(_AllRead), hooks({m: _reader(name, seen, kept) for name, m in wanted.items()}):
+            self._logits(batch)
+        require_ran(wanted, wanted.keys() - left)
 
     def _block_of(self, name: str) -> nn.Module:
         """The layer that holds a module."""
@@ -173,6 +185,10 @@ class PositionModel(TextModel):
         module = self.edited[name].module
         below = self._below(name)
         return OffsetLosses(self, name, module, below, self.precise, sequences, positions, reference, replace)
+
+
+class _AllRead(Exception):  # noqa: N818  no error
+    """Raised by a hook, to leave out what a forward has above it."""
 
 
 def _input(inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:

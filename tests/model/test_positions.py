@@ -53,6 +53,26 @@ def test_what_is_there_is_what_a_plain_forward_has(make: Callable[..., Any], nam
 
 
 @FAMILIES
+def test_a_forward_ends_where_all_has_been_read(make: Callable[..., Any], names: tuple[str, ...]) -> None:
+    """Layers above the last module that is read do not run, nor does the head; the next forward is whole again."""
+    model, ran = language_model(make, names), list[str]()
+    layers = model.model.get_submodule(names[0].split(".1.")[0])
+    for place, module in (*enumerate(layers), ("head", model.model.get_output_embeddings())):
+        module.register_forward_hook(lambda *_, name=str(place): ran.append(name))
+
+    def layers_of(read: Callable[[], Any]) -> list[str]:
+        ran.clear()
+        read()
+        return sorted(set(ran))
+
+    assert layers_of(lambda: model.hidden_at(names[0], sequences(), POSITIONS)) == ["0", "1"]
+    assert layers_of(lambda: model.keys_at(sequences(), POSITIONS, [names[0]])) == ["0"]
+    assert layers_of(lambda: model.keys_at(sequences(), POSITIONS)) == ["0", "1"]
+    assert layers_of(lambda: list(model.token_keys(sequences()))) == ["0", "1"]
+    assert layers_of(lambda: model.reference_logits(sequences())) == [*map(str, range(len(layers))), "head"]
+
+
+@FAMILIES
 def test_an_offset_moves_the_residual_stream_by_itself(make: Callable[..., Any], names: tuple[str, ...]) -> None:
     """Added by hand to the layer's output, it gives the same losses; the loss is the mean over a sequence's tokens."""
     model, name, moved = language_model(make, names), names[1], offsets()
