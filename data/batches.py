@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,23 +15,44 @@ PADDING = 0
 
 
 def compute_batches(
-    sequences: Sequence[TokenSequence], token_budget: int, most_padding: int | None = None
+    sequences: Sequence[TokenSequence], token_budget: int, overhead: int | None = None
 ) -> Iterator[TokenBatch]:
     """Cut the sequences, longest first, into batches of at most `token_budget` padded tokens.
 
-    With `most_padding` a batch also ends before more than so many of them are padding. A sequence longer than the
-    budget gets a batch of its own. Each loses its last token, which predicts nothing.
+    Each batch is as full as it can be or, with `overhead`, what a batch costs beside its tokens and in tokens, they are
+    cut where padded tokens and overheads together are least. A sequence longer than the budget gets a batch of its own.
+    Each loses its last token, which predicts nothing.
     """
     lengths = np.array([len(sequence.ids) - 1 for sequence in sequences], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        members = order[start : start + max(1, token_budget // longest)]
-        if most_padding is not None:
-            members = members[(longest - lengths[members]).cumsum() <= most_padding]
-        yield padded(sequences, members)
-        start += len(members)
+    most = np.maximum(1, token_budget // lengths[order])  # sequences of a batch that begins here
+    ends = _full(most) if overhead is None else _cheapest(lengths[order], most, overhead)
+    for start, end in pairwise([0, *ends]):
+        yield padded(sequences, order[start:end])
+
+
+def _full(most: np.ndarray) -> list[int]:  # (N,)
+    """Where batches end that are as full as they can be."""
+    ends = [0]
+    while ends[-1] < len(most):
+        ends.append(min(ends[-1] + int(most[ends[-1]]), len(most)))
+    return ends[1:]
+
+
+def _cheapest(lengths: np.ndarray, most: np.ndarray, overhead: int) -> list[int]:  # (N,) descending, (N,)
+    """Where batches end whose padded tokens and overheads add up to the least: a shortest path over places to cut."""
+    count = len(lengths)
+    cost, begin = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=np.int64)  # of the cheapest cut that ends here
+    cost[0], sizes = 0, np.arange(1, count + 1)
+    for start in range(count):
+        reach = slice(start + 1, min(start + int(most[start]), count) + 1)
+        through = cost[start] + overhead + lengths[start] * sizes[: reach.stop - reach.start]
+        cheaper = through < cost[reach]
+        cost[reach][cheaper], begin[reach][cheaper] = through[cheaper], start
+    ends = [count] if count else []
+    while ends and begin[ends[-1]]:
+        ends.append(int(begin[ends[-1]]))
+    return ends[::-1]
 
 
 def padded(

@@ -41,9 +41,8 @@ FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
 # of about one length, few enough to forget.
 BLOCK = 32
 TOKENIZED_TOGETHER = 128  # questions
-# The most padding of a compute batch, as a share of its budget: about what another batch costs beside its tokens (on a
-# CPU as much as 12 tokens of 512, measured).
-PADDING = 1 / 32
+# What another compute batch costs beside its tokens, as a share of its budget (on a CPU at least 12 of 512, measured).
+OVERHEAD = 1 / 32
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
 SCORES_FORMAT = 4
 
@@ -286,7 +285,7 @@ def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> 
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
     with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
-        for batch in compute_batches(sequences, model.compute_tokens, int(PADDING * model.compute_tokens)):
+        for batch in compute_batches(sequences, model.compute_tokens, int(OVERHEAD * model.compute_tokens)):
             yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
             bar.advance(len(batch.members))
 

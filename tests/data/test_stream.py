@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -249,17 +250,22 @@ class TestComputeBatches:
             assert batch.input_ids.numel() <= budget or len(batch.members) == 1
             assert batch.input_ids.shape == (len(batch.members), int(batch.lengths.max()))
 
-    @given(sequences=token_sequences(), most=st.integers(0, 20))
-    def test_no_more_is_padding_than_may_be(self, sequences: list[TokenSequence], most: int) -> None:
-        """And a batch ends because one more sequence would not fit, or would pad too much."""
-        batches = list(compute_batches(sequences, 40, most))
-        assert sorted(m for batch in batches for m in batch.members.tolist()) == list(range(len(sequences)))
-        padding = [batch.input_ids.numel() - int(batch.lengths.sum()) for batch in batches]
-        assert all(own <= most for own in padding)
-        for batch, own, after in zip(batches, padding, batches[1:], strict=False):
-            longest = batch.input_ids.shape[1]
-            full = batch.input_ids.numel() + longest > 40
-            assert full or own + longest - int(after.lengths.max()) > most
+    @given(sequences=token_sequences(max_count=9), overhead=st.integers(0, 20))
+    def test_with_an_overhead_no_other_cut_is_cheaper(self, sequences: list[TokenSequence], overhead: int) -> None:
+        """Against all cuts of the sequences, longest first, whose batches keep the budget."""
+        budget = 40
+        batches = list(compute_batches(sequences, budget, overhead))
+        assert [m for batch in batches for m in batch.members.tolist()] == [
+            m for batch in compute_batches(sequences, budget) for m in batch.members.tolist()
+        ]
+        lengths = sorted((len(sequence.ids) - 1 for sequence in sequences), reverse=True)
+        costs = []
+        for cuts in product((False, True), repeat=max(len(lengths) - 1, 0)):
+            ends = [*(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+            sizes = [(end - start, lengths[start]) for start, end in pairwise([0, *ends]) if end > start]
+            if all(rows * longest <= budget or rows == 1 for rows, longest in sizes):
+                costs.append(sum(rows * longest + overhead for rows, longest in sizes))
+        assert sum(batch.input_ids.numel() + overhead for batch in batches) == min(costs)
 
     @given(sequences=token_sequences(), budget=st.integers(1, 100))
     def test_a_batch_holds_its_sequences(self, sequences: list[TokenSequence], budget: int) -> None:
