@@ -20,11 +20,10 @@ EPSILON = torch.finfo(torch.float32).eps
 # A root that is followed: residual ||I - X (Sigma + s I) X||_F / sqrt(d_v) up to which it is taken. Float32 leaves some
 # 1e-6 to 1e-5; g_tilde then differs by up to six times as much on real gradients, so by less than 1e-4.
 FOLLOWED_TO = 1.5e-5
-# Steps it has before Sigma is decomposed, which costs more than that many of them; and those that a good basis needs:
-# with more, the basis is renewed once there are that many times the rows it was made from, so log(rows) times a run.
-MOST_STEPS = 12
-GOOD_STEPS = 4
-RENEWED_AT = 1.25
+# Steps it has before Sigma is decomposed, which costs more than that many of them.
+MOST_STEPS = 8
+# The basis is renewed once there are that many times the rows it was made from: log(rows) times a run.
+RENEWED_AT = 1.5
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,25 @@ class FollowedRoot(nn.Module):
         rows: float,  # that it has been estimated from
         floor: float,
     ) -> Whitening:
-        """`details` hold whether Sigma was decomposed, the steps, and the residual; None where no root was known."""
+        """`details` hold whether Sigma was decomposed, steps, products of (d_v, d_v) matrices that they took, and the
+        residual; None where no root was known.
+        """
         mean = float(covariance.diagonal().mean())
-        steps, residual = 0, None
-        if bool(self.root.any()):
+        steps, products, residual = 0, 0, None
+        if bool(self.root.any()) and rows < RENEWED_AT * float(self.rows):
             basis = self.basis.double()
             turned = (basis.T @ covariance @ basis).div_(mean)
             turned.diagonal().add_(floor)
-            root, steps, residual = linalg.follow_root(turned.float(), self.root, FOLLOWED_TO, MOST_STEPS)
-            is_old = steps > GOOD_STEPS and rows >= RENEWED_AT * float(self.rows)
-            if residual <= FOLLOWED_TO and not is_old:
+            root, steps, products, residual = linalg.follow_root(turned.float(), self.root, FOLLOWED_TO, MOST_STEPS)
+            if residual <= FOLLOWED_TO:
                 self.root.copy_(root)
                 floored = float((turned.diagonal() < 2 * floor).double().mean())
-                return self._whitening(mean, floored, decomposed=0.0, steps=steps, residual=residual)
+                return self._whitening(mean, floored, decomposed=0.0, steps=steps, products=products, residual=residual)
         vectors, scale, floored = linalg.inverse_root_spectrum(covariance, floor, "shift")
         self.basis.copy_(vectors)
         self.root.copy_(torch.diag(scale * mean**0.5))
         self.rows.fill_(rows)
-        return self._whitening(mean, floored, decomposed=1.0, steps=steps, residual=residual)
+        return self._whitening(mean, floored, decomposed=1.0, steps=steps, products=products, residual=residual)
 
     def _whitening(self, mean: float, floored: float, **found: float | None) -> Whitening:
         root = self.root / mean**0.5

@@ -69,10 +69,10 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 
 def newton_flops(found: Whitening, d_v: int, rows: int) -> float:
-    """Turning Sigma into the kept basis, two products a step and for each residual, and the rows."""
-    steps = int(found.details["whitening_steps"] or 0)
-    tried = found.details["whitening_residual"] is not None
-    products = 2 + 2 * (steps + 1) if tried else 0
+    """Turning Sigma into the kept basis, what the steps multiply, and the rows."""
+    products = (found.details["whitening_products"] or 0) + (
+        2 if found.details["whitening_residual"] is not None else 0
+    )
     return (
         2.0 * d_v**3 * products + 6.0 * rows * d_v**2 + (9.0 * d_v**3 if found.details["whitening_decomposed"] else 0)
     )

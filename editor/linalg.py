@@ -9,7 +9,7 @@ model the cost vanishes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -241,48 +241,72 @@ def inverse_root_spectrum(
     return vectors, raised.rsqrt(), floored
 
 
+class FollowedRoot(NamedTuple):
+    root: Tensor  # (d, d) symmetric, A^(-1/2) where the residual is small
+    steps: int
+    products: int  # of (d, d) matrices
+    residual: float  # ||I - X A X||_F / sqrt(d)
+
+
 def follow_root(
     matrix: Tensor,  # A (d, d) symmetric positive definite, in a basis that nearly diagonalises it
     root: Tensor,  # X_0 (d, d) symmetric, near A^(-1/2)
     tolerance: float,
     most: int,
-) -> tuple[Tensor, int, float]:
-    """A^(-1/2) by Newton's method on X A X = I from X_0; how many steps; the residual ||I - X A X||_F / sqrt(d).
+) -> FollowedRoot:
+    """A^(-1/2) by an inexact Newton method on X A X = I from X_0.
 
-    A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4). Near the root X A is
-    A^(1/2), which in this basis is nearly diag(y), y_i = sqrt(A_ii): H_ij = (I - X A X)_ij / (y_i + y_j), at two
-    products a step. It contracts as long as the basis is good, and keeps X symmetric. Each step is mixed with the one
-    before so that they cancel as far as they can (Anderson, 1965, with one step of memory). Where the residual is above
-    `tolerance` after `most` steps, or not finite, X is no root; the residual says so.
+    A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4) as well as the next
+    residual can profit from it, to the residual's square (Dembo, Eisenstat and Steihaug, SIAM Journal on Numerical
+    Analysis 19(2), 1982). Where it stays above `tolerance` after `most` steps, or is not finite, X is no root.
 
     Newton-Schulz iterations from X_0 would not do: they need an X_0 that commutes with A. From another one they end at
     a root L of A^(-1) = L L^T that is not the symmetric one, with L A L^T = I and no residual that tells.
     """
-    scale = matrix.diagonal().sqrt()  # y
+    scale = matrix.diagonal().sqrt()
     sums = scale[:, None] + scale
-    before: tuple[Tensor, Tensor] | None = None  # where the last step went, and its H
+    products = 0
     for step in range(most + 1):
-        difference = -(root @ (matrix @ root))
+        near = root @ matrix
+        difference = -(near @ root)
         difference.diagonal().add_(1)
-        residual = float(torch.linalg.vector_norm(difference)) / len(matrix) ** 0.5
+        products += 2
+        residual = _mean_square_root(difference)
         if residual <= tolerance or step == most or not residual < 1:  # a step from beyond 1 leads further away
             break
-        correction = difference.div_(sums)
-        correction = (correction + correction.T) / 2
-        reached = root + correction
-        root = reached if before is None else reached + _mixed(reached, correction, *before, weights=sums)
-        before = reached, correction
-    return root, step, residual
+        correction, spent = _newton_step(near, difference, sums, max(residual**2, tolerance / 3))
+        root, products = root + correction, products + spent
+    return FollowedRoot(root, step, products, residual)
 
 
-def _mixed(
-    reached: Tensor, correction: Tensor, reached_before: Tensor, correction_before: Tensor, weights: Tensor
-) -> Tensor:
-    """What Anderson's mixing adds: -t (X_k + H_k - X_(k-1) - H_(k-1)), t minimising ||H_k - t (H_k - H_(k-1))||."""
-    change = correction - correction_before
-    weighted = change * weights
-    share = (weighted * correction).sum() / (weighted * change).sum()
-    return (reached_before - reached) * share
+def _newton_step(
+    near: Tensor,  # M = X A (d, d)
+    left: Tensor,  # D (d, d)
+    sums: Tensor,  # y_i + y_j (d, d)
+    enough: float,
+    most: int = 3,
+) -> tuple[Tensor, int]:
+    """A symmetric H that solves M H + (M H)^T = D up to `enough`, and the products that it took.
+
+    Near the root M is A^(1/2), which in this basis is nearly diag(y), so that H_ij is nearly D_ij / (y_i + y_j). What
+    that leaves of D is divided in the same way, each time by as much as leaves least (minimal residuals).
+    """
+    found = torch.zeros_like(left)
+    for products in range(most + 1):
+        guess = left / sums
+        guess = (guess + guess.T) / 2
+        if products == most or _mean_square_root(left) <= enough:
+            break
+        image = near @ guess
+        image = image + image.T
+        share = (left * image).sum() / image.square().sum()
+        found, left = found + share * guess, left - share * image
+    return found + guess, products
+
+
+def _mean_square_root(matrix: Tensor) -> float:  # (d, d)
+    """||M||_F / sqrt(d)"""
+    return float(torch.linalg.vector_norm(matrix)) / len(matrix) ** 0.5
 
 
 def inner_product(first: Factors, second: Factors) -> float:
