@@ -56,11 +56,8 @@ class BlocksBelow:
                     self._kept[text] = row[:length].clone()
                     self._room -= length
 
-        handle = self.blocks[-1].register_forward_hook(keep)
-        try:
+        with self.blocks[-1].register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
     @contextlib.contextmanager
     def _left_out(self, texts: Sequence[Hashable]) -> Iterator[None]:

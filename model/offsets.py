@@ -10,9 +10,8 @@ an edit module, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from data.batches import padded
 from data.records import TokenBatch, TokenSequence, first_rows
 from model.below import BlocksBelow
 from model.text import KEPT, Read, TextModel
-from model.tracing import places, require_ran, same_bits
+from model.tracing import hooks, places, require_ran, same_bits
 
 
 class OffsetLosses:
@@ -121,17 +120,6 @@ class OffsetLosses:
             if size and (tokens > budget or kept > KEPT * budget or unlike):
                 return size
         return len(order)
-
-
-@contextlib.contextmanager
-def hooks(functions: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
-    """On each module's forward, as long as the context lasts."""
-    handles = [module.register_forward_hook(function) for module, function in functions.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def mover(
