@@ -40,22 +40,11 @@ from data.download import (
     open_client,
     size_of,
 )
-from data.nesting import NestingError, ShallowJSON
+from data.nesting import NestingError, json_values
 
 log = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------- what a file holds
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        start = file.read(3)
-        file.seek(3 if start == b"\xef\xbb\xbf" else 0)
-        body = file.tell()
-        is_array = file.read(512).lstrip().startswith(b"[")
-        file.seek(body)
-        prefix, source = "item" if is_array else "", ShallowJSON(file)
-        yield from ijson.items(source, prefix, multiple_values=not is_array, use_float=True)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -74,7 +63,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     check_head(path)
     row_number = 0
     try:
-        for row in _parquet_rows(path) if _is_parquet(path) else _json_rows(path):
+        for row in _parquet_rows(path) if _is_parquet(path) else json_values(path):
             if not isinstance(row, dict):
                 raise FetchError(f"{path}, row {row_number}: not an object but {type(row).__name__}")
             yield row
