@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from benchmarks.common import DTYPES, median_seconds, parser_with, race, ratio, 
 from data import DATASETS
 from data.files import open_records
 from data.records import EditRecord, Phase, Turn
-from data.stream import mini_batch_weights, tokenize
+from data.stream import make_turn, tokenize
 from editor import linalg
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
@@ -120,8 +121,8 @@ def read_records(dataset: str, path: Path, count: int) -> list[EditRecord]:
 def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Turn]:
     model = load_model(arguments)
     records = read_records("zsre", arguments.data, arguments.facts)
-    sequences = tokenize([record.edit for record in records], model.tokenizer, "joint")
-    return model, Turn(0, Phase.EDIT, tuple(records), tuple(sequences), mini_batch_weights(sequences, 10))
+    as_tokens = partial(tokenize, tokenizer=model.tokenizer, answer_tokens="joint")
+    return model, make_turn(0, Phase.EDIT, records, as_tokens, batch_size=10)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

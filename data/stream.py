@@ -6,7 +6,7 @@ Nothing here keeps a place in the data: turn i is a function of the seed and i, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, overload
@@ -19,6 +19,7 @@ from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 logger = logging.getLogger(__name__)
 
 AnswerTokens = Literal["joint", "separate"]
+Tokenize = Callable[[list[Question]], list[TokenSequence]]
 
 DEFAULT_WARM_UP_TURNS = 20  # the papers' number; what `num_seq_zsre: null` means where the data holds as many
 
@@ -230,6 +231,13 @@ def mini_batch_weights(sequences: Sequence[TokenSequence], batch_size: int) -> t
 # Turns
 
 
+def make_turn(index: int, phase: Phase, records: Iterable[EditRecord], tokenize: Tokenize, batch_size: int) -> Turn:
+    """A turn of these records, in mini-batches of `batch_size`."""
+    records = tuple(records)
+    sequences = tokenize([record.edit for record in records])
+    return Turn(index, phase, records, tuple(sequences), mini_batch_weights(sequences, batch_size))
+
+
 @dataclass(frozen=True)
 class Rows(Sequence[EditRecord]):
     """The records at `rows`, each read when it is asked for."""
@@ -305,15 +313,11 @@ class EditStream:
         if not 0 <= index < len(self):
             raise IndexError(f"turn {index} of a stream of {len(self)} turns")
         phase, rows = self._rows_of(index)
-        turn = self._turn_of(index, phase, rows)
+        turn = make_turn(index, phase, rows, self._tokenize, self.batch_size)
         earlier = self._replayed(index) if phase is Phase.EDIT else ()
-        return replace(turn, replay=self._turn_of(index, phase, earlier)) if earlier else turn
-
-    def _turn_of(self, index: int, phase: Phase, records: Sequence[EditRecord]) -> Turn:
-        records = tuple(records)
-        sequences = self._tokenize([record.edit for record in records])
-        weights = mini_batch_weights(sequences, self.batch_size)
-        return Turn(index, phase, records, tuple(sequences), weights)
+        if not earlier:
+            return turn
+        return replace(turn, replay=make_turn(index, phase, earlier, self._tokenize, self.batch_size))
 
     def _replayed(self, index: int) -> Sequence[EditRecord]:
         """Drawn without replacement, in the order in which they were written."""
