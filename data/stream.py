@@ -68,11 +68,10 @@ def tokenize(
     """
     if not questions:
         return []
-    pairs = [(form.text(question.prompt), question.answer) for question in questions]
     if answer_tokens == "joint":
-        sequences = _tokenize_joint(pairs, tokenizer, form, with_gap=taught and form.end is not None)
+        sequences = _tokenize_joint(questions, tokenizer, form, with_gap=taught and form.end is not None)
     else:
-        sequences = _tokenize_separate(pairs, tokenizer, form)
+        sequences = _tokenize_separate(questions, tokenizer, form)
     for question, sequence in zip(questions, sequences, strict=True):
         if not 0 < sequence.answer_start < len(sequence.ids):
             missing = "answer" if sequence.answer_start else "prompt"
@@ -122,12 +121,9 @@ def subject_ends(
 
 def prompt_ids(questions: Sequence[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
     """Token ids of prompts in their form, without answers: what a model goes on from when it answers by itself."""
-    return _prompt_ids([form.text(question) for question in questions], tokenizer, form)
-
-
-def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
-    if not texts:
+    if not questions:
         return []
+    texts = [form.text(question) for question in questions]
     if form.brings_special_tokens:
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     encoded = tokenizer(texts, return_special_tokens_mask=True)
@@ -136,18 +132,16 @@ def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> lis
 
 
 def _tokenize_joint(
-    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
-    tokenizer: Tokenizer,
-    form: PromptForm,
-    with_gap: bool,
+    questions: Sequence[Question], tokenizer: Tokenizer, form: PromptForm, with_gap: bool
 ) -> list[TokenSequence]:
     if not tokenizer.is_fast:
         raise ValueError(
             f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
             "offsets: set dataset.answer_tokens=separate"
         )
-    heads = [_head(prompt, form) for prompt, _ in pairs]
-    texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
+    prompts = [form.text(question.prompt) for question in questions]
+    heads = [_head(prompt, form) for prompt in prompts]
+    texts = [head + question.answer for head, question in zip(heads, questions, strict=True)]
     encoded = tokenizer(
         texts,
         add_special_tokens=not form.brings_special_tokens,
@@ -165,7 +159,7 @@ def _tokenize_joint(
         return found
     return [
         _with_gap(sequence, offsets, len(prompt)) if head != prompt else sequence
-        for sequence, offsets, head, (prompt, _) in zip(found, encoded["offset_mapping"], heads, pairs, strict=True)
+        for sequence, offsets, head, prompt in zip(found, encoded["offset_mapping"], heads, prompts, strict=True)
     ]
 
 
@@ -188,14 +182,10 @@ def _with_gap(sequence: TokenSequence, offsets: list[tuple[int, int]], border: i
     return replace(sequence, answer_start=place)
 
 
-def _tokenize_separate(
-    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
-    tokenizer: Tokenizer,
-    form: PromptForm,
-) -> list[TokenSequence]:
+def _tokenize_separate(questions: Sequence[Question], tokenizer: Tokenizer, form: PromptForm) -> list[TokenSequence]:
     gap = "" if form.after[-1:].isspace() else form.gap
-    prompts = _prompt_ids([prompt for prompt, _ in pairs], tokenizer, form)
-    answers = tokenizer([gap + answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids([question.prompt for question in questions], tokenizer, form)
+    answers = tokenizer([gap + question.answer for question in questions], add_special_tokens=False)["input_ids"]
     return [TokenSequence((*head, *ids), len(head)) for head, ids in zip(prompts, answers, strict=True)]
 
 
