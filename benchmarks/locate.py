@@ -53,8 +53,8 @@ def layers(d_k: int, facts: int, kept: int, rounds: int, device: torch.device) -
         known.add(coordinates.enter(earlier.double()))
 
         def update(coordinates: Coordinates = coordinates, known: KeptKeys = known) -> Tensor:
-            spread = known.spread(coordinates.enter(keys.double()), RIDGE)
-            return coordinates.leave(spread).float() @ residual
+            left = known.left_factor(coordinates.enter(keys.double()), RIDGE)
+            return coordinates.leave(left).float() @ residual
 
         layer = median_seconds(update, device, rounds)
         print(f"{name}, d_k {d_k}: C once a run {once.seconds['C']:.2f} s; a layer {layer:.3f} s")

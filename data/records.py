@@ -111,9 +111,7 @@ class FactContexts:
 
     sequences: tuple[TokenSequence, ...]
     positions: tuple[int, ...]  # of the fact token in each
-    essence: TokenSequence | None = (
-        None  # "{subject} is a", then one token that says nothing; None: no subject is known
-    )
+    essence: TokenSequence | None = None  # "{subject} is a", then a token that says nothing; None: no known subject
     essence_position: int = 0  # of the fact token there
 
 
