@@ -45,12 +45,6 @@ def score(model: LanguageModel, records: Sequence[EditRecord], locality: Localit
     summarize(score_records(model, enumerate(records), as_tokens, locality=locality), RESAMPLES, 0)
 
 
-def score_base(model: LanguageModel, records: Sequence[EditRecord], folder: Path) -> None:
-    writer = BaseWriter(folder)
-    score(model, records, writer)
-    writer.flush()
-
-
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Counter[str]]:
     """Counts the tokens that the model is given, padding included."""
@@ -100,8 +94,10 @@ def compare(model: LanguageModel, rounds: int, name: str, records: Sequence[Edit
 
     def base() -> None:
         nonlocal computed
+        writer = BaseWriter(folder / str(next(number)))
         with counted(model.model) as given:
-            score_base(model, records, folder / str(next(number)))
+            score(model, records, writer)
+        writer.flush()
         computed = given.total()
 
     contenders = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import PADDING
-from model.source import context_length_of
+from model.source import context_length_of, ends_of
 from model.tracing import count_within, head_sees
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
@@ -69,7 +69,7 @@ class TextModel:
         """
         self._check_lengths([len(prompt) for prompt in prompts])
         room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
-        ends = self._end_tokens()
+        ends = ends_of(getattr(self.model, "generation_config", None))
         written: list[list[int]] = [[] for _ in prompts]
         for read in self._read(prompts, max_new_tokens):
             running = set(read.members)
@@ -213,11 +213,6 @@ class TextModel:
         same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
         same = min(same, min(lengths) - 1)
         return same if same >= WORTH_SHARING else 0
-
-    def _end_tokens(self) -> set[int]:
-        """The tokens at which the model itself ends a text; none for a model that never does."""
-        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
     def _room(self, length: int, max_new_tokens: int) -> int:
         """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
