@@ -102,10 +102,9 @@ class RecordFile(Sequence[EditRecord]):
 def open_records(path: str | Path, dataset: Dataset, *, cache_dir: Path, seed: int) -> RecordFile:
     """The records of a JSON array or JSON Lines file, every row of it checked.
 
-    The first call streams the file into an Arrow copy in `cache_dir`, named by the content of the file and by how it
-    is read; later ones map that copy, and make it again where it is damaged. Choices a reader makes among several
-    texts follow `seed` and are not in the copy. Raises ValueError, naming file and row, for the first thing that is
-    wrong.
+    The first call streams the file into an Arrow copy in `cache_dir`, named by the file's content and how it is read;
+    later ones map that copy, or make it again where it is damaged. A reader's choice among several texts follows
+    `seed` and is not in the copy. Raises ValueError, naming file and row, for the first mistake.
     """
     path = Path(path)
     _check_head(path)

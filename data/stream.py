@@ -51,20 +51,17 @@ def tokenize(
     form: PromptForm = RAW,
     taught: bool = False,
 ) -> list[TokenSequence]:
-    """Token ids of each prompt, in its form, and of its answer, which is the tail.
+    """Token ids of each question: the prompt in its form, then the answer.
 
-    `joint` tokenises prompt + " " + answer at once, with the tokenizer's special tokens, and the answer starts at the
-    first token that holds a character of it. So a BPE token with its leading space is an answer token; a token of
-    nothing but the space is the prompt's, since predicting it says nothing about the fact; and a token across the
-    border is the answer's as a whole, or part of the answer would be given away. A prompt that ends in whitespace
-    gets no second space. Of facts that are `taught` in a form with an end, such a token is the answer's: a model that
-    does not write it does not say the answer.
+    `joint` tokenises prompt + " " + answer together, with special tokens; a prompt that ends in whitespace gets no
+    second space. The answer starts at the first token with a character of it, so a token across the border is the
+    answer's. A token of the space alone is the prompt's, since predicting it says nothing about the fact; but where
+    facts are `taught` in a form with an end it is the answer's: a model that does not write it never gets to the rest.
 
-    `separate` tokenises the prompt with special tokens, and " " + answer alone without, as the published code does;
-    on SentencePiece tokenizers the answer then begins with a token that is only the space.
+    `separate` tokenises the prompt with special tokens and " " + answer without, as the published code does. On
+    SentencePiece tokenizers the answer then begins with a token of the space alone.
 
-    Raises ValueError for a tokenizer without character offsets (joint) and for a question whose prompt or whose
-    answer has no token. No questions give an empty list.
+    Raises ValueError for a tokenizer without character offsets (joint), and where prompt or answer has no token.
     """
     if not questions:
         return []
@@ -260,12 +257,10 @@ class Rows(Sequence[EditRecord]):
 class EditStream:
     """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
 
-    `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
-    turns there are, 0 none of them. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its
-    file's order. Each edit turn brings `replay` facts of the edit turns before it, drawn from the seed and its index,
-    or all of them where they are fewer.
-    Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
-    together with preheat_mode=none.
+    `num_turns` None: every full turn of `edits`; `num_warm_up` None: the first 20 of `warm_up`, or all there are.
+    `shuffle` draws the order of the edits, not of warm-up, from the seed. Each edit turn also brings `replay` facts of
+    edit turns before it (all where there are fewer), drawn from the seed and its index.
+    Raises ValueError where the data is too short, the mode unknown, or warm-up asked for with preheat_mode=none.
     """
 
     def __init__(
@@ -410,9 +405,8 @@ def check_context(
 ) -> None:
     """ValueError, naming file, row, tokens and limit, for the first question longer than the model's context.
 
-    Exact, and cheap where questions are short: a token stands for at least one byte of the (normalised) text, so only
-    questions with more bytes than the context has room for are tokenised at all. Where no question can have more than
-    `most` tokens, and the context has room for these, no record is read.
+    A token stands for at least one byte of the (normalised) text, so only questions with more bytes than the context
+    has room for are tokenised. No record is read where `most`, a bound on the tokens of all questions, fits.
     """
     # the space between, and one that SentencePiece puts in front
     added = tokenizer.num_special_tokens_to_add() + 2 + form.most_added

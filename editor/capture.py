@@ -21,12 +21,10 @@ from editor.updates import summed
 class CaptureSettings:
     """How often a turn is captured and updated, and at which positions.
 
-    The published methods have one pass. In later ones only those facts are captured and pushed further that the model,
-    as the pass before left it, does not say: an answer is left alone whose tokens are all its first choice or, with
-    `pass_loss`, all have a -log p below it. Warm-up turns have one: their facts are there for the statistics, and
-    pushing them further only harms the model.
-
-    A turn's replay is captured in its first pass. Of these facts too only those are pushed that the model does not say.
+    The published methods have one pass. Later ones capture and push only the facts that the model does not say yet: it
+    says one when all answer tokens are its first choice or, with `pass_loss`, when all have a -log p below that.
+    Replayed facts enter in the first pass, and are pushed only where the model does not say them. Warm-up turns have
+    one pass: their facts are there for the statistics, and pushing them further only harms the model.
     """
 
     passes: int = 1

@@ -40,13 +40,12 @@ class StableEditSettings:
     """The keys of the same names in the configuration.
 
     `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory, never a result.
-    `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
-    diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
-    alone, the last two whitening as stable does.
-    `whitening_solver`: auto = newton on a GPU, where the floor is a shift and the rows of earlier turns count. On a CPU
-    decomposing is faster at every size (benchmarks/whitening.py).
-    `preserve` is beta of the preserving solve, and `preheat_mode` adaptive the warm-up that ends by itself (DESIGN
-    section 13).
+    `RunningMeanStd_mode`: stable = statistics of every row ever seen, full whitening of value gradients; original = the
+    same, diagonal. For ablations: none = raw rows; batch = this turn's rows, frozen = those of the warm-up turns, both
+    with full whitening.
+    `whitening_solver` auto = newton on a GPU with whitening_floor_mode=shift and a mode in `LASTING`, else eigh, which
+    is faster on a CPU at every size (benchmarks/whitening.py).
+    `preserve` is beta of the preserving solve; preheat_mode=adaptive ends warm-up by itself (DESIGN section 13).
     """
 
     lr: float
@@ -205,10 +204,9 @@ class StableEdit(nn.Module):
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form).
 
-        Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
-        were whitened, quantiles of the eigenvalues of Sigma^(-1/2); where its root is followed, whether Sigma was
-        decomposed after all (0 or 1), the steps of Newton's method and the residual they left (`nets.FollowedRoot`);
-        where it was shrunk, the coefficient.
+        Where rows entered this turn: each moment's relative change since the turn before. Where value gradients were
+        whitened: quantiles of the eigenvalues of Sigma^(-1/2) and, where its root is followed, whether Sigma was
+        decomposed after all (0 or 1), Newton's steps and residual (`nets.FollowedRoot`), or the shrinkage coefficient.
         """
         return {
             group.replace("/", "."): {

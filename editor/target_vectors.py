@@ -68,9 +68,8 @@ def target_vectors(
             + v_weight_decay ||delta||^2 / ||h||^2
 
     over delta, the x_j being the fact's contexts and -log p the mean over the answer's tokens; a fact without a subject
-    has no KL term. After each step ||delta|| is clamped at clamp_norm_factor ||h||; a fact whose loss is below
-    v_loss_stop is left. All facts that are still looked for share the compute batches. (ROME's equation 4 has the two
-    sides of the KL the other way round.)
+    has no KL term, whose sides ROME's equation 4 has the other way round. After each step ||delta|| is clamped at
+    clamp_norm_factor ||h||. A fact whose loss is below v_loss_stop takes no more steps.
     Raises FloatingPointError where a loss is not finite.
     """
     search = _Search(model, name, facts, start, settings)

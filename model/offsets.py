@@ -1,8 +1,7 @@
 """What an offset at one position of each sequence does to its loss, at any number of offsets.
 
-What stands before the position, no offset moves: it is read once and its keys and values are kept. Nor does one move
-what the blocks below its own make of the rest. So it costs the forward and backward of what comes from the position on,
-through the blocks from its own on.
+No offset moves what stands before its position, which is read once and its keys and values kept, nor the blocks below
+its own. So each costs the forward and backward of the tokens from the position on, through the blocks from its own on.
 
 Letters: n sequences, B of them in a batch, T tokens from the position on (a tail), M answer tokens, d_v value size of
 an edit module, V vocabulary.
@@ -28,8 +27,8 @@ class OffsetLosses:
     """Each sequence's loss and its gradient, as functions of an offset to what a module puts out at its position.
 
     The loss is the mean of -log p over the sequence's answer tokens or, with `reference`, of KL(reference || model)
-    there. With `replace`, the offset is what the module puts out. Graph and gradients end at the offsets: nothing below
-    them is differentiated. Holds for the weights that the model has now.
+    there. With `replace`, the offset takes the place of the module's output. Nothing below the offsets is
+    differentiated. Holds for the weights that the model has now.
     """
 
     def __init__(
