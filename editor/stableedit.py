@@ -103,13 +103,13 @@ class StableEdit(nn.Module):
                 )
         self.warm_up = _WarmUp(settings) if settings.preheat_mode == "adaptive" else None
         self.to(device)
-        self._kept = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
-        self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn
+        self._preserving = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
+        self._turn_statistics: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}
 
     @torch.no_grad()
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         """All rows of the turn enter the statistics before any of them is normalised."""
-        self._found = {group: {} for group in self.normalizers}
+        self._turn_statistics = {group: {} for group in self.normalizers}
         self._observe(captures, phase)
         whitenings = self._whitenings(phase)
         return {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
@@ -125,15 +125,15 @@ class StableEdit(nn.Module):
                 normalizer.reset()
             for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
                 normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
-            self._found[group] |= normalizer.changes_since(before)
+            self._turn_statistics[group] |= normalizer.changes_since(before)
         if self.warm_up is not None and phase is Phase.WARM_UP:
-            self.warm_up.count([found["value_covariance_change"] for found in self._found.values()])
+            self.warm_up.count([found["value_covariance_change"] for found in self._turn_statistics.values()])
 
     def passes_over(self, phase: Phase) -> bool:
         """Whether a turn is one of warm-up, and adaptive warm-up has come to its end."""
         passed = phase is Phase.WARM_UP and self.warm_up is not None and self.warm_up.is_over
         if passed:
-            self._found = {group: {} for group in self.normalizers}
+            self._turn_statistics = {group: {} for group in self.normalizers}
         return passed
 
     def _coordinates(
@@ -154,7 +154,7 @@ class StableEdit(nn.Module):
                 found[group] = self._normalizer(group).whitening(
                     self.settings.whitening_prior, self.settings.whitening_floor, self.settings.whitening_floor_mode
                 )
-                self._found[group] |= {
+                self._turn_statistics[group] |= {
                     "floored_fraction": found[group].floored,
                     **_spectrum_quantiles(found[group].spectrum),
                     **found[group].details,
@@ -167,10 +167,10 @@ class StableEdit(nn.Module):
             self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], whitenings) for rows in chunks
         ]
         alpha, chunk = self.settings.alpha, self.settings.batch_size
-        assert bool(self._kept) == (self.settings.preserve > 0), "the preserving solve takes second moments"
+        assert bool(self._preserving) == (self.settings.preserve > 0), "the preserving solve takes second moments"
         try:
-            if self._kept:
-                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._kept[name], chunk)
+            if self._preserving:
+                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._preserving[name], chunk)
             else:
                 left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, chunk)
         except torch.linalg.LinAlgError as error:
@@ -212,7 +212,7 @@ class StableEdit(nn.Module):
             group.replace("/", "."): {
                 **self._normalizer(group).summary(),
                 "floored_fraction": None,
-                **self._found[group],
+                **self._turn_statistics[group],
             }
             for group in self.normalizers
         }
