@@ -37,11 +37,6 @@ def _means(rows: Tensor, facts: Sequence[FactContexts]) -> Tensor:
     return torch.stack([own.mean(0) for own in rows.split([len(fact.sequences) for fact in facts])])
 
 
-def loss_of(model: EditableModel, turn: Turn) -> float:
-    """Of the facts as they are put, nats a token."""
-    return model.losses([LossTerm(turn.sequences, 1.0)])[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Second moments
 
@@ -190,7 +185,7 @@ class LayerByLayer:
         done: list[str] = []
         try:
             with watch.measure("targets"):
-                loss = loss_of(model, turn)
+                (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
                 start = model.hidden_at(names[-1], *as_put(facts))
                 found = target_vectors(model, names[-1], facts, start, self.targets)
             updates: dict[str, LowRankUpdate] = {}

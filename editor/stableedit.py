@@ -131,7 +131,7 @@ class StableEdit(nn.Module):
 
     def passes_over(self, phase: Phase) -> bool:
         """Whether a turn is one of warm-up, and adaptive warm-up has come to its end."""
-        passed = phase is Phase.WARM_UP and self.warm_up is not None and self.warm_up.is_over
+        passed = phase is Phase.WARM_UP and self.warm_up is not None and bool(self.warm_up.over)
         if passed:
             self._turn_statistics = {group: {} for group in self.normalizers}
         return passed
@@ -240,10 +240,6 @@ class _WarmUp(nn.Module):
         self.turns += 1
         stands = all(change is not None and change < self.tolerance for change in changes)
         self.over.fill_(stands and int(self.turns) >= self.least)
-
-    @property
-    def is_over(self) -> bool:
-        return bool(self.over)
 
 
 def _spectrum_quantiles(
