@@ -65,9 +65,7 @@ def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir:
 
 
 class RecordFile(Sequence[EditRecord]):
-    """The records of a data file, parsed on access from a memory-mapped copy: memory does not grow with the file,
-    nor with how much of it was read.
-    """
+    """The records of a data file, parsed on access from a memory-mapped copy."""
 
     def __init__(self, path: Path, sha256: str, copy: ArrowCopy, to_record: ToRecord, seed: int) -> None:
         self.path, self.sha256 = path, sha256
@@ -131,8 +129,9 @@ class AboutCopy:
 
 
 class ArrowCopy:
-    """The JSON texts of a file's rows, memory-mapped. Pages that were read are given back to the system at once: it
-    still has them at hand, and they do not add up to the size of the file.
+    """The JSON texts of a file's rows, memory-mapped.
+
+    Pages that were read go back to the system, which keeps them cached, so memory does not grow to the file's size.
     """
 
     def __init__(self, path: Path, about: AboutCopy) -> None:

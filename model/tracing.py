@@ -81,10 +81,10 @@ def places(
 
 @contextlib.contextmanager
 def same_bits() -> Iterator[None]:
-    """Where torch is to give the same bits each time (`Plan` asks for it on GPUs), so does the backward of attention:
-    its kernels have a deterministic form, but take it only where torch is to fail without one.
+    """Makes the backward of attention deterministic too, where deterministic algorithms are asked for with a warning.
 
-    ValueError where an operation of the model has no such form.
+    `Plan` asks for them so on GPUs. Attention's kernels take their deterministic form only where torch is to fail
+    without one. ValueError where an operation of the model has no such form.
     """
     if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
         yield
