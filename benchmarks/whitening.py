@@ -16,28 +16,26 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import parser_with
 from benchmarks.turn import build, parser_of
+from editor.stopwatch import Stopwatch
 from nets import LifelongNormalizer, Whitening
-
-T = TypeVar("T")
 
 
 def captured(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
     """Of all modules together, as they share their statistics."""
     chosen = parser_of(None).parse_args(["--data", str(arguments.data), "--device", str(device)])
     chosen.facts = arguments.facts * (arguments.warm_up + arguments.turns)
-    bench = build(chosen)
-    for start in range(0, len(bench.turn.sequences), arguments.facts):
-        turn = bench.turn.part(range(start, min(start + arguments.facts, len(bench.turn.sequences))))
-        yield torch.cat([capture.value_grads for capture in bench.model.capture(turn).modules.values()])
+    model, whole = build(chosen)
+    for start in range(0, len(whole.sequences), arguments.facts):
+        turn = whole.part(range(start, min(start + arguments.facts, len(whole.sequences))))
+        yield torch.cat([capture.value_grads for capture in model.capture(turn).modules.values()])
 
 
 def made(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
@@ -58,16 +56,6 @@ def made(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor
         yield torch.where(late, made @ last.T, made @ first.T)
 
 
-def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def newton_flops(found: Whitening, d_v: int, rows: int) -> float:
     """Turning Sigma into the kept basis, what the steps multiply, and the rows."""
     products = (found.details["whitening_products"] or 0) + (
@@ -79,17 +67,11 @@ def newton_flops(found: Whitening, d_v: int, rows: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d-v", type=int, default=576)
-    parser.add_argument("--turns", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--warm-up", type=int, default=20)
-    parser.add_argument("--decay", type=float, default=1.0)
-    parser.add_argument("--floor", type=float, default=0.01)
+    sizes = {"d_v": 576, "turns": 60, "rows": 400, "warm_up": 20}
+    parser = parser_with(__doc__, **sizes, decay=1.0, floor=0.01, device="cpu")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--facts", type=int, default=10, help="of a turn of real rows")
     parser.add_argument("--compared", type=int, default=10, help="every so many turns eigh is computed and timed too")
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device, d_v, floor = torch.device(arguments.device), arguments.d_v, arguments.floor
     followed = LifelongNormalizer(1, d_v, full=True, follow=True).to(device)
@@ -103,17 +85,20 @@ def main() -> None:
         if turn < arguments.warm_up:
             continue
         here, seen = turn - arguments.warm_up, seen + len(rows)
-        took, (found, ours) = timed(lambda r=rows: whitened(followed, floor, r), device)  # type: ignore[misc]
+        watch = Stopwatch(device)
+        with watch.measure("newton"):
+            found, ours = whitened(followed, floor, rows)
         flops.append(newton_flops(found, d_v, len(rows)))
         decomposed.append(here) if found.details["whitening_decomposed"] else steps.append(
             found.details["whitening_steps"] or 0
         )
         if here % arguments.compared == 0 or here == arguments.turns - 1:
-            theirs_took, (_, theirs) = timed(lambda r=rows: whitened(plain, floor, r), device)  # type: ignore[misc]
+            with watch.measure("eigh"):
+                _, theirs = whitened(plain, floor, rows)
             agreement.append(float((ours - theirs).norm() / theirs.norm()))
-            seconds["eigh"].append(theirs_took)
+            seconds["eigh"].append(watch.seconds["eigh"])
         if not found.details["whitening_decomposed"]:
-            seconds["newton"].append(took)
+            seconds["newton"].append(watch.seconds["newton"])
     a_turn = seen / arguments.turns
     eigh = 11.0 * d_v**3 + 2.0 * a_turn * d_v**2
     print(f"d_v = {d_v}, {a_turn:.0f} rows a turn, shift {floor}, {device}")

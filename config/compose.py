@@ -10,6 +10,7 @@ import argparse
 import copy
 import difflib
 import itertools
+import math
 import shlex
 import shutil
 import types
@@ -225,10 +226,7 @@ def _several_values(overrides: Sequence[Override]) -> list[str]:
 def _jobs(overrides: Sequence[Override]) -> list[list[str]]:
     """Override lines of the jobs of a sweep to check: every combination, or at least every value."""
     choices = [_values(override) for override in overrides]
-    count = 1
-    for values in choices:
-        count *= max(1, len(values))
-    if count <= MAX_JOBS:
+    if math.prod(map(len, choices)) <= MAX_JOBS:
         return [list(job) for job in itertools.product(*choices)]
     first = [values[0] for values in choices]
     others = [(i, value) for i, values in enumerate(choices) for value in values[1:]]

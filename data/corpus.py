@@ -134,20 +134,12 @@ def _digest(files: Sequence[Path]) -> str:
 
 def _blocks(path: Path) -> Iterator[str]:
     """A text file in pieces of whole lines."""
-    block: list[str] = []
-    size = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for line in file:
-                block.append(line)
-                size += len(line)
-                if size >= BLOCK:
-                    yield "".join(block)
-                    block, size = [], 0
+            while lines := file.readlines(BLOCK - 1):  # the hint is what they exceed together
+                yield "".join(lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus.path={path}: no UTF-8 ({error.reason}); name a plain text file") from error
-    if block:
-        yield "".join(block)
 
 
 def _lines_of_json(path: Path) -> Iterator[str]:

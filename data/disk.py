@@ -29,8 +29,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
-    """Where to write what is renamed to `path` at the end, unless that fails: a name that no other process has, on any
-    machine, and that is gone afterwards.
+    """A path to write to, which is renamed to `path` at the end, or removed where that fails.
+
+    No other process, on any machine, writes to one of that name.
     """
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:

@@ -52,8 +52,8 @@ def open_client() -> httpx.Client:
     return httpx.Client(headers=headers, follow_redirects=True, timeout=httpx.Timeout(60, connect=15))
 
 
-def check_head(path: Path) -> None:
-    """FetchError where the first bytes are a Git LFS pointer, a web page, or no JSON array, object or Parquet file."""
+def checked_head(path: Path) -> bytes:
+    """The first bytes; FetchError for a Git LFS pointer, a web page, or no JSON array, object or Parquet file."""
     with path.open("rb") as file:
         head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(LFS_HEAD):
@@ -62,6 +62,7 @@ def check_head(path: Path) -> None:
         raise FetchError(f"{path}: a web page, not the data")
     if not head.startswith((b"[", b"{", b"PAR1")):
         raise FetchError(f"{path}: neither a JSON array nor JSON Lines; it begins with {head[:20]!r}")
+    return head
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -204,7 +205,7 @@ class Downloader:
     @staticmethod
     def _verify(remote: Remote, part: Path) -> None:
         try:
-            check_head(part)
+            checked_head(part)
         except FetchError as error:
             raise FetchError(f"{remote.url}: {str(error).removeprefix(f'{part}: ')}") from error
         if remote.size is not None and size_of(part) != remote.size:

@@ -7,11 +7,10 @@ import itertools
 import json
 import logging
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any, overload
 
 import datasets
 import ijson
@@ -20,19 +19,16 @@ from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
 from data.disk import LFS_HEAD, sha256_of, whole_or_absent, write_atomically
-from data.nesting import NestingError, ShallowJSON
+from data.nesting import NestingError, first_byte, json_values
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
 logger = logging.getLogger(__name__)
 
-FORMAT = (
-    1  # to be raised when readers take other fields of a row or check it otherwise: older copies are then left alone
-)
+FORMAT = 1  # to be raised when readers take other fields of a row or check it otherwise: older copies are left alone
 BATCH_ROWS = 1024
 ROWS_A_PAGE = 64  # a page that is touched brings its neighbours along, 64 KiB in all: about so many rows
 PATH_KEYS = {"train": "dataset.train_path", "eval": "dataset.valid_path"}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -69,9 +65,7 @@ def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir:
 
 
 class RecordFile(Sequence[EditRecord]):
-    """The records of a data file, parsed on access from a memory-mapped copy: memory does not grow with the file,
-    nor with how much of it was read.
-    """
+    """The records of a data file, parsed on access from a memory-mapped copy."""
 
     def __init__(self, path: Path, sha256: str, copy: ArrowCopy, to_record: ToRecord, seed: int) -> None:
         self.path, self.sha256 = path, sha256
@@ -106,10 +100,9 @@ class RecordFile(Sequence[EditRecord]):
 def open_records(path: str | Path, dataset: Dataset, *, cache_dir: Path, seed: int) -> RecordFile:
     """The records of a JSON array or JSON Lines file, every row of it checked.
 
-    The first call streams the file into an Arrow copy in `cache_dir`, named by the content of the file and by how it
-    is read; later ones map that copy, and make it again where it is damaged. Choices a reader makes among several
-    texts follow `seed` and are not in the copy. Raises ValueError, naming file and row, for the first thing that is
-    wrong.
+    The first call streams the file into an Arrow copy in `cache_dir`, named by the file's content and how it is read;
+    later ones map that copy, or make it again where it is damaged. A reader's choice among several texts follows
+    `seed` and is not in the copy. Raises ValueError, naming file and row, for the first mistake.
     """
     path = Path(path)
     _check_head(path)
@@ -136,8 +129,9 @@ class AboutCopy:
 
 
 class ArrowCopy:
-    """The JSON texts of a file's rows, memory-mapped. Pages that were read are given back to the system at once: it
-    still has them at hand, and they do not add up to the size of the file.
+    """The JSON texts of a file's rows, memory-mapped.
+
+    Pages that were read go back to the system, which keeps them cached, so memory does not grow to the file's size.
     """
 
     def __init__(self, path: Path, about: AboutCopy) -> None:
@@ -237,21 +231,16 @@ def _checked_rows(path: Path, dataset: Dataset) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """The values of a JSON array, or the values one after the other of JSON Lines, never the whole file at once."""
+    """`json_values`, with one line for what is wrong."""
     index = 0
-    with path.open("rb") as file:
-        is_array = _first_byte(file) == b"["
-        try:
-            prefix, source = "item" if is_array else "", ShallowJSON(file)
-            for value in ijson.items(source, prefix, multiple_values=not is_array, use_float=True):
-                yield value
-                index += 1
-        except NestingError as error:
-            raise ValueError(
-                f"file {path}: {error}, and a row needs a handful; mend or fetch the file again"
-            ) from error
-        except ijson.JSONError as error:
-            raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
+    try:
+        for value in json_values(path):
+            yield value
+            index += 1
+    except NestingError as error:
+        raise ValueError(f"file {path}: {error}, and a row needs a handful; mend or fetch the file again") from error
+    except ijson.JSONError as error:
+        raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
 
 
 def _broken(error: ijson.JSONError) -> str:
@@ -263,22 +252,12 @@ def _broken(error: ijson.JSONError) -> str:
     return f"broken JSON ({reason.strip().splitlines()[0].rstrip('.') if reason.strip() else 'unreadable'})"
 
 
-def _first_byte(file: IO[bytes]) -> bytes:
-    """The first byte that is not whitespace, the file being left at it."""
-    if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
-        file.seek(0)
-    while (byte := file.read(1)).isspace():
-        pass
-    file.seek(-len(byte), os.SEEK_CUR)
-    return byte
-
-
 def _check_head(path: Path) -> None:
     """ValueError where the file is missing, empty, a Git LFS pointer, or begins like neither JSON form."""
     if not path.is_file():
         raise ValueError(f"file {path}: no such file")
     with path.open("rb") as file:
-        first = _first_byte(file)
+        first = first_byte(file)
         head = file.read(len(LFS_HEAD))
     if not first:
         raise ValueError(f"file {path}: is empty")

@@ -1,4 +1,4 @@
-"""Files of made facts: written once into a cache, looked at byte by byte before they are used again."""
+"""Files of made facts: written once into a cache, and checked by their SHA-256 before they are used again."""
 
 from __future__ import annotations
 

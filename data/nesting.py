@@ -1,16 +1,43 @@
-"""JSON that nests too deep is refused while it is read: a parser's memory grows with the square of the depth."""
+"""JSON files read as a stream. What nests too deep is refused: a parser's memory grows with the square of the depth."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
+import ijson
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DEEPEST = 100  # brackets within each other; rows need a handful
 
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _ALL_BUT_BRACKETS_AND_QUOTES = bytes(set(range(256)) - {ord('"'), *_STEP})
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
+
+
+def json_values(path: Path) -> Iterator[Any]:
+    """The values of a JSON array, or those of JSON Lines one after the other, never the whole file at once.
+
+    Raises ijson.JSONError where the JSON is broken, NestingError where it nests too deep.
+    """
+    with path.open("rb") as file:
+        is_array = first_byte(file) == b"["
+        prefix, source = "item" if is_array else "", ShallowJSON(file)
+        yield from ijson.items(source, prefix, multiple_values=not is_array, use_float=True)
+
+
+def first_byte(file: IO[bytes]) -> bytes:
+    """The first byte that is not whitespace, the file being left at it."""
+    if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+        file.seek(0)
+    while (byte := file.read(1)).isspace():
+        pass
+    file.seek(-len(byte), os.SEEK_CUR)
+    return byte
 
 
 class NestingError(ValueError):

@@ -33,34 +33,18 @@ from data.download import (
     Downloader,
     FetchError,
     Remote,
-    check_head,
     check_space,
+    checked_head,
     discard,
     megabytes,
     open_client,
     size_of,
 )
-from data.nesting import NestingError, ShallowJSON
+from data.nesting import NestingError, json_values
 
 log = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------- what a file holds
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        start = file.read(3)
-        file.seek(3 if start == b"\xef\xbb\xbf" else 0)
-        body = file.tell()
-        is_array = file.read(512).lstrip().startswith(b"[")
-        file.seek(body)
-        prefix, source = "item" if is_array else "", ShallowJSON(file)
-        yield from ijson.items(source, prefix, multiple_values=not is_array, use_float=True)
-
-
-def _is_parquet(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -71,10 +55,10 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSON array, JSON Lines or Parquet file, streamed; FetchError names file and row if broken."""
-    check_head(path)
+    is_parquet = checked_head(path).startswith(b"PAR1")
     row_number = 0
     try:
-        for row in _parquet_rows(path) if _is_parquet(path) else _json_rows(path):
+        for row in _parquet_rows(path) if is_parquet else json_values(path):
             if not isinstance(row, dict):
                 raise FetchError(f"{path}, row {row_number}: not an object but {type(row).__name__}")
             yield row
@@ -236,7 +220,11 @@ def _fetch_from(
     if len(remotes) == 1 and not remotes[0].url.endswith(".parquet"):
         log.info("fetching %s from %s (%s)", file.path, remotes[0].url, _what_is_known(hashed))
         loader.fetch(remotes[0], part)
-        rows = _checked_count(part, file)
+        try:
+            rows = count_rows(part, file.fields)
+        except FetchError:
+            part.unlink()  # complete, and not what is wanted: nothing to resume
+            raise
     else:
         rows = _fetch_and_convert(remotes, part, file, loader)
     if isinstance(source, HubSource) and source.rows is not None and rows != source.rows:
@@ -254,14 +242,6 @@ def _fetch_from(
 
 def _what_is_known(hashed: bool) -> str:
     return "SHA-256 published" if hashed else "no SHA-256 published: only its rows can be checked"
-
-
-def _checked_count(part: Path, file: DataFile) -> int:
-    try:
-        return count_rows(part, file.fields)
-    except FetchError:
-        part.unlink()  # complete, and not what is wanted: nothing to resume
-        raise
 
 
 def _fetch_and_convert(remotes: Sequence[Remote], part: Path, file: DataFile, loader: Downloader) -> int:

@@ -69,10 +69,9 @@ class TokenSequence:
 class Turn:
     """The facts that enter the model together.
 
-    `index` counts the turns of the stream, warm-up turns included; `sequences[i]` is the tokenised edit of
-    `records[i]`, and `loss_weights[i]` = 1 / (answer tokens of the mini-batch that record i belongs to), the
-    factor each of its answer tokens has in the loss (DESIGN section 1, capture). `replay` has the facts of earlier
-    turns that are asked again with it (DESIGN section 1, replay); None where there are none.
+    `index` counts the turns of the stream, warm-up included. `sequences[i]` is the tokenised edit of `records[i]`;
+    each of its answer tokens weighs `loss_weights[i]` = 1 / (answer tokens of its mini-batch) in the loss (DESIGN
+    section 1, capture). `replay` holds facts of earlier turns that are asked again (DESIGN section 1, replay).
     """
 
     index: int
@@ -111,9 +110,7 @@ class FactContexts:
 
     sequences: tuple[TokenSequence, ...]
     positions: tuple[int, ...]  # of the fact token in each
-    essence: TokenSequence | None = (
-        None  # "{subject} is a", then one token that says nothing; None: no subject is known
-    )
+    essence: TokenSequence | None = None  # "{subject} is a", then a token that says nothing; None: no known subject
     essence_position: int = 0  # of the fact token there
 
 

@@ -6,7 +6,7 @@ Nothing here keeps a place in the data: turn i is a function of the seed and i, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, overload
@@ -19,6 +19,7 @@ from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 logger = logging.getLogger(__name__)
 
 AnswerTokens = Literal["joint", "separate"]
+Tokenize = Callable[[list[Question]], list[TokenSequence]]
 
 DEFAULT_WARM_UP_TURNS = 20  # the papers' number; what `num_seq_zsre: null` means where the data holds as many
 
@@ -50,28 +51,24 @@ def tokenize(
     form: PromptForm = RAW,
     taught: bool = False,
 ) -> list[TokenSequence]:
-    """Token ids of each prompt, in its form, and of its answer, which is the tail.
+    """Token ids of each question: the prompt in its form, then the answer.
 
-    `joint` tokenises prompt + " " + answer at once, with the tokenizer's special tokens, and the answer starts at the
-    first token that holds a character of it. So a BPE token with its leading space is an answer token; a token of
-    nothing but the space is the prompt's, since predicting it says nothing about the fact; and a token across the
-    border is the answer's as a whole, or part of the answer would be given away. A prompt that ends in whitespace
-    gets no second space. Of facts that are `taught` in a form with an end, such a token is the answer's: a model that
-    does not write it does not say the answer.
+    `joint` tokenises prompt + " " + answer together, with special tokens; a prompt that ends in whitespace gets no
+    second space. The answer starts at the first token with a character of it, so a token across the border is the
+    answer's. A token of the space alone is the prompt's, since predicting it says nothing about the fact; but where
+    facts are `taught` in a form with an end it is the answer's: a model that does not write it never gets to the rest.
 
-    `separate` tokenises the prompt with special tokens, and " " + answer alone without, as the published code does;
-    on SentencePiece tokenizers the answer then begins with a token that is only the space.
+    `separate` tokenises the prompt with special tokens and " " + answer without, as the published code does. On
+    SentencePiece tokenizers the answer then begins with a token of the space alone.
 
-    Raises ValueError for a tokenizer without character offsets (joint) and for a question whose prompt or whose
-    answer has no token. No questions give an empty list.
+    Raises ValueError for a tokenizer without character offsets (joint), and where prompt or answer has no token.
     """
     if not questions:
         return []
-    pairs = [(form.text(question.prompt), question.answer) for question in questions]
     if answer_tokens == "joint":
-        sequences = _tokenize_joint(pairs, tokenizer, form, with_gap=taught and form.end is not None)
+        sequences = _tokenize_joint(questions, tokenizer, form, with_gap=taught and form.end is not None)
     else:
-        sequences = _tokenize_separate(pairs, tokenizer, form)
+        sequences = _tokenize_separate(questions, tokenizer, form)
     for question, sequence in zip(questions, sequences, strict=True):
         if not 0 < sequence.answer_start < len(sequence.ids):
             missing = "answer" if sequence.answer_start else "prompt"
@@ -121,12 +118,9 @@ def subject_ends(
 
 def prompt_ids(questions: Sequence[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
     """Token ids of prompts in their form, without answers: what a model goes on from when it answers by itself."""
-    return _prompt_ids([form.text(question) for question in questions], tokenizer, form)
-
-
-def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> list[list[int]]:
-    if not texts:
+    if not questions:
         return []
+    texts = [form.text(question) for question in questions]
     if form.brings_special_tokens:
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     encoded = tokenizer(texts, return_special_tokens_mask=True)
@@ -135,18 +129,16 @@ def _prompt_ids(texts: list[str], tokenizer: Tokenizer, form: PromptForm) -> lis
 
 
 def _tokenize_joint(
-    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
-    tokenizer: Tokenizer,
-    form: PromptForm,
-    with_gap: bool,
+    questions: Sequence[Question], tokenizer: Tokenizer, form: PromptForm, with_gap: bool
 ) -> list[TokenSequence]:
     if not tokenizer.is_fast:
         raise ValueError(
             f"dataset.answer_tokens=joint needs a fast tokenizer, {type(tokenizer).__name__} gives no character "
             "offsets: set dataset.answer_tokens=separate"
         )
-    heads = [_head(prompt, form) for prompt, _ in pairs]
-    texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
+    prompts = [form.text(question.prompt) for question in questions]
+    heads = [_head(prompt, form) for prompt in prompts]
+    texts = [head + question.answer for head, question in zip(heads, questions, strict=True)]
     encoded = tokenizer(
         texts,
         add_special_tokens=not form.brings_special_tokens,
@@ -164,7 +156,7 @@ def _tokenize_joint(
         return found
     return [
         _with_gap(sequence, offsets, len(prompt)) if head != prompt else sequence
-        for sequence, offsets, head, (prompt, _) in zip(found, encoded["offset_mapping"], heads, pairs, strict=True)
+        for sequence, offsets, head, prompt in zip(found, encoded["offset_mapping"], heads, prompts, strict=True)
     ]
 
 
@@ -187,14 +179,10 @@ def _with_gap(sequence: TokenSequence, offsets: list[tuple[int, int]], border: i
     return replace(sequence, answer_start=place)
 
 
-def _tokenize_separate(
-    pairs: Sequence[tuple[str, str]],  # prompt in its form, answer
-    tokenizer: Tokenizer,
-    form: PromptForm,
-) -> list[TokenSequence]:
+def _tokenize_separate(questions: Sequence[Question], tokenizer: Tokenizer, form: PromptForm) -> list[TokenSequence]:
     gap = "" if form.after[-1:].isspace() else form.gap
-    prompts = _prompt_ids([prompt for prompt, _ in pairs], tokenizer, form)
-    answers = tokenizer([gap + answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids([question.prompt for question in questions], tokenizer, form)
+    answers = tokenizer([gap + question.answer for question in questions], add_special_tokens=False)["input_ids"]
     return [TokenSequence((*head, *ids), len(head)) for head, ids in zip(prompts, answers, strict=True)]
 
 
@@ -230,6 +218,13 @@ def mini_batch_weights(sequences: Sequence[TokenSequence], batch_size: int) -> t
 # Turns
 
 
+def make_turn(index: int, phase: Phase, records: Iterable[EditRecord], tokenize: Tokenize, batch_size: int) -> Turn:
+    """A turn of these records, in mini-batches of `batch_size`."""
+    records = tuple(records)
+    sequences = tokenize([record.edit for record in records])
+    return Turn(index, phase, records, tuple(sequences), mini_batch_weights(sequences, batch_size))
+
+
 @dataclass(frozen=True)
 class Rows(Sequence[EditRecord]):
     """The records at `rows`, each read when it is asked for."""
@@ -262,12 +257,10 @@ class Rows(Sequence[EditRecord]):
 class EditStream:
     """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
 
-    `num_turns` None takes every full turn of `edits`, `num_warm_up` None the first 20 of `warm_up` or all the full
-    turns there are, 0 none of them. `shuffle` takes the edits in an order drawn from the seed; warm-up keeps its
-    file's order. Each edit turn brings `replay` facts of the edit turns before it, drawn from the seed and its index,
-    or all of them where they are fewer.
-    Raises ValueError where the data is too short, where the mode is unknown, and where warm-up turns are asked for
-    together with preheat_mode=none.
+    `num_turns` None: every full turn of `edits`; `num_warm_up` None: the first 20 of `warm_up`, or all there are.
+    `shuffle` draws the order of the edits, not of warm-up, from the seed. Each edit turn also brings `replay` facts of
+    edit turns before it (all where there are fewer), drawn from the seed and its index.
+    Raises ValueError where the data is too short, the mode unknown, or warm-up asked for with preheat_mode=none.
     """
 
     def __init__(
@@ -305,15 +298,11 @@ class EditStream:
         if not 0 <= index < len(self):
             raise IndexError(f"turn {index} of a stream of {len(self)} turns")
         phase, rows = self._rows_of(index)
-        turn = self._turn_of(index, phase, rows)
+        turn = make_turn(index, phase, rows, self._tokenize, self.batch_size)
         earlier = self._replayed(index) if phase is Phase.EDIT else ()
-        return replace(turn, replay=self._turn_of(index, phase, earlier)) if earlier else turn
-
-    def _turn_of(self, index: int, phase: Phase, records: Sequence[EditRecord]) -> Turn:
-        records = tuple(records)
-        sequences = self._tokenize([record.edit for record in records])
-        weights = mini_batch_weights(sequences, self.batch_size)
-        return Turn(index, phase, records, tuple(sequences), weights)
+        if not earlier:
+            return turn
+        return replace(turn, replay=make_turn(index, phase, earlier, self._tokenize, self.batch_size))
 
     def _replayed(self, index: int) -> Sequence[EditRecord]:
         """Drawn without replacement, in the order in which they were written."""
@@ -416,9 +405,8 @@ def check_context(
 ) -> None:
     """ValueError, naming file, row, tokens and limit, for the first question longer than the model's context.
 
-    Exact, and cheap where questions are short: a token stands for at least one byte of the (normalised) text, so only
-    questions with more bytes than the context has room for are tokenised at all. Where no question can have more than
-    `most` tokens, and the context has room for these, no record is read.
+    A token stands for at least one byte of the (normalised) text, so only questions with more bytes than the context
+    has room for are tokenised. No record is read where `most`, a bound on the tokens of all questions, fits.
     """
     # the space between, and one that SentencePiece puts in front
     added = tokenizer.num_special_tokens_to_add() + 2 + form.most_added

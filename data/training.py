@@ -5,15 +5,13 @@ Like the stream of edits, this keeps no place in the data: training turn i is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from data.records import EditRecord, Phase, Question, TokenSequence, TrainingTurn, Turn
-from data.stream import Rows, mini_batch_weights
-
-Tokenize = Callable[[list[Question]], list[TokenSequence]]
+from data.records import EditRecord, Phase, TokenSequence, TrainingTurn
+from data.stream import Rows, Tokenize, make_turn
 
 
 class TrainingStream:
@@ -80,10 +78,8 @@ class TrainingStream:
 
     def _turn(self, index: int, epoch: int, place: int, of: int, rows: Sequence[int]) -> TrainingTurn:
         records = tuple(self._records[row] for row in rows)
-        sequences = self._tokenize([record.edit for record in records])
-        weights = mini_batch_weights(sequences, self.batch_size)
         return TrainingTurn(
-            edits=Turn(index, Phase.EDIT, records, tuple(sequences), weights),
+            edits=make_turn(index, Phase.EDIT, records, self._tokenize, self.batch_size),
             rephrases=self._questions(records, "rephrase"),
             localities=self._questions(records, "locality"),
             epoch=epoch,

@@ -43,7 +43,6 @@ class State(Protocol):
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Numbers by group of modules that share them."""
-        ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
@@ -57,7 +56,6 @@ class Editor(State, Protocol):
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
         """The model has the facts afterwards; called once a turn, in the order of the stream."""
-        ...
 
 
 class UpdateRule(State, Protocol):
@@ -68,7 +66,6 @@ class UpdateRule(State, Protocol):
 
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         """The update of each captured module; called once a pass, in the order of the stream."""
-        ...
 
 
 @runtime_checkable
@@ -77,7 +74,6 @@ class AdaptiveWarmUp(Protocol):
 
     def passes_over(self, phase: Phase) -> bool:
         """Whether the turn that comes now is left out; asked once a turn."""
-        ...
 
 
 def shape_name(shape: tuple[int, int]) -> str:
@@ -112,7 +108,6 @@ class OffsetLosses(Protocol):
         chosen: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:  # (m,), (m, d_v)
         """Each sequence's loss, and dloss/doffset."""
-        ...
 
 
 class EditableModel(Protocol):
@@ -121,22 +116,18 @@ class EditableModel(Protocol):
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_k, d_v) of each edit module."""
-        ...
 
     @property
     def devices(self) -> Sequence[torch.device]: ...
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         """Keys and value gradients of the turn's facts at each edit module (DESIGN section 1)."""
-        ...
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
         """Add the updates to the weights of the edit modules: all of them, or, with a FloatingPointError, none."""
-        ...
 
     def wrap(self, name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
         """From now on `forward(inputs, outputs)` is what an edit module puts out: for edits beside the weights."""
-        ...
 
     def keys_at(
         self,
@@ -145,19 +136,15 @@ class EditableModel(Protocol):
         names: Sequence[str] | None = None,  # None = all
     ) -> dict[str, Tensor]:  # (n, d_k)
         """Inputs of edit modules at one position of each sequence."""
-        ...
 
     def values_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """What an edit module puts out there."""
-        ...
 
     def hidden_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """The residual stream there, behind the block that holds an edit module."""
-        ...
 
     def adds_to_stream(self, name: str) -> bool:
         """Whether what an edit module puts out goes into the residual stream as it is: no norm stands between."""
-        ...
 
     def offset_losses(
         self,
@@ -173,34 +160,26 @@ class EditableModel(Protocol):
         The loss is the mean over its answer tokens of -log p or, with `reference`, of KL(reference || model). With
         `replace`, the offset is what the module puts out. Holds for the weights that the model has now.
         """
-        ...
 
     def snapshot(self) -> dict[str, Tensor]: ...
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Put the weights of a snapshot back, bit for bit."""
-        ...
 
     def restore_original(self) -> None:
         """Put the weights back as they were loaded, bit for bit."""
-        ...
 
     def unedited(self) -> AbstractContextManager[None]:
         """The weights as they were loaded, for as long as the context lasts."""
-        ...
 
     def is_original(self) -> bool:
         """Whether the weights are as they were loaded."""
-        ...
 
     def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
         """The logits that predict each answer token, in order."""
-        ...
 
     def losses(self, terms: Sequence[LossTerm]) -> list[float]:
         """Each term's mean loss, not weighted."""
-        ...
 
     def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
         """dL/dW (d_k, d_v) of each edit module for the weighted sum of the terms, and each term's mean loss."""
-        ...

@@ -123,15 +123,17 @@ class Codebook:
 
 
 class GRACE:
-    """An input of the module that lies nearer to a key than the radius of that key puts out its value; any other, what
-    the module puts out. Position by position, so it holds in batches, with padding, and in cached generation alike.
+    """An input nearer to a key than that key's radius puts out its value; any other, what the module puts out.
 
-    The key of a fact is the module's input at the prompt's last token. Its value starts as what the module puts out
-    there and is trained by Adam on -log p(answer | prompt), until that is below `stop_loss` a token; the facts of a
-    turn side by side. Let d be the distance of a fact's key to the nearest key, of radius eps:
-    d > eps + eps_init: an entry of radius eps_init is added. Else, if the answers are the same, eps expands to hold the
-    key. Else the keys share the way: the old radius becomes d/2, where it was larger, and the new entry's is d/2.
-    What the paper leaves open, the same input asked again with another answer (d = 0): its value is trained anew.
+    Each position is judged by itself, so padding and cached generation change nothing. The key of a fact is the
+    module's input at the prompt's last token. Its value starts as the module's output there, and Adam trains it on
+    -log p(answer | prompt) until that is below `stop_loss` a token. With d the distance to the nearest key, of radius
+    eps:
+
+        d > eps + eps_init    an entry of radius eps_init is added
+        the same answer       eps expands to hold the key
+        another answer        the old radius becomes d/2, where it was larger, and the new entry's is d/2
+        another answer, d = 0 (which the paper leaves open)    the value is trained anew
     """
 
     Settings: ClassVar = GRACESettings

@@ -75,7 +75,6 @@ class Proposal(Protocol):
         The second of two stages: the first one, through the language model, gave `gradient`. Rows go through the
         network in chunks, each with a graph of its own.
         """
-        ...
 
 
 class HyperNetworkEditor(nn.Module):

@@ -156,27 +156,6 @@ def preserving_update(
     return coordinates.leave(left).to(keys.dtype), right.to(keys.dtype)
 
 
-def spread_of_keys(
-    keys: Tensor,  # (n, d) float64
-    kept: Tensor,  # (m, d) or, with `as_gram`, (d, d): keys of earlier turns, or K_0^T K_0
-    ridge: float,
-    as_gram: bool = False,
-) -> Tensor:  # (d, n)
-    """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T: what times R (n, d_v) is the update that moves K by R and K_0 little.
-
-    With rows it is the last n columns of X^T (X X^T + ridge I)^(-1), X = [K_0; K], wherever these are fewer than d.
-    `ridge` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor.
-    """
-    if as_gram:
-        matrix = kept + keys.T @ keys
-        matrix.diagonal().add_(ridge)
-        return torch.cholesky_solve(keys.T, torch.linalg.cholesky(matrix))
-    rows = torch.cat([kept, keys])
-    chosen = torch.zeros((len(rows), len(keys)), dtype=keys.dtype, device=keys.device)
-    chosen[len(kept) :].fill_diagonal_(1.0)
-    return dense(RidgeSystem(rows, ridge, keys.device).update(chosen))
-
-
 def row_chunks(count: int, chunk: int | None) -> Iterator[slice]:
     """Slices that cover `count` rows, `chunk` at a time; None takes all at once."""
     size = chunk or max(count, 1)

@@ -15,7 +15,7 @@ from data.records import FactContexts, LossTerm, LowRankUpdate, TokenSequence, T
 from editor import linalg
 from editor.base import Edit, EditableModel, LocateInputs
 from editor.stopwatch import Stopwatch
-from editor.target_vectors import TargetSettings, target_vectors
+from editor.target_vectors import TargetSettings, in_contexts, target_vectors
 
 
 def mean_keys(model: EditableModel, name: str, facts: Sequence[FactContexts]) -> Tensor:  # (n, d_k)
@@ -28,11 +28,6 @@ def mean_values(model: EditableModel, name: str, facts: Sequence[FactContexts]) 
     return _means(model.values_at(name, *in_contexts(facts)), facts)
 
 
-def in_contexts(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int]]:
-    """All sequences of all facts in order, and their positions."""
-    return [s for fact in facts for s in fact.sequences], [at for fact in facts for at in fact.positions]
-
-
 def as_put(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int]]:
     """Each fact's own sequence, without a prefix."""
     return [fact.sequences[0] for fact in facts], [fact.positions[0] for fact in facts]
@@ -40,11 +35,6 @@ def as_put(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int
 
 def _means(rows: Tensor, facts: Sequence[FactContexts]) -> Tensor:
     return torch.stack([own.mean(0) for own in rows.split([len(fact.sequences) for fact in facts])])
-
-
-def loss_of(model: EditableModel, turn: Turn) -> float:
-    """Of the facts as they are put, nats a token."""
-    return model.losses([LossTerm(turn.sequences, 1.0)])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,11 +112,20 @@ class KeptKeys:
         self.gram: Tensor | None = None  # (d_k, d_k) float64
         self.count = 0
 
-    def spread(self, keys: Tensor, ridge: float) -> Tensor:  # (n, d_k) -> (d_k, n)
-        """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T."""
+    def left_factor(self, keys: Tensor, ridge: float) -> Tensor:  # (n, d_k) float64 -> (d_k, n)
+        """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T: times R (n, d_v) it is the update that moves K by R and K_0 little.
+
+        With rows it is the last n columns of X^T (X X^T + ridge I)^(-1), X = [K_0; K], wherever these are fewer than
+        d_k. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor.
+        """
         if self.gram is not None:
-            return linalg.spread_of_keys(keys, self.gram, ridge, as_gram=True)
-        return linalg.spread_of_keys(keys, self.rows.double(), ridge)
+            matrix = self.gram + keys.T @ keys
+            matrix.diagonal().add_(ridge)
+            return torch.cholesky_solve(keys.T, torch.linalg.cholesky(matrix))
+        rows = torch.cat([self.rows.double(), keys])
+        chosen = torch.zeros((len(rows), len(keys)), dtype=keys.dtype, device=keys.device)
+        chosen[len(self.rows) :].fill_diagonal_(1.0)
+        return linalg.dense(linalg.ridge_update(rows, chosen, ridge))
 
     def add(self, keys: Tensor) -> None:  # (n, d_k)
         self.count += len(keys)
@@ -186,7 +185,7 @@ class LayerByLayer:
         done: list[str] = []
         try:
             with watch.measure("targets"):
-                loss = loss_of(model, turn)
+                (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
                 start = model.hidden_at(names[-1], *as_put(facts))
                 found = target_vectors(model, names[-1], facts, start, self.targets)
             updates: dict[str, LowRankUpdate] = {}
@@ -216,7 +215,7 @@ class LayerByLayer:
             coordinates = self.coordinates[name]
             keys = coordinates.enter(raw.to(self.device).double())
             kept = self.kept.setdefault(name, KeptKeys(raw.shape[1], raw.dtype, self.device))
-            left = coordinates.leave(kept.spread(keys, self.ridge))
+            left = coordinates.leave(kept.left_factor(keys, self.ridge))
             if self.keep_keys:
                 kept.add(keys)
         return {name: LowRankUpdate(left.to(raw), residual)}

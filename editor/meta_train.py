@@ -94,7 +94,7 @@ class MetaTrainer:
         assert model.is_original(), "training would take its edits away"
         self.model, self.editor, self.settings = model, editor, settings
         self._rule = _Proposing(editor)
-        self._door = CaptureEditor(self._rule, editor.device, replace(capture, passes=1))
+        self._capture_editor = CaptureEditor(self._rule, editor.device, replace(capture, passes=1))
         self.horizon = editor.horizon
         self.parameters = list(editor.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.meta_lr)
@@ -151,7 +151,7 @@ class MetaTrainer:
         with watch.measure("reference"):
             self._window.append((turn, self._reference(turn)))
         self._edits_in_model = True
-        edit = self._door.edit(self.model, turn.edits)
+        edit = self._capture_editor.edit(self.model, turn.edits)
         watch.seconds |= edit.seconds
         return edit, self._rule.taken()
 

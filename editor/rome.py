@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from data.records import FactContexts, LowRankUpdate, Turn, WeightChange
+from data.records import FactContexts, LossTerm, LowRankUpdate, Turn, WeightChange
 from editor.base import Edit, EditableModel, LocateInputs
-from editor.located import Whitening, as_put, loss_of, mean_keys, mean_values
+from editor.located import Whitening, as_put, mean_keys, mean_values
 from editor.stopwatch import Stopwatch
 from editor.target_vectors import Targets, TargetSettings, target_vectors
-from editor.updates import added_up, changed_by
+from editor.updates import summed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ROME:
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
         """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
         watch = Stopwatch(*model.devices, self.device)
-        loss = loss_of(model, turn)
+        (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
         updates: list[Mapping[str, LowRankUpdate]] = []
         changes: list[Mapping[str, WeightChange]] = []
         found: list[Targets] = []
@@ -60,10 +60,7 @@ class ROME:
                 f"turn {turn.index}: {error}; the weights hold {len(changes)} of the turn's {len(turn.sequences)} facts"
             ) from error
         self.edited += len(changes)
-        total = added_up(updates)
-        return Edit(
-            loss, total, changed_by(total, changes), watch.seconds, {"targets": Targets.of_all(found).details()}
-        )
+        return Edit(loss, *summed(updates, changes), watch.seconds, {"targets": Targets.of_all(found).details()})
 
     def _update(self, model: EditableModel, fact: FactContexts, value: Tensor, watch: Stopwatch) -> LowRankUpdate:
         with watch.measure("keys"):

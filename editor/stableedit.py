@@ -40,13 +40,12 @@ class StableEditSettings:
     """The keys of the same names in the configuration.
 
     `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory, never a result.
-    `RunningMeanStd_mode`: stable = every row ever seen, full whitening of value gradients; original = the same,
-    diagonal; and for ablations none = raw rows, batch = this turn's rows alone, frozen = the rows of the warm-up turns
-    alone, the last two whitening as stable does.
-    `whitening_solver`: auto = newton on a GPU, where the floor is a shift and the rows of earlier turns count. On a CPU
-    decomposing is faster at every size (benchmarks/whitening.py).
-    `preserve` is beta of the preserving solve, and `preheat_mode` adaptive the warm-up that ends by itself (DESIGN
-    section 13).
+    `RunningMeanStd_mode`: stable = statistics of every row ever seen, full whitening of value gradients; original = the
+    same, diagonal. For ablations: none = raw rows; batch = this turn's rows, frozen = those of the warm-up turns, both
+    with full whitening.
+    `whitening_solver` auto = newton on a GPU with whitening_floor_mode=shift and a mode in `LASTING`, else eigh, which
+    is faster on a CPU at every size (benchmarks/whitening.py).
+    `preserve` is beta of the preserving solve; preheat_mode=adaptive ends warm-up by itself (DESIGN section 13).
     """
 
     lr: float
@@ -104,13 +103,13 @@ class StableEdit(nn.Module):
                 )
         self.warm_up = _WarmUp(settings) if settings.preheat_mode == "adaptive" else None
         self.to(device)
-        self._kept = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
-        self._found: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}  # of this turn
+        self._preserving = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
+        self._turn_statistics: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}
 
     @torch.no_grad()
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         """All rows of the turn enter the statistics before any of them is normalised."""
-        self._found = {group: {} for group in self.normalizers}
+        self._turn_statistics = {group: {} for group in self.normalizers}
         self._observe(captures, phase)
         whitenings = self._whitenings(phase)
         return {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
@@ -126,15 +125,15 @@ class StableEdit(nn.Module):
                 normalizer.reset()
             for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
                 normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
-            self._found[group] |= normalizer.changes_since(before)
+            self._turn_statistics[group] |= normalizer.changes_since(before)
         if self.warm_up is not None and phase is Phase.WARM_UP:
-            self.warm_up.count([found["value_covariance_change"] for found in self._found.values()])
+            self.warm_up.count([found["value_covariance_change"] for found in self._turn_statistics.values()])
 
     def passes_over(self, phase: Phase) -> bool:
         """Whether a turn is one of warm-up, and adaptive warm-up has come to its end."""
-        passed = phase is Phase.WARM_UP and self.warm_up is not None and self.warm_up.is_over
+        passed = phase is Phase.WARM_UP and self.warm_up is not None and bool(self.warm_up.over)
         if passed:
-            self._found = {group: {} for group in self.normalizers}
+            self._turn_statistics = {group: {} for group in self.normalizers}
         return passed
 
     def _coordinates(
@@ -155,7 +154,7 @@ class StableEdit(nn.Module):
                 found[group] = self._normalizer(group).whitening(
                     self.settings.whitening_prior, self.settings.whitening_floor, self.settings.whitening_floor_mode
                 )
-                self._found[group] |= {
+                self._turn_statistics[group] |= {
                     "floored_fraction": found[group].floored,
                     **_spectrum_quantiles(found[group].spectrum),
                     **found[group].details,
@@ -168,10 +167,10 @@ class StableEdit(nn.Module):
             self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], whitenings) for rows in chunks
         ]
         alpha, chunk = self.settings.alpha, self.settings.batch_size
-        assert bool(self._kept) == (self.settings.preserve > 0), "the preserving solve takes second moments"
+        assert bool(self._preserving) == (self.settings.preserve > 0), "the preserving solve takes second moments"
         try:
-            if self._kept:
-                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._kept[name], chunk)
+            if self._preserving:
+                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._preserving[name], chunk)
             else:
                 left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, chunk)
         except torch.linalg.LinAlgError as error:
@@ -205,16 +204,15 @@ class StableEdit(nn.Module):
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form).
 
-        Where rows entered this turn, the relative change of each moment since the turn before; where value gradients
-        were whitened, quantiles of the eigenvalues of Sigma^(-1/2); where its root is followed, whether Sigma was
-        decomposed after all (0 or 1), the steps of Newton's method and the residual they left (`nets.FollowedRoot`);
-        where it was shrunk, the coefficient.
+        Where rows entered this turn: each moment's relative change since the turn before. Where value gradients were
+        whitened: quantiles of the eigenvalues of Sigma^(-1/2) and, where its root is followed, whether Sigma was
+        decomposed after all (0 or 1), Newton's steps and residual (`nets.FollowedRoot`), or the shrinkage coefficient.
         """
         return {
             group.replace("/", "."): {
                 **self._normalizer(group).summary(),
                 "floored_fraction": None,
-                **self._found[group],
+                **self._turn_statistics[group],
             }
             for group in self.normalizers
         }
@@ -242,10 +240,6 @@ class _WarmUp(nn.Module):
         self.turns += 1
         stands = all(change is not None and change < self.tolerance for change in changes)
         self.over.fill_(stands and int(self.turns) >= self.least)
-
-    @property
-    def is_over(self) -> bool:
-        return bool(self.over)
 
 
 def _spectrum_quantiles(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.records import FactContexts
+from data.records import FactContexts, TokenSequence
 from editor.base import EditableModel
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, as Kingma and Ba have them
@@ -50,6 +50,11 @@ class Targets:
         return {"loss": float(self.losses.mean()), "steps": float(self.steps.double().mean())}
 
 
+def in_contexts(facts: Sequence[FactContexts]) -> tuple[list[TokenSequence], list[int]]:
+    """All sequences of all facts in order, and their positions."""
+    return [s for fact in facts for s in fact.sequences], [at for fact in facts for at in fact.positions]
+
+
 def target_vectors(
     model: EditableModel,
     name: str,  # of the module that the offsets are added to
@@ -63,9 +68,8 @@ def target_vectors(
             + v_weight_decay ||delta||^2 / ||h||^2
 
     over delta, the x_j being the fact's contexts and -log p the mean over the answer's tokens; a fact without a subject
-    has no KL term. After each step ||delta|| is clamped at clamp_norm_factor ||h||; a fact whose loss is below
-    v_loss_stop is left. All facts that are still looked for share the compute batches. (ROME's equation 4 has the two
-    sides of the KL the other way round.)
+    has no KL term, whose sides ROME's equation 4 has the other way round. After each step ||delta|| is clamped at
+    clamp_norm_factor ||h||. A fact whose loss is below v_loss_stop takes no more steps.
     Raises FloatingPointError where a loss is not finite.
     """
     search = _Search(model, name, facts, start, settings)
@@ -79,7 +83,7 @@ def target_vectors(
         if not searching:
             break
         search.step(searching, gradient[going], step)
-    return Targets(search.offsets, search.said, search.steps)
+    return Targets(search.offsets, search.answer_losses, search.steps)
 
 
 class _Search:
@@ -90,54 +94,48 @@ class _Search:
     ) -> None:
         self.settings = settings
         self.offsets = torch.zeros_like(start)
-        self.said, self.steps = start.new_zeros(len(facts)), torch.zeros(len(facts), dtype=torch.int64)
+        self.answer_losses, self.steps = start.new_zeros(len(facts)), torch.zeros(len(facts), dtype=torch.int64)
         self.sizes = start.norm(dim=1)  # ||h||
         self.first, self.second = torch.zeros_like(start), torch.zeros_like(start)
         self.owner = [place for place, fact in enumerate(facts) for _ in fact.sequences]
-        sequences = [sequence for fact in facts for sequence in fact.sequences]
-        self.contexts = model.offset_losses(name, sequences, [at for fact in facts for at in fact.positions])
-        with_essence = [(place, fact) for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
-        self.essence_of = {place: row for row, (place, _) in enumerate(with_essence)}
-        essences = [fact.essence for _, fact in with_essence if fact.essence]
-        self.essences = (
-            model.offset_losses(
-                name,
-                essences,
-                [fact.essence_position for _, fact in with_essence],
-                reference=model.reference_logits(essences),
-            )
-            if essences
-            else None
-        )
+        self.contexts = model.offset_losses(name, *in_contexts(facts))
+        with_essence = [place for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
+        self.essence_of = {place: row for row, place in enumerate(with_essence)}
+        self.essences = None
+        if with_essence:
+            essences = [essence for place in with_essence if (essence := facts[place].essence)]
+            positions = [facts[place].essence_position for place in with_essence]
+            reference = model.reference_logits(essences)
+            self.essences = model.offset_losses(name, essences, positions, reference=reference)
 
     def loss(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:  # (len(chosen),), (len(chosen), d_v)
         """The objective and its gradient."""
         offsets = self.offsets[chosen]
-        said, gradient = self._contexts(chosen, offsets)
-        self.said[chosen] = said
-        drift, drift_gradient = self._essences(chosen, offsets)
+        answer_losses, gradient = self._answer_losses(chosen, offsets)
+        self.answer_losses[chosen] = answer_losses
+        kl, kl_gradient = self._kl(chosen, offsets)
         decay = self.settings.v_weight_decay / self.sizes[chosen].square()
-        loss = said + self.settings.kl_factor * drift + decay * offsets.square().sum(1)
-        return loss, gradient + self.settings.kl_factor * drift_gradient + 2 * decay[:, None] * offsets
+        loss = answer_losses + self.settings.kl_factor * kl + decay * offsets.square().sum(1)
+        return loss, gradient + self.settings.kl_factor * kl_gradient + 2 * decay[:, None] * offsets
 
-    def _contexts(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer_losses(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of the answers, the mean over each fact's contexts."""
         place_of = {fact: place for place, fact in enumerate(chosen)}
         some = [place for place, fact in enumerate(self.owner) if fact in place_of]
         owner = torch.tensor([place_of[self.owner[place]] for place in some], device=offsets.device)
         losses, gradients = self.contexts(offsets[owner], some)
         share = 1 / torch.bincount(owner, minlength=len(chosen)).to(offsets)
-        said = torch.zeros_like(share).index_add_(0, owner, losses.to(share)) * share
-        return said, torch.zeros_like(offsets).index_add_(0, owner, gradients) * share[:, None]
+        means = torch.zeros_like(share).index_add_(0, owner, losses.to(share)) * share
+        return means, torch.zeros_like(offsets).index_add_(0, owner, gradients) * share[:, None]
 
-    def _essences(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """KL of what follows the subject, of those facts that have one."""
-        drift, gradient = offsets.new_zeros(len(chosen)), torch.zeros_like(offsets)
+    def _kl(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what follows "{subject} is a"; 0 where a fact has no subject."""
+        kl, gradient = offsets.new_zeros(len(chosen)), torch.zeros_like(offsets)
         there = [place for place, fact in enumerate(chosen) if fact in self.essence_of]
         if there and self.essences is not None:
             losses, gradients = self.essences(offsets[there], [self.essence_of[chosen[place]] for place in there])
-            drift[there], gradient[there] = losses.to(drift), gradients
-        return drift, gradient
+            kl[there], gradient[there] = losses.to(kl), gradients
+        return kl, gradient
 
     def step(self, chosen: Sequence[int], gradient: Tensor, step: int) -> None:
         """One of Adam, then the clamp."""

@@ -10,28 +10,24 @@ from data.records import LowRankUpdate, WeightChange
 from editor import linalg
 
 
-def added_up(updates: Sequence[Mapping[str, LowRankUpdate]]) -> dict[str, LowRankUpdate]:
-    """By module, the sum of its updates, as factors where all are."""
+def summed(
+    updates: Sequence[Mapping[str, LowRankUpdate]],  # in order
+    changes: Sequence[Mapping[str, WeightChange]],  # what each of them did
+) -> tuple[dict[str, LowRankUpdate], dict[str, WeightChange]]:
+    """By module, the sum of its updates and what that did; `largest` is that of a single update."""
     names = dict.fromkeys(name for each in updates for name in each)
-    return {name: _together([each[name] for each in updates if name in each]) for name in names}
-
-
-def changed_by(
-    updates: Mapping[str, LowRankUpdate],  # the sums
-    changes: Sequence[Mapping[str, WeightChange]],  # of the single ones, in order
-) -> dict[str, WeightChange]:
-    """What the sums did; `largest` is that of a single update."""
+    total = {name: _sum([each[name] for each in updates if name in each]) for name in names}
     if len(changes) < 2:
-        return dict(*changes)
-    by_name = {name: [each[name] for each in changes if name in each] for name in updates}
-    return {
-        name: WeightChange(_norm(update), max(change.largest for change in by_name[name]), by_name[name][-1].drift)
-        for name, update in updates.items()
+        return total, dict(*changes)
+    by_name = {name: [each[name] for each in changes if name in each] for name in names}
+    return total, {
+        name: WeightChange(_norm(total[name]), max(change.largest for change in own), own[-1].drift)
+        for name, own in by_name.items()
     }
 
 
-def _together(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    """The sum of updates of one module, as factors where all are."""
+def _sum(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """Of one module, as factors where all are."""
     if len(updates) == 1:
         return updates[0]
     lefts = [update.left for update in updates if update.left is not None]

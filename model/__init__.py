@@ -7,5 +7,3 @@ another value there does to a loss, `below` the blocks that no edit reaches, `te
 
 from model.edited import INTEGERS, EditModule
 from model.language_model import BESIDE_WEIGHTS, LanguageModel
-
-__all__ = ["BESIDE_WEIGHTS", "INTEGERS", "EditModule", "LanguageModel"]

@@ -1,7 +1,7 @@
-"""The blocks below all edits put out the same for a text, whatever is edited: read once in a turn, they are left out.
+"""The blocks below all edits put out the same for a text, whatever is edited: they read it once a turn.
 
-A turn's facts go through the model pass after pass and step after step, and only the blocks from the lowest edit module
-on must read them again. Where the edits lie near the top, those are a small part of a forward.
+Later passes and steps of the turn start from the block of the lowest edit module. Where the edits lie near the top,
+that leaves a small part of a forward.
 
 Letters: B texts, L tokens, d size of the residual stream.
 """
@@ -56,11 +56,8 @@ class BlocksBelow:
                     self._kept[text] = row[:length].clone()
                     self._room -= length
 
-        handle = self.blocks[-1].register_forward_hook(keep)
-        try:
+        with self.blocks[-1].register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
     @contextlib.contextmanager
     def _left_out(self, texts: Sequence[Hashable]) -> Iterator[None]:

@@ -40,7 +40,7 @@ from data.records import (
 from model.edited import EditModule, checksum, sha256_of_tensor
 from model.positions import PositionModel
 from model.source import ModelSource, read_weights
-from model.tracing import Tracer, count_within, places, require_ran, same_bits
+from model.tracing import Tracer, count_within, hooks, places, require_ran, same_bits
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -135,11 +135,10 @@ class LanguageModel(PositionModel):
         with same_bits():
             for batch in compute_batches(turn.sequences, self.compute_tokens):
                 at = _every_position(batch) if every_token else (batch.rows, batch.positions)
-                losses, missed = self._capture_batch(
-                    batch, at, weights[batch.members], first_row[batch.members], captures
-                )
-                fact = batch.members[batch.rows]
-                loss += (losses.double() * weights[fact].to(losses.device)).sum()
+                fact = batch.members[batch.rows]  # (M,)
+                weight = weights[fact].to(self.device)
+                losses, missed = self._capture_batch(batch, at, weight, first_row, captures)
+                loss += (losses.double() * weight).sum()
                 wrong.index_add_(0, fact.to(self.device), missed.long())
                 worst.scatter_reduce_(0, fact.to(self.device), losses, "amax")
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
@@ -163,21 +162,20 @@ class LanguageModel(PositionModel):
         self,
         batch: TokenBatch,
         at: tuple[Tensor, Tensor],  # rows and positions to capture
-        weights: Tensor,  # (B,) loss weight of each sequence's answer tokens
-        first_row: Tensor,  # (B,) where each sequence's rows begin in the captures
+        weights: Tensor,  # (M,) of each answer token's loss
+        first_row: Tensor,  # of `first_rows`: where each sequence's rows begin in the captures
         captures: Mapping[str, Capture],
     ) -> tuple[Tensor, Tensor]:  # (M,), (M,) bool
         """Fill the batch's rows of the captures; the losses of its answer tokens, and which it would not choose."""
-        within = count_within(at[0])
-        rows, positions = at[0].to(self.device), at[1].to(self.device)
-        with Tracer(self.edited, batch.input_ids.shape, rows, positions) as trace:
+        trace = Tracer(batch.input_ids.shape, at[0].to(self.device), at[1].to(self.device))
+        with hooks({edited.module: trace.hook(name) for name, edited in self.edited.items()}):
             logits = self._logits(batch)
             require_ran(self.edited, trace.outputs)
             targets = batch.targets.to(self.device)
             losses = functional.cross_entropy(logits.to(self.precise), targets, reduction="none")
-            loss = (losses * weights[batch.rows].to(losses)).sum()
+            loss = (losses * weights.to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
-        target = first_row[at[0]] + within
+        target = first_row[batch.members[at[0]]] + count_within(at[0])
         for name, grad in zip(trace.outputs, grads, strict=True):
             into = captures[name]
             there = target.to(into.keys.device)
@@ -204,11 +202,8 @@ class LanguageModel(PositionModel):
                 rows = inputs[0][at].float().cpu()
                 read.update(zip(batch.members[batch.rows].tolist(), rows, strict=True))
 
-            handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-            try:
+            with self.model.get_output_embeddings().register_forward_pre_hook(keep):
                 self._logits(batch)
-            finally:
-                handle.remove()
         return torch.stack([read[place] for place in range(len(questions))])
 
     # -- weight gradients

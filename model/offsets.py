@@ -1,8 +1,7 @@
 """What an offset at one position of each sequence does to its loss, at any number of offsets.
 
-What stands before the position, no offset moves: it is read once and its keys and values are kept. Nor does one move
-what the blocks below its own make of the rest. So it costs the forward and backward of what comes from the position on,
-through the blocks from its own on.
+No offset moves what stands before its position, which is read once and its keys and values kept, nor the blocks below
+its own. So each costs the forward and backward of the tokens from the position on, through the blocks from its own on.
 
 Letters: n sequences, B of them in a batch, T tokens from the position on (a tail), M answer tokens, d_v value size of
 an edit module, V vocabulary.
@@ -10,9 +9,8 @@ an edit module, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +19,16 @@ from torch.nn import functional
 from data.batches import padded
 from data.records import TokenBatch, TokenSequence, first_rows
 from model.below import BlocksBelow
-from model.text import KEPT, Read, TextModel
-from model.tracing import places, require_ran, same_bits
+from model.text import KEPT, CachedPrompts, TextModel
+from model.tracing import hooks, places, require_ran, same_bits
 
 
 class OffsetLosses:
     """Each sequence's loss and its gradient, as functions of an offset to what a module puts out at its position.
 
     The loss is the mean of -log p over the sequence's answer tokens or, with `reference`, of KL(reference || model)
-    there. With `replace`, the offset is what the module puts out. Graph and gradients end at the offsets: nothing below
-    them is differentiated. Holds for the weights that the model has now.
+    there. With `replace`, the offset takes the place of the module's output. Nothing below the offsets is
+    differentiated. Holds for the weights that the model has now.
     """
 
     def __init__(
@@ -49,13 +47,13 @@ class OffsetLosses:
         self.precise, self.replace = precise, replace
         self.expected = None if reference is None else reference.to(precise).log_softmax(-1)
         self.first_row = first_rows(sequences)
-        keeps = model.can_read_on(max((len(s.ids) for s in sequences), default=0))
+        keeps = model.can_extend(max((len(s.ids) for s in sequences), default=0))
         self.cuts = [at if keeps else 0 for at in positions]
         self.tails = [
             TokenSequence(s.ids[cut:], s.answer_start - cut) for s, cut in zip(sequences, self.cuts, strict=True)
         ]
         self.at = torch.tensor(positions) - torch.tensor(self.cuts)  # (n,) where the offset is in each tail
-        self.before = list(self._read(sequences))
+        self.before = list(self._prefilled(sequences))
 
     def __call__(
         self,
@@ -72,25 +70,25 @@ class OffsetLosses:
                 rows = [row for row, member in enumerate(before.members) if member in place_of]
                 if not rows:
                     continue
-                read = before.part(None if len(rows) == len(before.members) else rows)
-                here = torch.tensor([place_of[member] for member in read.members])
-                loss, gradient = self._of(read, offsets[here.to(offsets.device)])
+                cached = before.part(None if len(rows) == len(before.members) else rows)
+                here = torch.tensor([place_of[member] for member in cached.members])
+                loss, gradient = self._of(cached, offsets[here.to(offsets.device)])
                 losses[here.to(losses.device)] = loss
                 gradients[here.to(offsets.device)] = gradient.to(gradients)
         return losses, gradients
 
-    def _of(self, read: Read, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
-        batch = padded(self.tails, read.members)
+    def _of(self, cached: CachedPrompts, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
+        batch = padded(self.tails, cached.members)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
         move = mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
-        once = self.below.read_once(read.members, batch.lengths.tolist())
+        once = self.below.read_once(cached.members, batch.lengths.tolist())
         with torch.enable_grad(), hooks({self.module: move}), once:
-            logits = self.model.read_on(read, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
+            logits = self.model.extend(cached, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
             require_ran([self.name], [self.name] * logits.requires_grad)
             each = self._token_losses(logits.to(self.precise), batch)
             rows = batch.rows.to(each.device)
-            counts = torch.bincount(rows, minlength=len(read.members)).to(each)
-            own = each.new_zeros(len(read.members)).index_add(0, rows, each / counts[rows])
+            counts = torch.bincount(rows, minlength=len(cached.members)).to(each)
+            own = each.new_zeros(len(cached.members)).index_add(0, rows, each / counts[rows])
             (gradient,) = torch.autograd.grad(own.sum(), moved)
         return own.detach(), gradient
 
@@ -101,14 +99,14 @@ class OffsetLosses:
         return functional.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
-    def _read(self, sequences: Sequence[TokenSequence]) -> Iterator[Read]:
+    def _prefilled(self, sequences: Sequence[TokenSequence]) -> Iterator[CachedPrompts]:
         """What comes before, in batches: those with the longest tails first, and last those with nothing before."""
         cuts, ends = self.cuts, [len(tail.ids) - 1 for tail in self.tails]  # the last token is predicted
         order = sorted(range(len(sequences)), key=lambda place: (cuts[place] == 0, -ends[place], -cuts[place]))
         while order:
             size = self._fitting(order, ends)
-            read = self.model.read_heads([sequences[place].ids[: cuts[place]] for place in order[:size]])
-            yield dataclasses.replace(read, members=order[:size])
+            cached = self.model.prefill([sequences[place].ids[: cuts[place]] for place in order[:size]])
+            yield dataclasses.replace(cached, members=order[:size])
             order = order[size:]
 
     def _fitting(self, order: Sequence[int], ends: Sequence[int]) -> int:
@@ -121,17 +119,6 @@ class OffsetLosses:
             if size and (tokens > budget or kept > KEPT * budget or unlike):
                 return size
         return len(order)
-
-
-@contextlib.contextmanager
-def hooks(functions: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
-    """On each module's forward, as long as the context lasts."""
-    handles = [module.register_forward_hook(function) for module, function in functions.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def mover(

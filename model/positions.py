@@ -16,9 +16,9 @@ from data.batches import PADDING, compute_batches
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
-from model.offsets import OffsetLosses, hooks, mover
+from model.offsets import OffsetLosses, mover
 from model.text import TextModel
-from model.tracing import head_sees, require_ran
+from model.tracing import head_sees, hooks, require_ran
 
 Seen = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(inputs, output) of a module -> the one to be read, (B, L, d) or (B L, d)."""

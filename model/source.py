@@ -252,7 +252,12 @@ def end_tokens(source: ModelSource) -> list[int]:
         generation = transformers.GenerationConfig.from_pretrained(source.path, revision=source.revision)
     except OSError:  # it has no such file
         generation = transformers.GenerationConfig.from_model_config(config)
-    ends = generation.eos_token_id
+    return ends_of(generation)
+
+
+def ends_of(generation: Any) -> list[int]:
+    """The end tokens of a generation config, or of none."""
+    ends = getattr(generation, "eos_token_id", None)
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 

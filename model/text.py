@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batches import PADDING
-from model.source import context_length_of
+from model.source import context_length_of, ends_of
 from model.tracing import count_within, head_sees
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
@@ -22,20 +22,20 @@ WORTH_SHARING = 16
 
 
 @dataclass
-class Read:
-    """Prompts that the model has read, and what it needs to read on behind them."""
+class CachedPrompts:
+    """Prompts that the model has read, and the key-value cache from which it reads on."""
 
     members: list[int]  # (B,) places among the prompts
     mask: Tensor  # (B, L) int64, 0 = padding
-    cache: Any  # keys and values of these L tokens; None before the first
-    logits: Tensor  # (M, V) that were asked for last
+    cache: Any = None  # keys and values of these L tokens; None before the first
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (M, V) that were asked for last
 
-    def part(self, rows: list[int] | None = None) -> Read:
+    def part(self, rows: list[int] | None = None) -> CachedPrompts:
         """Some of the rows, None for all, to read on from without a change to this."""
         cache = None if self.cache is None else _select(self.cache, rows)
         if rows is None:
-            return Read(self.members, self.mask, cache, self.logits)
-        return Read([self.members[row] for row in rows], self.mask[rows], cache, self.logits)
+            return CachedPrompts(self.members, self.mask, cache, self.logits)
+        return CachedPrompts([self.members[row] for row in rows], self.mask[rows], cache, self.logits)
 
 
 class TextModel:
@@ -69,21 +69,21 @@ class TextModel:
         """
         self._check_lengths([len(prompt) for prompt in prompts])
         room = [self._room(len(prompt), max_new_tokens) for prompt in prompts]
-        ends = self._end_tokens()
+        ends = ends_of(getattr(self.model, "generation_config", None))
         written: list[list[int]] = [[] for _ in prompts]
-        for read in self._read(prompts, max_new_tokens):
-            running = set(read.members)
+        for cached in self._prefill(prompts, max_new_tokens):
+            running = set(cached.members)
             for step in range(1, max_new_tokens + 1):
-                tokens = read.logits.argmax(-1)
-                for member, token in zip(read.members, tokens.tolist(), strict=True):
+                tokens = cached.logits.argmax(-1)
+                for member, token in zip(cached.members, tokens.tolist(), strict=True):
                     if member in running and token not in ends:
                         written[member].append(token)
                     if token in ends or step == room[member]:
                         running.discard(member)
-                watch(len(read.members) * (1 if running else max_new_tokens - step + 1))
+                watch(len(cached.members) * (1 if running else max_new_tokens - step + 1))
                 if not running:
                     break
-                self.read_on(read, tokens[:, None])
+                self.extend(cached, tokens[:, None])
         return written
 
     @torch.inference_mode()
@@ -97,17 +97,17 @@ class TextModel:
         """
         longest = self._check_labels(prompts, labels)
         sums = [[0.0] * len(candidates) for candidates in labels]
-        for read in self._read(prompts, max(longest, default=1)):
-            first = _log_softmax(read.logits)
-            pairs = [(row, m, k) for row, m in enumerate(read.members) for k in range(len(labels[m]))]
+        for cached in self._prefill(prompts, max(longest, default=1)):
+            first = _log_softmax(cached.logits)
+            pairs = [(row, m, k) for row, m in enumerate(cached.members) for k in range(len(labels[m]))]
             where = torch.tensor([(row, labels[m][k][0]) for row, m, k in pairs], dtype=torch.int64)
             rows, starts = where.view(-1, 2).to(self.device).unbind(1)
             for (_, m, k), value in zip(pairs, first[rows, starts].tolist(), strict=True):
                 sums[m][k] = value
             longer = [pair for pair in pairs if len(labels[pair[1]][pair[2]]) > 1]
-            size = max(1, KEPT * self.compute_tokens // (read.mask.shape[1] + max(longest)))
+            size = max(1, KEPT * self.compute_tokens // (cached.mask.shape[1] + max(longest)))
             for chunk in (longer[start : start + size] for start in range(0, len(longer), size)):
-                rests = self._rest_log_probs(read, [row for row, *_ in chunk], [labels[m][k] for _, m, k in chunk])
+                rests = self._rest_log_probs(cached, [row for row, *_ in chunk], [labels[m][k] for _, m, k in chunk])
                 for (_, m, k), rest in zip(chunk, rests, strict=True):
                     sums[m][k] += rest
         return [
@@ -115,7 +115,7 @@ class TextModel:
             for totals, candidates in zip(sums, labels, strict=True)
         ]
 
-    def _rest_log_probs(self, read: Read, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
+    def _rest_log_probs(self, cached: CachedPrompts, rows: list[int], labels: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability of each label's tokens after its first, behind the given row of what was read."""
         ids = torch.full((len(rows), max(map(len, labels)) - 1), PADDING)
         for row, label in enumerate(labels):
@@ -123,11 +123,11 @@ class TextModel:
         counts = torch.tensor([len(label) - 1 for label in labels])
         at = torch.arange(len(rows)).repeat_interleave(counts)
         targets = torch.tensor([token for label in labels for token in label[1:]], device=self.device)
-        logits = self.read_on(read.part(rows), ids.to(self.device), (at, count_within(at)))
+        logits = self.extend(cached.part(rows), ids.to(self.device), (at, count_within(at)))
         chosen = _log_softmax(logits).gather(1, targets[:, None])[:, 0]
         return torch.zeros(len(rows), dtype=chosen.dtype).index_add_(0, at, chosen.cpu()).tolist()
 
-    def _read(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[Read]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], to_come: int) -> Iterator[CachedPrompts]:
         """Read the prompts, longest first, in batches padded on the left; what all of them begin with is read once.
 
         `to_come` tokens at most will be read after each: they count towards the memory a batch may take.
@@ -138,26 +138,26 @@ class TextModel:
         start = None
         if shared:
             ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            start = Read([0], torch.empty(1, 0, dtype=torch.int64, device=self.device), None, torch.empty(0))
-            self.read_on(start, ids)
+            start = CachedPrompts([0], torch.empty(1, 0, dtype=torch.int64, device=self.device))
+            self.extend(start, ids)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         while order:
             longest = len(prompts[order[0]])
             kept = KEPT * self.compute_tokens // (longest + to_come)
             size = max(1, min(self.compute_tokens // (longest - shared), kept))
-            yield self._read_batch(prompts, order[:size], shared, start)
+            yield self._prefill_batch(prompts, order[:size], shared, start)
             order = order[size:]
 
-    def read_heads(self, heads: Sequence[Sequence[int]]) -> Read:
-        """What the model has after these beginnings of texts, all of them empty or none."""
+    def prefill(self, heads: Sequence[Sequence[int]]) -> CachedPrompts:
+        """The cache after these beginnings of texts, all of them empty or none."""
         if not any(heads):
             mask = torch.empty(len(heads), 0, dtype=torch.int64, device=self.device)
-            return Read(list(range(len(heads))), mask, None, torch.empty(0))
-        return self._read_batch(heads, list(range(len(heads))), 0, None)
+            return CachedPrompts(list(range(len(heads))), mask)
+        return self._prefill_batch(heads, list(range(len(heads))), 0, None)
 
-    def _read_batch(
-        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: Read | None
-    ) -> Read:
+    def _prefill_batch(
+        self, prompts: Sequence[Sequence[int]], members: list[int], shared: int, start: CachedPrompts | None
+    ) -> CachedPrompts:
         width = max(len(prompts[member]) for member in members) - shared
         ids = torch.full((len(members), width), PADDING)
         mask = torch.zeros_like(ids)
@@ -166,38 +166,38 @@ class TextModel:
             ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         before = torch.ones(len(members), shared, dtype=mask.dtype)
         cache = None if start is None else _select(start.cache, [0] * len(members))
-        read = Read(members, before.to(self.device), cache, torch.empty(0))
-        self.read_on(read, ids.to(self.device), mask=mask.to(self.device))
-        return read
+        cached = CachedPrompts(members, before.to(self.device), cache)
+        self.extend(cached, ids.to(self.device), mask=mask.to(self.device))
+        return cached
 
-    def read_on(
+    def extend(
         self,
-        read: Read,
+        cached: CachedPrompts,
         ids: Tensor,  # (B, T)
         at: tuple[Tensor, Tensor] | None = None,  # rows and positions asked about; None = the last of each row
         mask: Tensor | None = None,  # (B, T), 0 = padding; None = all ones
     ) -> Tensor:  # (M, V)
-        """Read T more tokens of each row; the logits asked about are also what `read` then holds."""
-        read.mask = torch.cat([read.mask, torch.ones_like(ids) if mask is None else mask], dim=1)
+        """Read T more tokens of each row; the logits asked about are also what `cached` then holds."""
+        cached.mask = torch.cat([cached.mask, torch.ones_like(ids) if mask is None else mask], dim=1)
         options = {}
         if self._takes_positions:  # families that do not, derive them from the mask
             limit = self.context_length
             last = None if limit is None else limit - 1  # rows that have ended are read on beside the others
-            options["position_ids"] = (read.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
+            options["position_ids"] = (cached.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
         if at is None:
             at = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
         with head_sees(self.model, at[0].to(self.device), at[1].to(self.device)):
             output = self.model(
-                input_ids=ids, attention_mask=read.mask, past_key_values=read.cache, use_cache=True, **options
+                input_ids=ids, attention_mask=cached.mask, past_key_values=cached.cache, use_cache=True, **options
             )
-        read.cache, read.logits = output.past_key_values, output.logits[0].to(self.device)
-        return read.logits
+        cached.cache, cached.logits = output.past_key_values, output.logits[0].to(self.device)
+        return cached.logits
 
     @property
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
-    def can_read_on(self, length: int) -> bool:
+    def can_extend(self, length: int) -> bool:
         """Whether a text of so many tokens may be read in two parts, the first padded on its left: positions of their
         own make up for the padding, but a window does not see it.
         """
@@ -207,17 +207,12 @@ class TextModel:
     def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
         """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be."""
         lengths = [len(prompt) for prompt in prompts]
-        if len(prompts) == 1 or not self.can_read_on(max(lengths) + to_come):
+        if len(prompts) == 1 or not self.can_extend(max(lengths) + to_come):
             return 0
         first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all others begin with what these two share
         same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(lengths))
         same = min(same, min(lengths) - 1)
         return same if same >= WORTH_SHARING else 0
-
-    def _end_tokens(self) -> set[int]:
-        """The tokens at which the model itself ends a text; none for a model that never does."""
-        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
     def _room(self, length: int, max_new_tokens: int) -> int:
         """Tokens that may follow a prompt: the last of them is not read, so it needs no place in the context."""
@@ -230,8 +225,8 @@ class TextModel:
         if any(not label for candidates in labels for label in candidates):
             raise ValueError("a label has no token: give it a text that the tokenizer makes tokens of")
         longest = [max(map(len, candidates), default=1) for candidates in labels]
-        read = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
-        self._check_lengths(read)
+        lengths = [len(prompt) and len(prompt) + size - 1 for prompt, size in zip(prompts, longest, strict=True)]
+        self._check_lengths(lengths)
         return longest
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:

@@ -10,40 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from data.records import TokenBatch
-from model.edited import EditModule
+
+
+@contextlib.contextmanager
+def hooks(functions: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """On each module's forward, as long as the context lasts."""
+    with contextlib.ExitStack() as handles:
+        for module, function in functions.items():
+            handles.enter_context(module.register_forward_hook(function))
+        yield
 
 
 class Tracer:
-    """Hooks on edit modules that keep the inputs and outputs of one forward.
+    """Keeps the inputs and outputs of edit modules in one forward, as `hooks` on them.
 
     The output of the lowest module, which no parameter's graph reaches, becomes the leaf where the graph begins, so
     nothing below it is recorded.
     """
 
-    def __init__(self, modules: Mapping[str, EditModule], shape: torch.Size, rows: Tensor, positions: Tensor) -> None:
+    def __init__(self, shape: torch.Size, rows: Tensor, positions: Tensor) -> None:
         self.keys: dict[str, Tensor] = {}  # (N, d_k) by module
         self.outputs: dict[str, Tensor] = {}
         self._shape = shape  # (B, L)
         self._at = (rows, positions)
-        self._modules = modules
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Tracer:
-        self._handles = [
-            edited.module.register_forward_hook(self._hook(name)) for name, edited in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def at_positions(self, activations: Tensor) -> Tensor:  # (N, d)
         """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
         rows, positions = (at.to(activations.device) for at in self._at)
         return activations.reshape(*self._shape, -1)[rows, positions]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert name not in self.outputs, f"{name} runs twice in one forward; its gradient would not be one tensor"
             if not output.requires_grad:
@@ -65,11 +61,8 @@ def head_sees(
         at = rows.to(inputs[0].device), positions.to(inputs[0].device)
         return (inputs[0][at].unsqueeze(0), *inputs[1:])  # (1, M, d)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(pick):
         yield
-    finally:
-        handle.remove()
 
 
 def count_within(
@@ -88,10 +81,10 @@ def places(
 
 @contextlib.contextmanager
 def same_bits() -> Iterator[None]:
-    """Where torch is to give the same bits each time (`Plan` asks for it on GPUs), so does the backward of attention:
-    its kernels have a deterministic form, but take it only where torch is to fail without one.
+    """Makes the backward of attention deterministic too, where deterministic algorithms are asked for with a warning.
 
-    ValueError where an operation of the model has no such form.
+    `Plan` asks for them so on GPUs. Attention's kernels take their deterministic form only where torch is to fail
+    without one. ValueError where an operation of the model has no such form.
     """
     if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
         yield

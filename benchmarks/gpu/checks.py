@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.made import Facts, Shape, build, editable
-from benchmarks.gpu.runs import METHODS, Course, Run, is_finite
+from benchmarks.gpu.runs import METHODS, Course, Run, not_finite
 from data.records import LowRankUpdate, Phase
 from editor import linalg
 from editor.registry import EDITORS
@@ -39,7 +39,7 @@ def same_bits(name: str, found: Mapping[str, str], wanted: Mapping[str, str]) ->
 
 def finite(name: str, run: Run) -> Check:
     losses = [line["loss"] for line in run.lines]
-    wrong = is_finite({**run.tensors(), "losses": torch.tensor(losses)})
+    wrong = not_finite({**run.tensors(), "losses": torch.tensor(losses)})
     return Check(
         f"{name}: nothing is NaN or infinite",
         not wrong,

@@ -23,6 +23,7 @@ import psutil
 import torch
 import transformers
 
+from benchmarks.common import DTYPES
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.cost import GIB, bare_cost, one_editor, targets
@@ -31,8 +32,6 @@ from benchmarks.gpu.runs import METHODS, Course
 from data.disk import write_atomically
 from harness.run.same_bits import ask_for_the_same_bits, prepare_libraries
 from model import LanguageModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import Race, bare, best_budget
+from benchmarks.bare import bare, best_budget
+from benchmarks.common import race, seconds
 from benchmarks.gpu import checks, peak
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.runs import Course, Run
@@ -32,14 +33,14 @@ GIB = 1 << 30
 def bare_cost(course: Course) -> dict[str, Any]:
     """Forward, and forward and backward to the edit modules, over a turn; the forward's share of the card's peak."""
     model, turn = course.model, course.facts.turn(0, Phase.EDIT)
-    bench, sequences = Race(model, ROUNDS), turn.sequences
+    sequences = turn.sequences
     tokens = sum(len(one.ids) - 1 for one in sequences)
     answers = sum(one.answer_length for one in sequences)
     print(f"the model alone, {len(sequences)} facts: {tokens} tokens, {answers} of answers")
-    budget = best_budget(bench, sequences)
+    budget = best_budget(model, sequences)
     padded = sum(batch.input_ids.numel() for batch in compute_batches(sequences, budget))
     work = {backward: partial(bare, model, sequences, budget, backward) for backward in (False, True)}
-    times = bench.race({"forward": work[False], "both": work[True]})
+    times = race({"forward": work[False], "both": work[True]}, model.device, ROUNDS)
     forward, both = (statistics.median(times[name]) for name in ("forward", "both"))
     flops = peak.forward_flops(model, sequences)
     share, of = peak.share_of_peak(flops, forward, model.device, model.model.dtype)
@@ -63,9 +64,9 @@ class Beside:
 
     def take(self, turn: Turn) -> None:
         if turn.phase is Phase.EDIT:
-            bench, work = Race(self.model, 1), partial(bare, self.model, turn.sequences, self.budget)
-            self.seconds["forward"].append(bench.seconds(partial(work, False)))
-            self.seconds["both"].append(bench.seconds(work))
+            work = partial(bare, self.model, turn.sequences, self.budget)
+            self.seconds["forward"].append(seconds(partial(work, False), self.model.device))
+            self.seconds["both"].append(seconds(work, self.model.device))
 
 
 def one_editor(course: Course, name: str, budget: int, tell: Callable[[Check], None]) -> dict[str, Any]:

@@ -156,6 +156,6 @@ def told_by(line: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in line.items() if key not in ("seconds", "memory")})
 
 
-def is_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a number that is not."""
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity."""
     return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

@@ -6,29 +6,14 @@ dataclasses, once, at the door, and reports every remaining mistake together. Me
 users type, and fields carry the names that users type.
 """
 
-from config.schema.checks import (
-    ConfigError,
-    quoted,
-)
-from config.schema.corpus import CorpusConfig
-from config.schema.dataset import (
-    AnswerEnd,
-    AnswerTokens,
-    PromptForm,
-    SyntheticConfig,
-)
-from config.schema.door import (
-    register,
-    to_run_config,
-)
+from config.schema.checks import ConfigError, quoted
+from config.schema.dataset import AnswerEnd, AnswerTokens, PromptForm, SyntheticConfig
+from config.schema.door import register, to_run_config
 from config.schema.editor import (
-    AnswerLoss,
     ClosedFormConfig,
     FactToken,
-    FineTuningConfig,
     HyperNetworkConfig,
     LocateConfig,
-    Order,
     PreheatMode,
     PreserveText,
     RLEditConfig,
@@ -37,53 +22,7 @@ from config.schema.editor import (
     Token,
     UpdateEvery,
     WhiteningFloorMode,
-    WhiteningSolver,
 )
-from config.schema.model import (
-    EditPrecision,
-    Half,
-)
-from config.schema.run import (
-    RunConfig,
-    settings_without_effect,
-)
-from config.schema.tracker import (
-    DiagnosticsConfig,
-    TrackerConfig,
-    Wandb,
-)
-
-__all__ = [
-    "AnswerEnd",
-    "AnswerLoss",
-    "AnswerTokens",
-    "ClosedFormConfig",
-    "ConfigError",
-    "CorpusConfig",
-    "DiagnosticsConfig",
-    "EditPrecision",
-    "FactToken",
-    "FineTuningConfig",
-    "Half",
-    "HyperNetworkConfig",
-    "LocateConfig",
-    "Order",
-    "PreheatMode",
-    "PreserveText",
-    "PromptForm",
-    "RLEditConfig",
-    "RunConfig",
-    "RunningMeanStdMode",
-    "StatisticsScope",
-    "SyntheticConfig",
-    "Token",
-    "TrackerConfig",
-    "UpdateEvery",
-    "Wandb",
-    "WhiteningFloorMode",
-    "WhiteningSolver",
-    "quoted",
-    "register",
-    "settings_without_effect",
-    "to_run_config",
-]
+from config.schema.model import EditPrecision, Half
+from config.schema.run import RunConfig, settings_without_effect
+from config.schema.tracker import DiagnosticsConfig, TrackerConfig, Wandb

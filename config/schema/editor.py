@@ -183,6 +183,9 @@ class EditorConfig(Section):
 CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "replay", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
 
+LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
+"""The modes whose covariance lasts from turn to turn."""
+
 
 @dataclass
 class ClosedFormConfig(EditorConfig):
@@ -222,8 +225,7 @@ class ClosedFormConfig(EditorConfig):
 
     def _adaptive_mistakes(self) -> list[str]:
         mode = self.RunningMeanStd_mode
-        lasting = mode in (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
-        if self.preheat_mode is not PreheatMode.adaptive or lasting:
+        if self.preheat_mode is not PreheatMode.adaptive or mode in LASTING:
             return []
         return [
             f"editor.preheat_mode=adaptive with editor.RunningMeanStd_mode={mode.name}, which keeps no covariance that "
@@ -231,9 +233,10 @@ class ClosedFormConfig(EditorConfig):
         ]
 
     def ignored(self) -> dict[str, str]:
-        adaptive = self.preheat_mode is PreheatMode.adaptive
-        preheat = {} if adaptive else dict.fromkeys(("preheat_least", "preheat_tolerance"), self.preheat_mode.name)
-        found = {key: f"editor.preheat_mode={mode}" for key, mode in preheat.items()}
+        found = {}
+        if self.preheat_mode is not PreheatMode.adaptive:
+            cause = f"editor.preheat_mode={self.preheat_mode.name}"
+            found = dict.fromkeys(("preheat_least", "preheat_tolerance"), cause)
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
         return found
@@ -254,7 +257,7 @@ class ClosedFormConfig(EditorConfig):
             why = "asks for a decomposition"
             remedy = f"set editor.whitening_floor_mode=shift, {auto}"
             mistakes.append(f"{newton} with editor.whitening_floor_mode={floor.name}, which {why}: {remedy}")
-        if mode not in (RunningMeanStdMode.stable, RunningMeanStdMode.frozen):
+        if mode not in LASTING:
             why = "has no covariance that lasts from turn to turn"
             remedy = f"set editor.RunningMeanStd_mode=stable, {auto}"
             mistakes.append(f"{newton} with editor.RunningMeanStd_mode={mode.name}, which {why}: {remedy}")

@@ -1,7 +1,7 @@
 """Builds the shipped samples from the fact tables: `python -m data.sample.build`.
 
-Every file is a function of `facts/`, `relations.py` and the seeds below. Edits state something false about the world.
-Locality comes in two kinds, as in the data sets whose formats these are:
+Every file is a function of the CSV tables here and in `facts/`, and of the seeds below. Edits state something false
+about the world. Locality comes in two kinds, as in the data sets whose formats these are:
 
 - zsre, fever, wikibigedit and ultraeditbench ask for common knowledge (`COMMON`): other relations, in sentences that
   resemble no edit's;
@@ -13,7 +13,6 @@ and known facts stay true while the edits accumulate. Train and eval files share
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import random
@@ -24,11 +23,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.sample.relations import COMMON, HOPS, RELATIONS, Relation
+from data.sample.relations import COMMON, FOLDER, HOPS, RELATIONS, Relation, read_table
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
 TRAIN_SHARE = 0.36  # of the subjects
 SIZES = {  # rows of (train, eval)
     "zsre": (500, 1000),
@@ -84,16 +82,11 @@ class Edit:
     rng: random.Random  # the row's own draws
 
 
-def read_table(table: str, folder: Path = FOLDER / "facts") -> list[dict[str, str]]:
-    with (folder / f"{table}.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @cache
 def relation_facts(relation: Relation) -> tuple[Fact, ...]:
     """The facts of a relation in the order of its table; an empty cell is no fact."""
     facts = []
-    for row in read_table(relation.table):
+    for row in read_table(FOLDER / "facts" / f"{relation.table}.csv"):
         subject, cell = next(iter(row.values())), row[relation.name]
         if cell:
             facts.append(Fact(relation, subject.removeprefix("*"), tuple(cell.split("|")), subject.startswith("*")))
@@ -192,7 +185,7 @@ def slot(wording: str) -> str:
     """`{}` with the small words before it: "a baby {}"."""
     found = SLOT.search(wording)
     if found is None:
-        raise ValueError(f"relations.py: {wording!r} has no {{}} for the subject: write one")
+        raise ValueError(f"relations.csv or common.csv: {wording!r} has no {{}} for the subject: write one")
     return found.group().lower()
 
 
