@@ -10,7 +10,7 @@ from typing import Final
 
 from harness.report.leaderboard import GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
 from harness.report.page import LEVEL, document, table
-from harness.report.score_figures import is_share
+from harness.watch.console import is_share
 
 TITLE: Final = "Leaderboard"
 HEADINGS: Final = {SECONDS: "seconds an edit", PEAK: "peak memory, GiB", GPU_PEAK: "GPU peak, GiB"}

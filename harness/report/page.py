@@ -14,8 +14,8 @@ from typing import Any, Final
 from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
-from harness.report.score_figures import is_share, order
-from harness.watch.console import EXAMPLE_TEXTS, FORMS, PROBES, SCORES, printable
+from harness.report.score_figures import order
+from harness.watch.console import EXAMPLE_TEXTS, PROBES, is_share, printable, score_words
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -135,10 +135,14 @@ def _one_runs_results(named: Named) -> str:
     base, final = (named.run.results.get(stage, {}) for stage in ("base", "final"))
     names = sorted(dict.fromkeys([*base, *final]), key=order)
     rows = [
-        [_label(name), _score(name, base.get(name)), _score(name, final.get(name)), _change(name, base, final),
-         _count(final.get(name) or base.get(name))]
+        [
+            f"{escape(name)} <small>{escape(score_words(name))}</small>",
+            *(_score(name, found.get(name)) for found in (base, final)),
+            _change(name, base, final),
+            _count(final.get(name) or base.get(name)),
+        ]
         for name in names
-    ]  # fmt: skip
+    ]
     return table(["score", "base model", "edited model", "change", "records"], rows)
 
 
@@ -285,12 +289,6 @@ def _difference(difference: Difference | None, p: float | None) -> str:
 
 def _p(p: float) -> str:
     return "&lt; 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def _label(name: str) -> str:
-    score, _, form = name.partition("_")
-    words = ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
-    return f"{escape(name)} <small>{escape(words)}</small>"
 
 
 def _score(name: str, score: Any) -> str:

@@ -39,6 +39,18 @@ EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
+def is_share(name: str) -> bool:
+    """Whether a score is a share of something, and so a percentage."""
+    score, _, form = name.partition("_")
+    return score in SCORES and form not in NOT_SHARES
+
+
+def score_words(name: str) -> str:
+    """What the letters and the form of a score stand for."""
+    score, _, form = name.partition("_")
+    return ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
+
+
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
     """Print the result table, the run's examples and where it lies.
 
@@ -82,8 +94,11 @@ def result_table(results: Mapping[str, Any]) -> Group:
     `results` is what `results.json` holds; a part that is missing is left out of the table.
     """
     forgotten = {f"{name}_forgetting": kept["forgetting"] for name, kept in results.get("retention", {}).items()}
+    costs = Table.grid(padding=(0, 2))
+    for label, value in _cost_lines(results.get("cost", {})):
+        costs.add_row(Text(f"  {label}"), Text(value, overflow="fold"))
     scores = _score_table(results.get("base", {}), {**results.get("final", {}), **forgotten})
-    return Group(scores, *([_cost_table(results["cost"])] if results.get("cost") else []))
+    return Group(scores, costs) if costs.row_count else Group(scores)
 
 
 def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
@@ -105,19 +120,14 @@ def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
 def _kind(name: str) -> tuple[int, str, int, str]:
     """Place of a score in the table: percent scores in the order of their forms, then everything else."""
     score, _, form = name.partition("_")
-    if not _is_percent(name):
+    if not is_share(name):
         return len(FORMS) + 1, "", 0, name
     place = list(FORMS).index(form) if form in FORMS else len(FORMS)
     return place, form, list(SCORES).index(score), name
 
 
-def _is_percent(name: str) -> bool:
-    score, _, form = name.partition("_")
-    return score in SCORES and form not in NOT_SHARES
-
-
 def _score_row(name: str, base: Any, final: Any) -> list[Text]:
-    scale, digits = (100.0, 1) if _is_percent(name) else (1.0, 3)
+    scale, digits = (100.0, 1) if is_share(name) else (1.0, 3)
     before, after = _mean(base), _mean(final)
     change = "" if before is None or after is None else f"{scale * (after - before):+.{digits}f}"
     counts = [f"{score['n']:,}" for score in (final, base) if isinstance(score, Mapping) and "n" in score]
@@ -148,13 +158,6 @@ def _score_cell(score: Any, scale: float, digits: int) -> str:
     if isinstance(score, Mapping) and score.get("low") is not None and score.get("high") is not None:
         text += f" [{scale * score['low']:.{digits}f}, {scale * score['high']:.{digits}f}]"
     return text
-
-
-def _cost_table(cost: Mapping[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for label, value in _cost_lines(cost):
-        table.add_row(Text(f"  {label}"), Text(value, overflow="fold"))
-    return table
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
