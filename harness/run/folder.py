@@ -61,8 +61,12 @@ def canonical_json(value: Any, what: str, *, indent: int | None = None) -> str:
     and in a run it is a fault of ours); TypeError for anything that is not JSON.
     """
     _check(value, what)
-    separators = (",", ": ") if indent else (", ", ": ")
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent, separators=separators)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent)
+
+
+def digest_of(value: Any, what: str) -> str:
+    """SHA-256 of `canonical_json`, in hex."""
+    return hashlib.sha256(canonical_json(value, what).encode()).hexdigest()
 
 
 def _check(value: Any, key: str) -> None:
@@ -83,7 +87,7 @@ def _check(value: Any, key: str) -> None:
 def run_id(config: Mapping[str, Any], inputs: Mapping[str, str], revision: str | None) -> str:
     """What was run, in 16 hex digits: SHA-256 over config without `PLACES`, hashes of the data, model revision."""
     identity = {"config": leave_out(config, PLACES), "inputs": dict(inputs), "revision": revision}
-    return hashlib.sha256(canonical_json(identity, "config").encode()).hexdigest()[:16]
+    return digest_of(identity, "config")[:16]
 
 
 def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = "") -> dict[str, Any]:
