@@ -79,7 +79,7 @@ class Plan:
     @property
     def inputs(self) -> dict[str, str]:
         """SHA-256 of every file that the run's numbers come from."""
-        network = {"network": self.network.digest} if self.network else {}
+        network = {"network": self.network.checkpoint.digest} if self.network else {}
         passage = {"perplexity": self.passage.sha256} if self.passage else {}
         corpus = {"corpus": self.corpus.sha256} if self.corpus else {}
         return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpus

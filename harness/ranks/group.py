@@ -145,7 +145,10 @@ class Ranks:
             return own
 
         def receive() -> list[Tensor]:
-            tensors = [tensor.contiguous() for tensor in own] if rank == self.rank else [_room(*spec) for spec in specs]
+            if rank == self.rank:
+                tensors = [tensor.contiguous() for tensor in own]
+            else:  # on this process's own device of that kind
+                tensors = [torch.empty(shape, dtype=dtype, device=kind) for shape, dtype, kind in specs]
             for tensor in (tensor for tensor in tensors if tensor.numel()):
                 distributed.broadcast(_bytes(tensor), rank, group=self._group)
             return tensors
@@ -228,11 +231,6 @@ class Ranks:
         if self.size > 1 and not self._lost:
             self._lost = True
             distributed.destroy_process_group()
-
-
-def _room(shape: torch.Size, dtype: torch.dtype, kind: str) -> Tensor:
-    """On this process's own device of that kind."""
-    return torch.empty(shape, dtype=dtype, device=kind)
 
 
 def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also where a backend knows few

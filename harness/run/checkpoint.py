@@ -28,7 +28,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from data.disk import sync
+from data.disk import sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -229,10 +229,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 
 
 def _write_state(path: Path, about: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump({**about, "sha256": _digest(about)}, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, json.dumps({**about, "sha256": _digest(about)}, allow_nan=False))
 
 
 def _read_state(path: Path) -> dict[str, Any]:

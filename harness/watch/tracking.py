@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Self
 
 from data.records import Phase
 from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, one_line
@@ -45,23 +45,15 @@ class WandbSettings:
     tags: tuple[str, ...] = ()
 
 
-class _Sink(Protocol):
-    """Where the tracker sends what the run folder already holds."""
-
-    def log(self, metrics: Mapping[str, float]) -> None: ...
-    def summarize(self, metrics: Mapping[str, float]) -> None: ...
-    def close(self, exit_code: int) -> None: ...
-
-
 class _NullSink:
-    """wandb disabled: the callers need no `if`."""
+    """Where the tracker sends what the run folder already holds; wandb disabled: the callers need no `if`."""
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
     def summarize(self, metrics: Mapping[str, float]) -> None: ...
     def close(self, exit_code: int) -> None: ...
 
 
-class _WandbSink:
+class _WandbSink(_NullSink):
     """One wandb run, set up so that a fresh dashboard reads well: every chart over `turn`, one section a prefix."""
 
     def __init__(self, run: Any, step: int) -> None:
@@ -78,9 +70,7 @@ class _WandbSink:
             phase = name.partition("/")[0]
             if phase in TRAINING:  # by name, which outdoes every pattern
                 self._run.define_metric(name, step_metric=f"{phase}/turn", hidden=name == f"{phase}/turn")
-            elif name.endswith(
-                ("_low", "_high")
-            ):  # kept for custom charts, but no chart of their own beside each score
+            elif name.endswith(("_low", "_high")):  # for custom charts; no chart of their own beside each score
                 self._run.define_metric(name, step_metric="turn", hidden=True)
         self._defined |= {*metrics}
         self._run.log(dict(metrics), step=self._step)
@@ -137,7 +127,7 @@ def _service_environment(folder: Path, mode: WandbMode) -> Iterator[None]:
             del os.environ[name]
 
 
-def _open_sink(folder: RunFolder, settings: WandbSettings) -> _Sink:
+def _open_sink(folder: RunFolder, settings: WandbSettings) -> _NullSink:
     if settings.mode == "disabled":
         return _NullSink()
     with _service_environment(folder.path / "wandb" / "cache", settings.mode):
@@ -203,7 +193,7 @@ class Tracker:
     def __init__(self, folder: RunFolder, settings: WandbSettings) -> None:
         self.folder = folder
         self._settings = settings
-        self._sink: _Sink = _NullSink()
+        self._sink = _NullSink()
 
     def __enter__(self) -> Self:
         try:
