@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "harness/evaluation/evaluate.py": "numpy torch.* model data data.* harness.evaluation.*",
     "harness/evaluation/examples.py": "model data.* harness.evaluation.*",
     "harness/evaluation/generation.py": "model data.*",
-    "harness/evaluation/hidden.py": "torch safetensors.* data.* harness.evaluation.* harness.run.*",
+    "harness/evaluation/hidden.py": "model safetensors.* data.* harness.evaluation.* harness.run.*",
     "harness/evaluation/locality.py": "torch safetensors.*",
     "harness/evaluation/perplexity.py": "model data.records",
     "harness/evaluation/retention.py": "data.stream",

@@ -191,8 +191,6 @@ class BaseReader:
 
     def _load(self, start: int) -> None:
         tensors = load_file(self.folder / f"{start:012d}.safetensors")
-        places, ends = tensors.pop("places").tolist(), tensors["lengths"].cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        self._rows = {place: slice(a, b) for place, a, b in zip(places, starts, ends, strict=True)}
-        del tensors["lengths"]
+        places, ends = tensors.pop("places").tolist(), tensors.pop("lengths").cumsum(0).tolist()
+        self._rows = {place: slice(a, b) for place, a, b in zip(places, [0, *ends[:-1]], ends, strict=True)}
         self._shard, self._loaded = Distributions(**tensors), start

@@ -84,6 +84,4 @@ def plan_downstream(cfg: RunConfig, plan: Plan) -> Downstream:
 def make_hidden_states(cfg: RunConfig, plan: Plan, model: LanguageModel, folder: Path) -> HiddenStates:
     """What keeps the hidden states of a sample of the questions in the run's folder."""
     size = cfg.diagnostics.hidden_states
-    return HiddenStates(
-        model.hidden_states, plan.stream.edited(), plan.tokenize, folder, size, cfg.seed, model.everywhere
-    )
+    return HiddenStates(model, plan.stream.edited(), plan.tokenize, folder, size, cfg.seed)
