@@ -52,7 +52,7 @@ def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:
     return ModelSource(path, settings["class_name"], revision, settings["trust_remote_code"])
 
 
-def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device = CPU) -> LanguageModel:
+def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device) -> LanguageModel:
     """The model that the run began with; ValueError where what has its name now is another one."""
     settings = run["config"]["model"]
     source = source_of_run(run, moved_to)
@@ -153,17 +153,14 @@ def load(
         shapes = outline(source, list(delta.origin.modules), 0).shapes
     except ValueError as error:
         raise ValueError(f"{otherwise} ({error})") from error
-    for name, shape in delta.origin.modules.items():
-        if shapes[name] != shape:
-            raise ValueError(f"{otherwise}, in which {name} is {_by(*shape)}, not {_by(*shapes[name])}")
+    for name, (d_k, d_v) in delta.origin.modules.items():
+        if shapes[name] != (d_k, d_v):
+            here = " x ".join(map(str, shapes[name]))
+            raise ValueError(f"{otherwise}, in which {name} is {d_k} x {d_v}, not {here}")
     dtype = getattr(torch, delta.origin.dtype)
     model = LanguageModel.load(source, load_tokenizer(source), shapes, dtype=dtype, device=device)
     require(model, fingerprint, otherwise)
     return model
-
-
-def _by(d_k: int, d_v: int) -> str:
-    return f"{d_k} x {d_v}"
 
 
 def change(model: LanguageModel, delta: Delta, step: Callable[[Tensor, Difference], Tensor], fingerprint: str) -> None:

@@ -131,7 +131,7 @@ def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: 
 def _read(file: Path) -> tuple[Tensor, int] | None:
     """Moments and their tokens; None where there are none."""
     found = _open(file)
-    return None if found is None else (found[0]["moments"], found[1]["tokens"])
+    return found and (found[0]["moments"], found[1]["tokens"])
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]] | None:

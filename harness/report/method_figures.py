@@ -46,7 +46,7 @@ PHASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {  # of meta-training: wo
     "meta_valid": ("held-out turns", {"marker": "o"}),
     "meta_train": ("training turns", {"linewidth": 1.0, "alpha": 0.6}),
 }
-PARTS: Final = {"capture": "capture", "update": "update", "apply": "apply"}
+PARTS: Final = ("capture", "update", "apply")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Updates: size, orthogonality, drift

@@ -221,22 +221,21 @@ def _retention(runs: Sequence[Named]) -> Iterator[str]:
 
 def _examples(runs: Sequence[Named]) -> Iterator[str]:
     """Wanted, before and after on a few questions; of several runs each one's are folded away."""
-    shown = [(named, _example_table(named.run.examples)) for named in runs if named.run.examples]
+    shown = [named for named in runs if named.run.examples]
     if shown:
         yield "<h2>What the model says</h2>"
-    for named, texts in shown:
-        title = f"<summary>{_swatch(named)}</summary>"
-        yield texts if len(runs) == 1 else f"<details>{title}{texts}</details>"
+    for named in shown:
+        rows = [
+            [PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)]
+            for one in named.run.examples
+        ]
+        texts = table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
+        yield texts if len(runs) == 1 else f"<details><summary>{_swatch(named)}</summary>{texts}</details>"
     if shown:
         yield (
             '<p class="note">Greedy generation up to the model\'s own end or evaluation.max_new_tokens; the questions '
             "are drawn from the seed.</p>"
         )
-
-
-def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)] for one in examples]
-    return table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
 
 
 def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:

@@ -125,7 +125,11 @@ def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:
             rows, scores = found.setdefault(line["protocol"] + form, (array("q"), array("d")))
             rows.append(line["index"])
             scores.append(score)
-    return {name: _sorted(np.array(rows), np.array(scores)) for name, (rows, scores) in found.items()}
+    columns: Scores = {}
+    for name, (rows, scores) in found.items():
+        unique, first = np.unique(np.array(rows), return_index=True)
+        columns[name] = unique, np.array(scores)[first]
+    return columns
 
 
 def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -139,8 +143,3 @@ def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for field, form in (("exact", "_gen"), ("contains", "_contains")):
         if field in line:
             yield form, float(line[field])
-
-
-def _sorted(rows: np.ndarray, scores: np.ndarray) -> Column:
-    unique, first = np.unique(rows, return_index=True)
-    return unique, scores[first]
