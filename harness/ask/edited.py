@@ -88,10 +88,9 @@ def open_edited(
 ) -> EditedModel:
     """The edited model that `path` stands for, with its base model.
 
-    `path` is a run's folder (its newest checkpoint, or that of `turn`), the folder of one of its checkpoints, a delta,
-    or a folder that `from_pretrained` reads. `model` says where the base model is now, which such a folder does not
-    know. `prompt`, one of raw, chat and qa, is by default how the run put its questions; raw for a folder of others.
-    ValueError, before weights are read, where there is nothing to open.
+    `path` is a run's folder (its newest checkpoint, or that of `turn`), a checkpoint's folder, a delta, or a folder
+    that `from_pretrained` reads, whose base model only `model` can name. `prompt` is raw, chat or qa; default: the
+    run's own, raw for other folders. ValueError, before weights are read, where there is nothing to open.
     """
     if prompt is not None and prompt not in FORMS:
         raise ValueError(f"--prompt {prompt}: must be one of {', '.join(FORMS)}")

@@ -1,7 +1,4 @@
-"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5).
-
-A `RecordScore` says all of one probe of one record; summaries are made from these as they go by.
-"""
+"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5)."""
 
 from __future__ import annotations
 

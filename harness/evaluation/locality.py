@@ -112,10 +112,7 @@ class Locality(Protocol):
     """What the locality answers of evaluated records are needed for, block by block in the order of their places."""
 
     def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions | None:
-        """The base model's distributions at the answers of a block's records, laid end to end; `lengths` in tokens.
-
-        None where it is this model's that are needed.
-        """
+        """The base model's distributions at a block's answers, laid end to end; None where this model is the base."""
 
     def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
         """What was `look`ed at in the block, in the same order; what is to be said of each of its records."""

@@ -60,10 +60,7 @@ class Scoring:
         return self.tracker.folder.scores("base")
 
     def retention(self, done: int) -> None:
-        """Score again the facts that are due after `done` turns (DESIGN section 5, retention); nothing where none are.
-
-        To be called before each turn but the last call, which `retained` makes.
-        """
+        """Score again the facts that are due after `done` turns (DESIGN section 5, retention): before each turn."""
         places = self.evaluation.retention.due(done)
         if not places:
             return
@@ -75,7 +72,7 @@ class Scoring:
     def retained(self) -> dict[str, Any]:
         """{"retention": {"ES": {"immediate", "final", "forgetting", "by_age": {"0", "1", "2", "4", ...}}, ...}}.
 
-        Forgetting is immediate - final, record by record. Empty where retention is off; once all turns are done.
+        Forgetting is immediate - final, record by record. To be called after the last turn; empty where it is off.
         """
         plan, done = self.evaluation.retention, len(self.evaluation.stream)
         if not plan.sample:

@@ -35,10 +35,9 @@ def build_editor(
 def editor_inputs(
     cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str | None = None
 ) -> LocateInputs | SecondMoments | None:
-    """Second moments of the model's keys, and for locate-then-edit facts in contexts that it writes; None for editors
-    that ask for neither.
+    """Second moments of keys and, for locate-then-edit, facts in contexts; None for editors that ask for neither.
 
-    `model` has its weights as they were loaded; `fingerprint` is its own, for who has it already.
+    `model` is not edited yet; `fingerprint` is its own, where that is known already.
     """
     if not cfg.editor.asks_for_text():
         return None

@@ -27,9 +27,7 @@ from harness.watch.tracking import Tracker
 
 @contextlib.contextmanager
 def quiet_unless_first(ranks: Ranks, arguments: Sequence[str]) -> Iterator[list[str]]:
-    """The command line as this process reads it; a rank beside the first is silent for as long as the context lasts,
-    leaves signals to the first one, and what it has to put somewhere goes with the context.
-    """
+    """The command line as this process reads it; other ranks are silent, ignore signals, keep no files."""
     if ranks.is_first:
         yield list(arguments)
         return
@@ -61,10 +59,7 @@ def rank_settings(cfg: RunConfig, ranks: Ranks) -> RunConfig:
 
 
 def require_alike(ranks: Ranks, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.json says of the run, as rank 0 has it.
-
-    ValueError, naming the rank, where another process has other settings, data or versions.
-    """
+    """Rank 0's `about`; ValueError, naming the rank, where another has other settings, data or versions."""
     found = ranks.share(lambda: (about, versions()))
     first, packages = found[0]
     for rank, (other, others) in enumerate(found):

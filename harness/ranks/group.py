@@ -54,10 +54,7 @@ class _Failure:
 
 
 class Ranks:
-    """The processes of this run, as one of them sees them; by itself, `Ranks()`, it is all there is.
-
-    All ranks make the same calls in the same order.
-    """
+    """The processes of this run, all of which make the same calls in the same order; `Ranks()` is one alone."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
@@ -239,10 +236,7 @@ def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also wher
 
 @functools.cache
 def joined() -> Ranks:
-    """The processes that this one was started with, by torchrun or accelerate; without them, this one alone.
-
-    ValueError where the others do not come.
-    """
+    """The processes that torchrun or accelerate started, or this one alone; ValueError where the others do not come."""
     if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
     has_gpu = _gpu_each()

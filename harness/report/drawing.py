@@ -65,10 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Named:
-    """A run under the name, and in the look, that it has in every picture.
-
-    Runs of a configuration, which differ in the seed alone, share its colour.
-    """
+    """A run's name and look in every picture. Runs of a configuration, which differ in the seed, share a colour."""
 
     label: str
     configuration: str

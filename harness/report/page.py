@@ -111,10 +111,7 @@ def _head(runs: Sequence[Named]) -> Iterator[str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "numbers") -> str:
-    """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow.
-
-    Those of `texts` are broken into lines.
-    """
+    """Cells are HTML already. `kind`: numbers; stacked, with what is small below the rest; or texts, in lines."""
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     return f'<div class="scroll"><table class="{kind}"><tr>{titles}</tr>{"".join(lines)}</table></div>'

@@ -140,10 +140,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path, *, may_be_cut: bool) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; nothing where there is no file.
+    """The objects of a JSON Lines file, if there is one; ValueError, naming file and line, for a damaged line.
 
-    With `may_be_cut`, a last line that was cut short is left out: a run may be writing it. Otherwise ValueError, naming
-    file and line.
+    With `may_be_cut`, a last line that was cut short is left out: a run may be writing it.
     """
     if not path.is_file():
         return

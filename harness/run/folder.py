@@ -57,8 +57,7 @@ INTERRUPTED: Final = (130, 143)  # 128 + SIGINT and SIGTERM, as shells have it
 def canonical_json(value: Any, what: str, *, indent: int | None = None) -> str:
     """`value` as JSON with sorted keys: equal values give equal bytes.
 
-    ValueError, naming `what` and the key, for a number that is not finite (JSON has none; a reader would fail on it,
-    and in a run it is a fault of ours); TypeError for anything that is not JSON.
+    ValueError, naming `what` and the key, for a number that is not finite; TypeError for anything that is not JSON.
     """
     _check(value, what)
     return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent)
@@ -99,10 +98,7 @@ def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = ""
 
 
 def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
-    """Commit of the checkout rooted at `folder` and whether its files differ from it; None where it is no checkout.
-
-    A folder *inside* another repository (an installed copy below someone's own checkout) is no checkout of ours.
-    """
+    """Commit of the checkout whose root `folder` is, and whether files differ; None where it is no such root."""
     root = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
@@ -209,10 +205,7 @@ class RunFolder:
         device: str,
         hydra: Mapping[str, str] | None = None,  # content of each file of .hydra/
     ) -> RunFolder:
-        """Start the record of a run in `path`, which is made where it is missing.
-
-        ValueError where the folder holds a run already, or cannot be written to.
-        """
+        """Start the record of a run in `path`; ValueError where that holds a run already, or cannot be written to."""
         path = Path(path).absolute()
         run = {
             "run_id": run_id(config, inputs, model.get("revision")),
@@ -273,10 +266,7 @@ class RunFolder:
         self._lock.release()
 
     def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None:
-        """Continue from `turn`, at which the files of lines had these lengths: what came later is cut off.
-
-        ValueError, before anything is cut, where one of them is shorter.
-        """
+        """Continue from `turn`: files of lines are cut to these lengths; ValueError, before, where one is shorter."""
         held = self._lengths()
         for name, length in lengths.items():
             if held[name] < length:

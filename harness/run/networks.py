@@ -114,10 +114,9 @@ class NetworkKeeper:
             self._save(editor, turns, of, edited=0)
 
     def keep_late(self, editor: State, turns: int, edited: int) -> None:
-        """The network whose training ended after `turns`, and that has edited since, unless it was kept at its end.
+        """The network `edited` turns after the end of its training, unless it was kept then.
 
-        Editing changes no parameter of it, but its statistics have seen the rows of the `edited` turns: from them on
-        it edits as this run goes on, and not from the first turn on as this run did. WARNING says so.
+        Its parameters are the same, but its statistics have seen the edited rows: WARNING says so.
         """
         if not self.wanted:
             return

@@ -52,10 +52,7 @@ def score_words(name: str) -> str:
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
-    """Print the result table, the run's examples and where it lies.
-
-    Where `stream` (stdout) is no terminal, in 80 columns and without colour.
-    """
+    """Print the result table, the run's examples and where it lies; in 80 columns, plain, where there's no terminal."""
     stream = stream or sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
     console.print(result_table(results))
@@ -89,10 +86,7 @@ def as_said(text: str) -> Text:
 
 
 def result_table(results: Mapping[str, Any]) -> Group:
-    """The scores of the base and of the edited model with their 95% intervals, and what the run cost.
-
-    `results` is what `results.json` holds; a part that is missing is left out of the table.
-    """
+    """Scores of base and edited model with 95% intervals, and costs: of `results.json`, whatever is there."""
     forgotten = {f"{name}_forgetting": kept["forgetting"] for name, kept in results.get("retention", {}).items()}
     costs = Table.grid(padding=(0, 2))
     for label, value in _cost_lines(results.get("cost", {})):
@@ -109,11 +103,10 @@ def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
     table.add_column("score", overflow="fold")
     for heading in ("base model", "edited model", "change", "records"):
         table.add_column(heading, justify="right", no_wrap=True)  # where it is narrow, the names of scores break
-    kinds = {name: _kind(name) for name in {*base, *final}}
-    for place, name in enumerate(ordered := sorted(kinds, key=kinds.__getitem__)):
-        if place and kinds[name][0] != kinds[ordered[place - 1]][0]:
-            table.add_section()
-        table.add_row(*_score_row(name, base.get(name), final.get(name)))
+    for _, names in groupby(sorted({*base, *final}, key=_kind), key=lambda name: _kind(name)[0]):
+        table.add_section()
+        for name in names:
+            table.add_row(*_score_row(name, base.get(name), final.get(name)))
     return table
 
 

@@ -84,10 +84,9 @@ class _WandbSink(_NullSink):
 
 
 def check_wandb(mode: WandbMode) -> None:
-    """Stop a run that asks for wandb's server without a login, before anything slow is built and without a prompt.
+    """ValueError where wandb's server is asked for and this machine has no login, without a prompt.
 
-    Looks only at this machine (environment, netrc, wandb's settings): whether the server accepts the key is seen
-    when the run starts. ValueError names the setting and the ways out.
+    Whether the server accepts the key is seen when the run starts.
     """
     if mode != "online":
         return
@@ -112,10 +111,9 @@ def _wandb_problem(problem: BaseException | str) -> ValueError:
 
 @contextmanager
 def _service_environment(folder: Path, mode: WandbMode) -> Iterator[None]:
-    """What wandb's service reads while it starts, where the user has not chosen otherwise.
+    """What wandb's service reads as it starts, unless the user has set it: its logs go into the run folder.
 
-    Its logs go into the run folder instead of the user's cache folder; and an offline run sends no telemetry either,
-    which wandb's offline mode alone does not see to (it looks the server up when a run ends).
+    An offline run sends no telemetry either, which wandb's offline mode alone does not see to.
     """
     wanted = {"WANDB_CACHE_DIR": str(folder)} | ({"WANDB_ERROR_REPORTING": "false"} if mode == "offline" else {})
     added = {name: value for name, value in wanted.items() if name not in os.environ}
@@ -184,11 +182,7 @@ def _wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Tracker:
-    """Sends each number of a run to its folder and to wandb, and ends both, also when the run crashes.
-
-    As a context manager: leaving with an exception marks the run failed in both (wandb exit code not 0), and the
-    exception goes on.
-    """
+    """Sends each number of a run to its folder and to wandb; an exception marks the run failed in both, and goes on."""
 
     def __init__(self, folder: RunFolder, settings: WandbSettings) -> None:
         self.folder = folder
@@ -250,9 +244,8 @@ class Tracker:
 def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     """A line of `turns.jsonl` as wandb metrics: the prefix before the first slash becomes a section of charts.
 
-    update/all sums a turn up over its modules: Frobenius norm of the whole update, and the module with the largest
-    cosine to the update before it and with the largest drift from the model's own weights. Lines of meta-training
-    have sections of their own, over their own count of turns.
+    update/all is over the turn's modules: Frobenius norm of the whole update, the cosine to the update before it that
+    is largest in size, the largest drift. Meta-training has sections of its own, over its own count of turns.
     """
     if line["phase"] in TRAINING:
         kept = ("turn", "loss", "meta_loss", "grad_norm", "seconds")
