@@ -20,7 +20,7 @@ from harness.evaluation.scoring import Answering, Scoring
 from harness.job.resume import DATA, differences
 from harness.ranks import Ranks
 from harness.run.folder import NoRecord, RunFolder, versions
-from harness.run.interrupt import leave_signals
+from harness.run.interrupt import ignore_signals
 from harness.watch import RunProgress
 from harness.watch.tracking import Tracker
 
@@ -31,7 +31,7 @@ def quiet_unless_first(ranks: Ranks, arguments: Sequence[str]) -> Iterator[list[
     if ranks.is_first:
         yield list(arguments)
         return
-    leave_signals()
+    ignore_signals()
     logging.disable()
     os.environ["TERM"] = "dumb"  # so it draws no progress bars
     with (
@@ -60,7 +60,7 @@ def rank_settings(cfg: RunConfig, ranks: Ranks) -> RunConfig:
 
 def require_alike(ranks: Ranks, about: Mapping[str, Any]) -> dict[str, Any]:
     """Rank 0's `about`; ValueError, naming the rank, where another has other settings, data or versions."""
-    found = ranks.share(lambda: (about, versions()))
+    found = ranks.all_gather(lambda: (about, versions()))
     first, packages = found[0]
     for rank, (other, others) in enumerate(found):
         for difference in differences(other["config"], first["config"]):

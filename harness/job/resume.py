@@ -58,7 +58,7 @@ def earlier_run(
     with contextlib.ExitStack() as stack:
         path = _wanted(resume, roots, about, folder) if ranks.is_first else None
         found = None if path is None else stack.enter_context(RunFolder.open(path))
-        run = ranks.first(lambda: None if found is None else found.run)
+        run = ranks.broadcast(lambda: None if found is None else found.run)
         yield found if run is None or ranks.is_first else NoRecord(folder, run)
 
 
@@ -312,7 +312,7 @@ def _of_first(
             for (group, name), tensor in zip(said[2], tensors, strict=True):
                 groups.setdefault(group, {})[name] = tensor
 
-    ranks.gather(lambda: ((*about, list(own)), list(own.values())), take)
+    ranks.all_gather_tensors(lambda: ((*about, list(own)), list(own.values())), take)
     return found[0], found[1], groups
 
 

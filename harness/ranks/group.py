@@ -71,7 +71,7 @@ class Ranks:
 
     # -- collectives
 
-    def share(self, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
         """work() on every rank; what each of them found, in their order. Raises the first error of any, on all."""
         if self.size == 1:
             return [work()]
@@ -92,12 +92,12 @@ class Ranks:
             raise SystemExit(0)
         raise failures[0].error()
 
-    def first(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """work() on rank 0 alone; what it found, on every rank."""
-        found: Any = self.share(lambda: work() if self.is_first else None)
+        found: Any = self.all_gather(lambda: work() if self.is_first else None)
         return found[0]
 
-    def gather(
+    def all_gather_tensors(
         self, work: Callable[[], tuple[T, Sequence[Tensor]]], take: Callable[[int, T, Sequence[Tensor]], object]
     ) -> None:
         """work() on every rank; what each said, and its tensors, go to take(rank, said, tensors) on all of them.
@@ -118,7 +118,7 @@ class Ranks:
         if failure is not None:
             raise failure
 
-    def add_up(self, work: Callable[[], tuple[T, Sequence[Tensor]]]) -> list[T]:
+    def all_reduce(self, work: Callable[[], tuple[T, Sequence[Tensor]]]) -> list[T]:
         """work() on every rank; what each said. Its tensors become the sums over the ranks."""
         with self._whole():
             said, own = self._said(work)
@@ -134,7 +134,7 @@ class Ranks:
             own.extend(tensors)
             return answer, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in own]
 
-        return self.share(say), own
+        return self.all_gather(say), own
 
     def _from(self, rank: int, own: Sequence[Tensor], specs: Sequence[Any]) -> Sequence[Tensor]:
         """The tensors of that rank."""
@@ -207,7 +207,7 @@ class Ranks:
         self._level += 1
         try:
             yield
-            self.share(lambda: None)
+            self.all_gather(lambda: None)
         except BaseException as error:
             if not (self._told or self._over or self._lost):
                 with contextlib.suppress(LostRankError):
