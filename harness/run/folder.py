@@ -307,24 +307,19 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`; the same results give the same bytes."""
-        write_atomically(self.path / "results.json", canonical_json(results, "results.json", indent=2) + "\n")
+        self._write("results.json", results)
 
     def write_examples(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Write `examples.json`: questions, wanted answers, and the words of the base and of the edited model."""
-        write_atomically(self.path / EXAMPLES, canonical_json(examples, EXAMPLES, indent=2) + "\n")
+        self._write(EXAMPLES, examples)
 
     def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None:
         """Write `glue/turn_<t>.json`, t turns being done: scores by task."""
-        path = self._downstream(turn)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, canonical_json(results, path.name, indent=2) + "\n")
+        self._write(f"glue/turn_{turn}.json", results)
 
     def has_downstream(self, turn: int) -> bool:
         """Whether the tasks were scored after `turn` turns."""
-        return self._downstream(turn).is_file()
-
-    def _downstream(self, turn: int) -> Path:
-        return self.path / "glue" / f"turn_{turn}.json"
+        return (self.path / f"glue/turn_{turn}.json").is_file()
 
     def turns(self) -> Iterator[dict[str, Any]]:
         """The lines of `turns.jsonl`, one at a time: a run of 20,000 turns is not held in memory."""
@@ -408,6 +403,11 @@ class RunFolder:
     def _end(self, status: str, error: str | None) -> None:
         self.note(status=status, error=error, finished=_now())
 
+    def _write(self, name: str, content: Any) -> None:
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, canonical_json(content, path.name, indent=2) + "\n")
+
     def _write_run(self) -> None:
         # In the order above, not sorted: people open this file to see first what it was and how it ended.
         _check(self.run, "run.json")
@@ -433,12 +433,6 @@ class NoRecord(RunFolder):
 
     def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None: ...
 
-    def write_results(self, results: Mapping[str, Any]) -> None: ...
-
-    def write_examples(self, lines: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None: ...
-
     def has_downstream(self, turn: int) -> bool:
         return True
 
@@ -450,6 +444,8 @@ class NoRecord(RunFolder):
 
     def cost(self) -> dict[str, Any]:
         return {}
+
+    def _write(self, name: str, content: Any) -> None: ...
 
     def _write_run(self) -> None: ...
 
