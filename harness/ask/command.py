@@ -48,7 +48,6 @@ def as_typed(error: Exception) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the user typed."""
     parser = Parser("harness.ask", __doc__)
     parser.add_argument("path", metavar="RUN", help="a run, a checkpoint of it, a delta, or an exported model")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="none: they are read from the terminal")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
@@ -42,7 +42,7 @@ class _Columns:
         return type(self)(*(part.to(device) for part in self._parts()))
 
     def _parts(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, entry.name) for entry in fields(self))  # type: ignore[arg-type]  # its subclasses are
+        return tuple(vars(self).values())
 
 
 C = TypeVar("C", bound=_Columns)
@@ -149,11 +149,10 @@ class BaseWriter:
         return [None] * len(places)
 
     def flush(self) -> None:
-        """Write the shard that is being filled."""
         if not self._shard:
             return
         kept = cat(self._shard)
-        tensors = {entry.name: getattr(kept, entry.name).contiguous() for entry in fields(kept)}
+        tensors = {name: part.contiguous() for name, part in vars(kept).items()}
         index = {"places": torch.tensor(self._places), "lengths": torch.tensor(self._lengths)}
         save_file(tensors | index, self.folder / f"{self._places[0]:012d}.safetensors")
         self._places, self._lengths, self._shard = [], [], []

@@ -122,7 +122,6 @@ class Delta:
     origin: Origin
 
     def difference(self, module: str) -> Difference:
-        """That of one module, read now."""
         with safe_open(self.path, framework="pt") as file:
             entries = [
                 Entries(*(file.get_tensor(f"{module}.{which}.{part}") for part in ("at", "values")))

@@ -38,22 +38,6 @@ def edited_by_run(
     """The model as a checkpoint of the run has it; ValueError where the base model is no longer the run's."""
     if not checkpoint.state["in_weights"]:
         raise ValueError(f"{checkpoint.path}: {BESIDE_WEIGHTS}")
-    model = base_of(run, moved_to, device)
-    for name, master in checkpoint.of_group("model"):
-        model.edited[name].restore(master)
-    return model
-
-
-def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:
-    """Where the run's base model comes from, `moved_to` being its name now where that has changed."""
-    settings = run["config"]["model"]
-    revision = None if moved_to else settings["revision"]
-    path = locate(moved_to or settings["name_or_path"], places.CACHE, revision)
-    return ModelSource(path, settings["class_name"], revision, settings["trust_remote_code"])
-
-
-def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device) -> LanguageModel:
-    """The model that the run began with; ValueError where what has its name now is another one."""
     settings = run["config"]["model"]
     source = source_of_run(run, moved_to)
     model = LanguageModel.load(
@@ -66,7 +50,17 @@ def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device) -> 
     )
     name = moved_to or settings["name_or_path"]
     require(model, run["model"]["fingerprint"], f"--model {name}: not the model that the run began with")
+    for module, master in checkpoint.of_group("model"):
+        model.edited[module].restore(master)
     return model
+
+
+def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:
+    """Where the run's base model comes from, `moved_to` being its name now where that has changed."""
+    settings = run["config"]["model"]
+    revision = None if moved_to else settings["revision"]
+    path = locate(moved_to or settings["name_or_path"], places.CACHE, revision)
+    return ModelSource(path, settings["class_name"], revision, settings["trust_remote_code"])
 
 
 def require(model: LanguageModel, fingerprint: str, otherwise: str) -> None:

@@ -26,7 +26,6 @@ def build_editor(
     allocate: Allocate | None = None,
     given: LocateInputs | SecondMoments | None = None,
 ) -> Editor:
-    """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
     capture = CaptureSettings(cfg.editor.passes, cfg.editor.pass_loss, cfg.editor.token is Token.all, allocate)
     return build(kind, model, settings_of(kind.Settings, cfg), device, capture, given)

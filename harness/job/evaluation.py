@@ -20,7 +20,6 @@ from model import LanguageModel
 
 
 def make_evaluation(cfg: RunConfig, plan: Plan, model: LanguageModel) -> Evaluation:
-    """What scores that model as the configuration says."""
     return Evaluation(
         model,
         plan.stream,

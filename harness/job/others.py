@@ -85,5 +85,4 @@ def new_record(ranks: Ranks, folder: Path, about: Mapping[str, Any]) -> RunFolde
 def make_scoring(
     ranks: Ranks, evaluation: Evaluation, tracker: Tracker, progress: RunProgress, seconds: dict[str, float]
 ) -> Scoring:
-    """What runs that evaluation."""
     return (Scoring if ranks.is_first else Answering)(evaluation, tracker, progress, seconds)

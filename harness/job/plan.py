@@ -134,7 +134,6 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
 
 
 def source_of(cfg: RunConfig) -> ModelSource:
-    """Where the model comes from."""
     model = cfg.model
     path = locate(model.name_or_path, places.CACHE, model.revision)
     return ModelSource(path, model.class_name, model.revision, model.trust_remote_code)
@@ -250,7 +249,6 @@ def capture_memory(
 
 
 def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
-    """The tracker's group of the configuration, in words the tracker knows."""
     return WandbSettings(cast(WandbMode, cfg.wandb.name), cfg.project, cfg.entity, cfg.group, tuple(cfg.tags))
 
 

@@ -21,7 +21,7 @@ from harness.job.loading import load_model
 from harness.job.plan import Plan
 from harness.ranks import Ranks
 from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
-from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, read_run, run_id, versions
+from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, leaves, read_run, run_id, versions
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from model.source import ModelSource
@@ -112,17 +112,9 @@ def _runs_below(roots: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys of two configurations that differ and can change a number, with both values."""
-    old, new = (dict(_leaves(leave_out(config, PLACES))) for config in (before, now))
+    old, new = (dict(leaves(leave_out(config, PLACES), ".")) for config in (before, now))
     keys = [key for key in {**new, **old} if (key in old, old.get(key)) != (key in new, new.get(key))]
     return [f"{key}={_shown(old, key)} there and {_shown(new, key)} here" for key in keys]
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
@@ -232,7 +224,6 @@ class LoopState:
         return self.folder.run["model"]["fingerprint"]
 
     def cost(self) -> dict[str, Any]:
-        """What the run took so far."""
         return {**self.folder.cost(), "seconds": self.seconds}
 
     def save_if_due(self, every: int, total: int) -> None:

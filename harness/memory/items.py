@@ -34,8 +34,6 @@ FLOATS_OF_LOGITS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What a turn's facts are like."""
-
     tokens: int  # of a question with its answer
     answer_tokens: int
 

@@ -137,7 +137,6 @@ class Ranks:
         return self.all_gather(say), own
 
     def _from(self, rank: int, own: Sequence[Tensor], specs: Sequence[Any]) -> Sequence[Tensor]:
-        """The tensors of that rank."""
         if self.size == 1:
             return own
 

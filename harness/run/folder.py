@@ -97,6 +97,15 @@ def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = ""
     }
 
 
+def leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested mappings hold, each with its path."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, separator, f"{prefix}{name}{separator}")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
     """Commit of the checkout whose root `folder` is, and whether files differ; None where it is no such root."""
     root = _git(folder, "rev-parse", "--show-toplevel")
@@ -392,7 +401,6 @@ class RunFolder:
         self._write_run()
 
     def finish(self) -> None:
-        """Mark the run finished."""
         self._end("finished", None)
 
     def fail(self, error: BaseException | str) -> None:

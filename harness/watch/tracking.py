@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final, Literal, Self
 
 from data.records import Phase
-from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, one_line
+from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, leaves, one_line
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class Tracker:
         self.folder.write_downstream(turn, results)
         ways = ("likelihood", "generation")
         means = {task: {way: found[way]["accuracy"]["mean"] for way in ways} for task, found in results.items()}
-        self._sink.log({"turn": turn, **dict(_numbers({"glue": means}))})
+        self._sink.log({"turn": turn, **_numbers({"glue": means})})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Record the end of a run: `results.json`, and in wandb's summary base/, final/, change/ and cost/."""
@@ -229,7 +229,7 @@ class Tracker:
         base, final = _means(results.get("base", {})), _means(results.get("final", {}))
         change = {name: final[name] - base[name] for name in final if name in base}
         parts = {"base": base, "final": final, "change": change, "cost": results.get("cost", {})}
-        self._sink.summarize(dict(_numbers(parts)))
+        self._sink.summarize(_numbers(parts))
 
     def _fail(self, error: BaseException) -> None:
         try:
@@ -246,7 +246,7 @@ def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     """
     if line["phase"] in TRAINING:
         kept = ("turn", "loss", "meta_loss", "grad_norm", "seconds")
-        return dict(_numbers({line["phase"]: {name: line.get(name) for name in kept}}))
+        return _numbers({line["phase"]: {name: line.get(name) for name in kept}})
     update = {
         name: {key.removeprefix("update_"): value for key, value in module.items()}
         for name, module in line.get("modules", {}).items()
@@ -259,7 +259,7 @@ def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
         "statistics": line.get("statistics", {}),
         "update": {"all": _over_modules(update), **update},
     }
-    return {"turn": line["turn"], **dict(_numbers(parts))}
+    return {"turn": line["turn"], **_numbers(parts)}
 
 
 def _over_modules(update: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
@@ -284,7 +284,7 @@ def score_metrics(scores: Scores) -> dict[str, float]:
             metrics |= {f"{name}{suffix}": score.get(key) for suffix, key in _SCORE_PARTS.items()}
         else:
             metrics[name] = score
-    return dict(_numbers({"scores": metrics}))
+    return _numbers({"scores": metrics})
 
 
 _SCORE_PARTS: Final = {"": "mean", "_low": "low", "_high": "high"}
@@ -295,10 +295,6 @@ def _means(scores: Scores) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if isinstance(mean, int | float)}
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(tree: Mapping[str, Any]) -> dict[str, float]:
     """The numbers in nested mappings, as path/to/number; null and text are for the files only."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+    return {path: value for path, value in leaves(tree, "/") if isinstance(value, int | float)}
