@@ -23,7 +23,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from harness.ask.edited import FORMS, MAX_NEW_TOKENS, Answers, open_edited
+from harness.ask.edited import MAX_NEW_TOKENS, PROMPT_FORMS, Answers, open_edited
 from harness.run.command import Parser, log_to_terminal
 from harness.watch.console import as_said
 
@@ -58,7 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the base model, where its name has changed since the run; an exported model does not know it: without "
         "--model it is asked alone, with it both are held in memory",
     )
-    parser.add_argument("--prompt", choices=FORMS, help="how questions are put; default: as the run does, else raw")
+    form = "how questions are put; default: as the run does, else raw"
+    parser.add_argument("--prompt", choices=PROMPT_FORMS, help=form)
     parser.add_argument(
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default {MAX_NEW_TOKENS}"
     )

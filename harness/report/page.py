@@ -15,7 +15,7 @@ from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import order
-from harness.watch.console import EXAMPLE_TEXTS, PROBES, is_share, printable, score_words
+from harness.watch.console import EXAMPLE_TEXTS, PROBES, as_number, printable, score_words
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -290,17 +290,14 @@ def _p(p: float) -> str:
 def _score(name: str, score: Any) -> str:
     if score is None or interval(score)[0] is None:
         return "-"
-    scale, digits = (100, 1) if is_share(name) else (1, 3)
-    mean, low, high = (scale * value for value in interval(score))
-    bounds = f" <small>[{low:.{digits}f}, {high:.{digits}f}]</small>" if isinstance(score, Mapping) else ""
-    return f"{mean:.{digits}f}{bounds}"
+    mean, low, high = (as_number(name, value) for value in interval(score))
+    return f"{mean} <small>[{low}, {high}]</small>" if isinstance(score, Mapping) else mean
 
 
 def _change(name: str, base: Mapping[str, Any], final: Mapping[str, Any]) -> str:
     if name not in base or name not in final:
         return ""
-    scale, digits = (100, 1) if is_share(name) else (1, 3)
-    return f"{scale * (interval(final[name])[0] - interval(base[name])[0]):+.{digits}f}"
+    return as_number(name, interval(final[name])[0] - interval(base[name])[0], "+")
 
 
 def _count(score: Any) -> str:

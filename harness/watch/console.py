@@ -45,6 +45,11 @@ def is_share(name: str) -> bool:
     return score in SCORES and form not in NOT_SHARES
 
 
+def as_number(name: str, value: float, sign: str = "") -> str:
+    """A score, in percent where it is a share; `sign` "+" is for changes."""
+    return f"{100 * value:{sign}.1f}" if is_share(name) else f"{value:{sign}.3f}"
+
+
 def score_words(name: str) -> str:
     """What the letters and the form of a score stand for."""
     score, _, form = name.partition("_")
@@ -120,14 +125,13 @@ def _kind(name: str) -> tuple[int, str, int, str]:
 
 
 def _score_row(name: str, base: Any, final: Any) -> list[Text]:
-    scale, digits = (100.0, 1) if is_share(name) else (1.0, 3)
     before, after = _mean(base), _mean(final)
-    change = "" if before is None or after is None else f"{scale * (after - before):+.{digits}f}"
+    change = "" if before is None or after is None else as_number(name, after - before, "+")
     counts = [f"{score['n']:,}" for score in (final, base) if isinstance(score, Mapping) and "n" in score]
     return [
         Text(_label(name)),
-        Text(_score_cell(base, scale, digits)),
-        Text(_score_cell(final, scale, digits), style="bold"),
+        Text(_score_cell(name, base)),
+        Text(_score_cell(name, final), style="bold"),
         Text(change),
         Text(counts[0] if counts else ""),
     ]
@@ -143,13 +147,13 @@ def _mean(score: Any) -> float | None:
     return score.get("mean") if isinstance(score, Mapping) else score
 
 
-def _score_cell(score: Any, scale: float, digits: int) -> str:
+def _score_cell(name: str, score: Any) -> str:
     mean = _mean(score)
     if mean is None:
         return "-"
-    text = f"{scale * mean:.{digits}f}"
+    text = as_number(name, mean)
     if isinstance(score, Mapping) and score.get("low") is not None and score.get("high") is not None:
-        text += f" [{scale * score['low']:.{digits}f}, {scale * score['high']:.{digits}f}]"
+        text += f" [{as_number(name, score['low'])}, {as_number(name, score['high'])}]"
     return text
 
 
