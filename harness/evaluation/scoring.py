@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,10 +111,9 @@ class Scoring:
     def _asked(self) -> Iterator[tuple[int, RecordScore]]:
         """What `retention` wrote so far, also before this run was resumed: age and score."""
         names = {entry.name for entry in fields(RecordScore)}
-        with (self.tracker.folder.path / "records.jsonl").open(encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
-                if line["stage"] == "retention":
-                    yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
+        for line in self.tracker.folder.lines("records.jsonl"):
+            if line["stage"] == "retention":
+                yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
 
     def _kept(
         self, stage: str, done: int, scores: Iterable[RecordScore], bar: Bar | None = None

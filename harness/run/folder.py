@@ -330,16 +330,14 @@ class RunFolder:
         """Whether the tasks were scored after `turn` turns."""
         return (self.path / f"glue/turn_{turn}.json").is_file()
 
-    def turns(self) -> Iterator[dict[str, Any]]:
-        """The lines of `turns.jsonl`, one at a time: a run of 20,000 turns is not held in memory."""
-        with (self.path / "turns.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a file of lines, one at a time: 20,000 turns are not held in memory."""
+        with (self.path / name).open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
     def scores(self, stage: Stage) -> dict[str, Any]:
         """The last evaluation of that stage in `scores.jsonl`."""
-        with (self.path / "scores.jsonl").open(encoding="utf-8") as file:
-            return [line["scores"] for line in map(json.loads, file) if line["stage"] == stage][-1]
+        return [line["scores"] for line in self.lines("scores.jsonl") if line["stage"] == stage][-1]
 
     def results(self) -> dict[str, Any]:
         """What `results.json` holds; ValueError where it is gone."""
@@ -366,7 +364,7 @@ class RunFolder:
         training_seconds = 0.0
         seconds: dict[str, float] = {}
         peak: dict[str, float] = {}
-        for line in self.turns():
+        for line in self.lines("turns.jsonl"):
             for name, value in (line.get("memory") or {}).items():
                 peak[name] = max(peak.get(name, value), value)
             if line["phase"] in TRAINING:
