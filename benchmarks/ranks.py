@@ -44,7 +44,7 @@ def in_step(ranks: Ranks, work: Callable[[], object]) -> Callable[[], object]:
 
     def done() -> None:
         work()
-        ranks.share(lambda: None)
+        ranks.all_gather(lambda: None)
 
     return done
 

@@ -28,7 +28,7 @@ from editor import linalg
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.run.places import CACHE, ROOT
-from harness.run.same_bits import ask_for_the_same_bits, prepare_libraries
+from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, outline
 
@@ -100,7 +100,7 @@ def ridge(device: torch.device, rounds: int, count: int = 400, d_k: int = 14336,
 def load_model(arguments: argparse.Namespace) -> LanguageModel:
     if arguments.device != "cpu":  # as a run does
         prepare_libraries()
-        ask_for_the_same_bits()
+        use_deterministic_algorithms()
     source = ModelSource(locate(arguments.model, CACHE))
     plan = outline(source, arguments.modules, 3)
     return LanguageModel.load(

@@ -64,6 +64,7 @@ MAY_IMPORT = {
     ),
     # the rooms of the harness, from the ground up: each opens onto those below it
     "harness/run/checkpoint.py": "torch safetensors.* xxhash data.disk",
+    "harness/run/command.py": "transformers.*",
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
     "harness/run/networks.py": "torch editor.base harness.run.checkpoint",
     "harness/run/places.py": "platformdirs",
@@ -84,7 +85,7 @@ MAY_IMPORT = {
     "harness/evaluation/evaluate.py": "numpy torch.* model data data.* harness.evaluation.*",
     "harness/evaluation/examples.py": "model data.* harness.evaluation.*",
     "harness/evaluation/generation.py": "model data.*",
-    "harness/evaluation/hidden.py": "torch safetensors.* data.* harness.evaluation.* harness.run.*",
+    "harness/evaluation/hidden.py": "model safetensors.* data.* harness.evaluation.* harness.run.*",
     "harness/evaluation/locality.py": "torch safetensors.*",
     "harness/evaluation/perplexity.py": "model data.records",
     "harness/evaluation/retention.py": "data.stream",

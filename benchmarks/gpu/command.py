@@ -30,7 +30,7 @@ from benchmarks.gpu.cost import GIB, bare_cost, one_editor, targets
 from benchmarks.gpu.made import SHAPES, Facts, build, editable, weights_of
 from benchmarks.gpu.runs import METHODS, Course
 from data.disk import write_atomically
-from harness.run.same_bits import ask_for_the_same_bits, prepare_libraries
+from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from model import LanguageModel
 
 
@@ -125,7 +125,7 @@ def work(options: Options) -> list[Check]:
     prepare_libraries()
     if options.device.type == "cuda":  # as a run does
         torch.cuda.set_device(options.device)
-        ask_for_the_same_bits()
+        use_deterministic_algorithms()
     shape = SHAPES[options.shape]
     facts = Facts(options.facts, shape.sizes["vocab_size"])
     found: list[Check] = []

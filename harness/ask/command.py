@@ -17,14 +17,14 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
-import transformers
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from harness.ask.edited import FORMS, MAX_NEW_TOKENS, Answers, open_edited
+from harness.ask.edited import MAX_NEW_TOKENS, PROMPT_FORMS, Answers, open_edited
+from harness.run.command import Parser, log_to_terminal
 from harness.watch.console import as_said
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """A mistake of the user's ends in one line, and exit code 1."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     try:
         work(parse(arguments))
     except (ValueError, OSError) as error:
@@ -50,16 +47,8 @@ def as_typed(error: Exception) -> str:
     return line.replace("model.name_or_path=", "--model ").replace("--prompt=", "--prompt ")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see python -m harness.ask --help")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the user typed."""
-    parser = _Parser(
-        prog="python -m harness.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("harness.ask", __doc__)
     parser.add_argument("path", metavar="RUN", help="a run, a checkpoint of it, a delta, or an exported model")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="none: they are read from the terminal")
     parser.add_argument("--turn", type=int, metavar="T", help="the state after T turns; default: the newest checkpoint")
@@ -69,7 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the base model, where its name has changed since the run; an exported model does not know it: without "
         "--model it is asked alone, with it both are held in memory",
     )
-    parser.add_argument("--prompt", choices=FORMS, help="how questions are put; default: as the run does, else raw")
+    form = "how questions are put; default: as the run does, else raw"
+    parser.add_argument("--prompt", choices=PROMPT_FORMS, help=form)
     parser.add_argument(
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default {MAX_NEW_TOKENS}"
     )

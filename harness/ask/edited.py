@@ -14,7 +14,7 @@ import torch
 from data.prompts import FormName, prompt_form
 from harness.evaluation.generation import Generation
 from harness.export.delta import read_delta
-from harness.export.form import FORMS, form_of_folder, form_of_run
+from harness.export.form import PROMPT_FORMS, form_of_folder, form_of_run
 from harness.export.load import (
     edited_by_delta,
     edited_by_run,
@@ -47,7 +47,7 @@ class EditedModel:
     language_model: LanguageModel
     base: LanguageModel | None  # which is the same one, to be asked without its edits, wherever those are known
     about: str  # where the edits come from
-    form: str  # of `FORMS`
+    form: str  # of `PROMPT_FORMS`
     max_new_tokens: int
 
     @property
@@ -88,13 +88,12 @@ def open_edited(
 ) -> EditedModel:
     """The edited model that `path` stands for, with its base model.
 
-    `path` is a run's folder (its newest checkpoint, or that of `turn`), the folder of one of its checkpoints, a delta,
-    or a folder that `from_pretrained` reads. `model` says where the base model is now, which such a folder does not
-    know. `prompt`, one of raw, chat and qa, is by default how the run put its questions; raw for a folder of others.
-    ValueError, before weights are read, where there is nothing to open.
+    `path` is a run's folder (its newest checkpoint, or that of `turn`), a checkpoint's folder, a delta, or a folder
+    that `from_pretrained` reads, whose base model only `model` can name. `prompt` is raw, chat or qa; default: the
+    run's own, raw for other folders. ValueError, before weights are read, where there is nothing to open.
     """
-    if prompt is not None and prompt not in FORMS:
-        raise ValueError(f"--prompt {prompt}: must be one of {', '.join(FORMS)}")
+    if prompt is not None and prompt not in PROMPT_FORMS:
+        raise ValueError(f"--prompt {prompt}: must be one of {', '.join(PROMPT_FORMS)}")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
     found = _find(Path(path).expanduser().absolute(), turn, model, trust_remote_code)

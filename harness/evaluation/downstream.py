@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from data.disk import write_atomically
 from glue_eval.score import PreparedTask, evaluate_tasks
 from harness.run import places
-from harness.run.folder import canonical_json
+from harness.run.folder import canonical_json, digest_of
 from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 from model import LanguageModel
@@ -32,14 +31,14 @@ class Downstream:
     def inputs(self) -> dict[str, str]:
         """SHA-256 of the rows that the scores come from; nothing where there are none."""
         rows = [[task.rows.task.name, task.rows.sha256] for task in self.tasks]
-        return {"glue": hashlib.sha256(canonical_json(rows, "rows").encode()).hexdigest()} if rows else {}
+        return {"glue": digest_of(rows, "rows")} if rows else {}
 
     def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""
         if not self.tasks or model.everywhere(tracker.folder.has_downstream(0)):
             return
-        key = canonical_json({"model": fingerprint, **self.identity}, "identity of the base model's scores")
-        cache = places.CACHE / "glue" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        key = digest_of({"model": fingerprint, **self.identity}, "identity of the base model's scores")
+        cache = places.CACHE / "glue" / f"{key[:16]}.json"
         if model.everywhere(cache.is_file()):
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
         elif model.fingerprint() == fingerprint:

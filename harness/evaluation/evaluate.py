@@ -1,7 +1,4 @@
-"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5).
-
-A `RecordScore` says all of one probe of one record; summaries are made from these as they go by.
-"""
+"""Scores of edited facts with 95% intervals: teacher-forced, generated, against the base model (DESIGN section 5)."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
 Summary = dict[str, Score | float]  # perplexity has no interval
 Watch = Callable[["RecordScore"], None]
-Told = Callable[[int], object]
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +85,7 @@ class RecordScore:
 
 
 class Tally:
-    """Values as a histogram, so that memory does not grow with the records; the mean is exact.
-
-    Shares of an answer's tokens are few. Values of a continuum go to bins of `digits` significant digits.
-    """
+    """A histogram, so that memory does not grow with the records; of `digits` significant digits. The mean is exact."""
 
     def __init__(self, digits: int | None = None) -> None:
         self.counts: Counter[float] = Counter()
@@ -122,10 +116,11 @@ def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summa
         if score.kl_error is not None:
             kl_error.add(score.kl_error)
     order = [name + form for form in FORMS for name in PROTOCOLS.values()]
-    summary: Summary = {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
-    for name in (name for name in summary if name.endswith("_kl")):
-        summary[name] = tallies[name].summary(resamples, seed) | {"error": kl_error.total / kl_error.counts.total()}
-    return summary
+    summary = {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+    for name in summary:
+        if name.endswith("_kl"):
+            summary[name]["error"] = kl_error.total / kl_error.counts.total()
+    return {**summary}
 
 
 def summarize_values(values: Iterable[tuple[str, float]], resamples: int, seed: int) -> dict[str, Score]:
@@ -158,12 +153,11 @@ def score_records(
     locality_only: Container[int] = (),  # places of which only the locality probe is scored
     generation: Generation | None = None,
     generated: Container[int] = (),  # places whose answers are generated too
-    told: Told = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> Iterator[RecordScore]:
     """Score every probe a record has, in the order of the records; a probe it lacks is left out.
 
-    `told(n)` is told of n more records when they have been computed, which many are at a time.
-    FloatingPointError where the model's logits are not finite.
+    `advance(n)` is called when n more records have been computed. FloatingPointError for logits that are not finite.
     """
     asked = (
         _Probe(place, record, field, question)
@@ -174,7 +168,7 @@ def score_records(
     for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.hands):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
-        told(sum(probe.field == "edit" for probe in probes))
+        advance(sum(probe.field == "edit" for probe in probes))
         for i, (probe, sequence) in enumerate(zip(probes, sequences, strict=True)):
             name, said = protocols[probe.field], {**moved.get(i, {}), **texts.get(i, {})}
             tokens = sequence.answer_length - sequence.end_tokens
@@ -341,30 +335,28 @@ class Evaluation:
         self.retention = RetentionPlan(stream, retention, seed)
         self._base: BaseReader | None = None
 
-    def run(self, upto: int | None, watch: Watch, cache: Path | None = None, told: Told = lambda _: None) -> Summary:
-        """Score the facts written before turn `upto` (None: all); `watch(score)` sees every single score go by.
+    def run(
+        self, upto: int | None, watch: Watch, cache: Path | None = None, advance: Advance = lambda _: None
+    ) -> Summary:
+        """Score the facts written before turn `upto` (None: all); `watch` gets every single score.
 
-        `told(n)` is told of n more records that were computed.
-
-        With `cache` the model is the base: its scores are read from that folder, or computed and kept there; later
-        evaluations are compared with them.
+        `advance(n)` is called when n more records have been computed. With `cache` the model is the base: its scores
+        are read from that folder, or computed and kept there, and later evaluations are compared with them.
         """
         if cache is None:
-            scores = self._score(upto, self._base, told)
+            scores = self._score(upto, self._base, advance)
         else:
-            scores = kept_scores(cache, partial(self._score_base, told), self.model.everywhere)
+            scores = kept_scores(cache, partial(self._score_base, advance), self.model.everywhere)
         summary = summarize(_watched(scores, watch), self.resamples, self.seed)
         if cache is not None:
             self._base = BaseReader(cache / "locality")
         if self.passage is not None:
-            summary["perplexity"] = perplexity(self.model, self.passage) if cache is None else _kept_perplexity(cache)
+            kept = cache and (cache / "perplexity.json").read_text()
+            summary["perplexity"] = json.loads(kept) if kept else perplexity(self.model, self.passage)
         return summary
 
     def compare_with_base(self, cache: Path) -> None:
-        """What `run` with `cache` leaves behind, for a resumed run, whose weights are the edited ones by now.
-
-        Where the cache is gone, it is made again on the base model's weights.
-        """
+        """As after `run` with `cache`, for a resumed run: a cache that is gone is made again, without the edits."""
         if not self.model.everywhere(cache.is_dir()):
             with self.model.unedited():
                 self.run(None, lambda _: None, cache)
@@ -390,7 +382,7 @@ class Evaluation:
         self,
         upto: int | None,
         locality: Locality | None,
-        told: Told,
+        advance: Advance,
         beside: Container[int] = (),  # of `places`, those not to be scored but on their locality probes
         places: Sequence[int] | None = None,  # None: those that are scored
     ) -> Iterator[RecordScore]:
@@ -405,15 +397,15 @@ class Evaluation:
             locality_only=beside,
             generation=self.generation,
             generated=generated,
-            told=told,
+            advance=advance,
         )
 
-    def _score_base(self, told: Told, folder: Path) -> Iterator[RecordScore]:
+    def _score_base(self, advance: Advance, folder: Path) -> Iterator[RecordScore]:
         """The base model's scores; into `folder` goes what later evaluations are compared with, on the way too."""
         beside = self._compared_beside()
         places = sorted({*self._places(None), *beside}) if beside else self._places(None)
         writer = BaseWriter(folder / "locality")
-        for score in self._score(None, writer, told, beside, places):
+        for score in self._score(None, writer, advance, beside, places):
             if score.place not in beside:
                 yield score
         writer.flush()
@@ -488,7 +480,3 @@ def kept_scores(
         except OSError:
             if not folder.is_dir():  # else another process was faster
                 raise
-
-
-def _kept_perplexity(folder: Path) -> float:
-    return float(json.loads((folder / "perplexity.json").read_text()))

@@ -1,7 +1,4 @@
-"""A few questions that a run ends with, and what the model wrote on them before and after its edits.
-
-Which ones follows from the seed, never from how well they went.
-"""
+"""A few questions, drawn from the seed, and what the model wrote on them before and after a run's edits."""
 
 from __future__ import annotations
 

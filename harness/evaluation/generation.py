@@ -58,10 +58,9 @@ class Generation:
 
 
 def matches(text: str, answer: str) -> tuple[bool, bool]:
-    """Whether a text is the answer, and whether it contains it as whole words.
+    """Whether a text is the answer, and whether it contains it as whole words, both normalised as SQuAD does.
 
-    Both normalised as is usual for question answering (Rajpurkar et al. 2016): lower case, no punctuation, no articles,
-    single spaces. An answer of nothing but these keeps them.
+    (Rajpurkar et al. 2016.) An answer of nothing but punctuation and articles keeps them.
     """
     normalise = normal if normal(answer) else spaced
     text, answer = normalise(text), normalise(answer)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from safetensors.torch import load_file
-from torch import Tensor
 
-from data.records import EditRecord, TokenSequence
+from data.records import EditRecord
 from data.stream import questions_of
 from harness.evaluation.evaluate import Tokenize, sample_places
 from harness.run.checkpoint import write_safetensors
+from model import LanguageModel
 
 FILE: Final = "hidden_states.safetensors"
 QUESTIONS: Final = ("edit", "locality")  # what edits should move, and what they should leave alone
-
-States = Callable[[Sequence[TokenSequence]], Tensor]  # -> (sequences, d) float32, on the CPU
 
 
 class HiddenStates:
@@ -29,29 +27,26 @@ class HiddenStates:
 
     def __init__(
         self,
-        states: States,
+        model: LanguageModel,
         records: Sequence[EditRecord],
         tokenize: Tokenize,
         folder: Path,
         size: int,
         seed: int,
-        everywhere: Callable[[bool], bool] = bool,
     ) -> None:
-        """`everywhere(holds)`: whether that holds in each process that shares the computation of `states`."""
-        self.states, self.tokenize, self.path = states, tokenize, folder / FILE
-        self.everywhere = everywhere
+        self.model, self.tokenize, self.path = model, tokenize, folder / FILE
         self.records, self.places = records, sample_places(len(records), size, seed)
 
     def keep(self, moment: Literal["base", "edited"]) -> None:
         """Add the states of the model as it is now; those of the base model stay as they are once they are there."""
         kept = load_file(self.path) if self.path.is_file() else {}
-        if not self.places or (moment == "base" and self.everywhere(bool(kept))):
+        if not self.places or (moment == "base" and self.model.everywhere(bool(kept))):
             return
         chosen = [self.records[place] for place in self.places]
         for field in QUESTIONS:
             questions = [question for record in chosen if (question := questions_of(record).get(field)) is not None]
             if questions:
-                kept[f"{moment}/{field}"] = self.states(self.tokenize(questions))
+                kept[f"{moment}/{field}"] = self.model.hidden_states(self.tokenize(questions))
         beside = self.path.with_name(f".{FILE}.part")
         write_safetensors(beside, kept)
         beside.replace(self.path)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
@@ -42,7 +42,7 @@ class _Columns:
         return type(self)(*(part.to(device) for part in self._parts()))
 
     def _parts(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, entry.name) for entry in fields(self))  # type: ignore[arg-type]  # its subclasses are
+        return tuple(vars(self).values())
 
 
 C = TypeVar("C", bound=_Columns)
@@ -112,10 +112,7 @@ class Locality(Protocol):
     """What the locality answers of evaluated records are needed for, block by block in the order of their places."""
 
     def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions | None:
-        """The base model's distributions at the answers of a block's records, laid end to end; `lengths` in tokens.
-
-        None where it is this model's that are needed.
-        """
+        """The base model's distributions at a block's answers, laid end to end; None where this model is the base."""
 
     def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
         """What was `look`ed at in the block, in the same order; what is to be said of each of its records."""
@@ -152,11 +149,10 @@ class BaseWriter:
         return [None] * len(places)
 
     def flush(self) -> None:
-        """Write the shard that is being filled."""
         if not self._shard:
             return
         kept = cat(self._shard)
-        tensors = {entry.name: getattr(kept, entry.name).contiguous() for entry in fields(kept)}
+        tensors = {name: part.contiguous() for name, part in vars(kept).items()}
         index = {"places": torch.tensor(self._places), "lengths": torch.tensor(self._lengths)}
         save_file(tensors | index, self.folder / f"{self._places[0]:012d}.safetensors")
         self._places, self._lengths, self._shard = [], [], []
@@ -191,8 +187,6 @@ class BaseReader:
 
     def _load(self, start: int) -> None:
         tensors = load_file(self.folder / f"{start:012d}.safetensors")
-        places, ends = tensors.pop("places").tolist(), tensors["lengths"].cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        self._rows = {place: slice(a, b) for place, a, b in zip(places, starts, ends, strict=True)}
-        del tensors["lengths"]
+        places, ends = tensors.pop("places").tolist(), tensors.pop("lengths").cumsum(0).tolist()
+        self._rows = {place: slice(a, b) for place, a, b in zip(places, [0, *ends[:-1]], ends, strict=True)}
         self._shard, self._loaded = Distributions(**tensors), start

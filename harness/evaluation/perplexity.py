@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,7 @@ class Passage:
 
 
 def perplexity(model: LanguageModel, passage: Passage) -> float:
-    """exp of the mean of -log p over the text's tokens, all but the first.
-
-    FloatingPointError where that is no finite number.
-    """
+    """exp of the mean of -log p over the text's tokens, all but the first; FloatingPointError where not finite."""
     windows = list(passage.windows())
     # a term each, read one at a time: the logits of a window are as large as those of many answers
     losses = model.losses([LossTerm((window,), 1.0) for window in windows])
@@ -57,15 +54,8 @@ def read_passage(path: Path, tokenizer: Any, window: int, setting: str) -> Passa
     except UnicodeDecodeError as error:
         raise ValueError(f"{setting}: byte {error.start} is no UTF-8; name a plain text file") from error
     encoded = tokenizer([text], return_special_tokens_mask=True)
-    ids = _without_end(encoded["input_ids"][0], encoded["special_tokens_mask"][0])
+    of_text = [place for place, special in enumerate(encoded["special_tokens_mask"][0]) if not special]
+    ids = encoded["input_ids"][0][: max(of_text, default=-1) + 1]  # some tokenizers append an end token unasked
     if len(ids) < 2:
         raise ValueError(f"{setting}: the file holds {len(ids)} tokens, too few to predict one; name a longer text")
     return Passage(tuple(ids), window, hashlib.sha256(content).hexdigest())
-
-
-def _without_end(ids: Sequence[int], special: Sequence[int]) -> Sequence[int]:
-    """The ids up to the last one of the text: some tokenizers append an end token unasked."""
-    end = len(ids)
-    while end and special[end - 1]:
-        end -= 1
-    return ids[:end]

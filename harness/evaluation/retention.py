@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import count
 
 from data.stream import EditStream
 
@@ -21,7 +20,8 @@ class RetentionPlan:
 
     def due(self, done: int) -> list[int]:
         """Places, increasing, of the records to ask when `done` turns of the stream are done."""
-        return [place for age in reversed(list(_ages(done))) for place in self.places(done - 1 - age)]
+        ages = [0, *(2**power for power in range(done.bit_length()))]
+        return [place for age in reversed(ages) if age < done for place in self.places(done - 1 - age)]
 
     def at_end(self) -> Iterator[int]:
         """Places, increasing, of all samples."""
@@ -32,12 +32,3 @@ class RetentionPlan:
         written = range(len(self.stream.edited(turn)), len(self.stream.edited(turn + 1)))
         chosen = random.Random(f"retention {self.seed} {turn}").sample(written, min(self.sample, len(written)))
         return sorted(chosen)
-
-
-def _ages(done: int) -> Iterator[int]:
-    """0, 1, 2, 4, 8, ... as far as there were turns."""
-    ages = (age and 2 ** (age - 1) for age in count())
-    for age in ages:
-        if age >= done:
-            return
-        yield age

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,10 +59,7 @@ class Scoring:
         return self.tracker.folder.scores("base")
 
     def retention(self, done: int) -> None:
-        """Score again the facts that are due after `done` turns (DESIGN section 5, retention); nothing where none are.
-
-        To be called before each turn but the last call, which `retained` makes.
-        """
+        """Score again the facts that are due after `done` turns (DESIGN section 5, retention): before each turn."""
         places = self.evaluation.retention.due(done)
         if not places:
             return
@@ -75,7 +71,7 @@ class Scoring:
     def retained(self) -> dict[str, Any]:
         """{"retention": {"ES": {"immediate", "final", "forgetting", "by_age": {"0", "1", "2", "4", ...}}, ...}}.
 
-        Forgetting is immediate - final, record by record. Empty where retention is off; once all turns are done.
+        Forgetting is immediate - final, record by record. To be called after the last turn; empty where it is off.
         """
         plan, done = self.evaluation.retention, len(self.evaluation.stream)
         if not plan.sample:
@@ -115,10 +111,9 @@ class Scoring:
     def _asked(self) -> Iterator[tuple[int, RecordScore]]:
         """What `retention` wrote so far, also before this run was resumed: age and score."""
         names = {entry.name for entry in fields(RecordScore)}
-        with (self.tracker.folder.path / "records.jsonl").open(encoding="utf-8") as lines:
-            for line in map(json.loads, lines):
-                if line["stage"] == "retention":
-                    yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
+        for line in self.tracker.folder.lines("records.jsonl"):
+            if line["stage"] == "retention":
+                yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
 
     def _kept(
         self, stage: str, done: int, scores: Iterable[RecordScore], bar: Bar | None = None

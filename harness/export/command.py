@@ -12,18 +12,16 @@ Folders are what `from_pretrained` reads. What is written is complete or absent,
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import transformers
+from typing import Any
 
 from harness.export.delta import Origin, difference, read_delta, removed, write_delta
 from harness.export.form import form_note, form_of_run
 from harness.export.load import change, edited_by_delta, edited_by_run, find_checkpoint, load, when_of
 from harness.job.outputs import require_writable
+from harness.run.command import Parser, log_to_terminal
 from harness.run.folder import read_run
 from harness.run.places import CACHE
 from model import LanguageModel
@@ -44,10 +42,7 @@ AS_TYPED = {"run": "RUN", "edited": "--from", "trust_remote_code": "--trust-remo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """A mistake of the user's ends in one line, and exit code 1."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     option = "--model "
     try:
         chosen = parse(arguments)
@@ -56,11 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split()).replace('model.name_or_path=', option)}")
     sys.stdout.write(f"{done}\n")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see python -m harness.export --help")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,9 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m harness.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("harness.export", __doc__)
     path: dict[str, Any] = {"type": lambda text: Path(text).expanduser().absolute()}
     flag: dict[str, Any] = {"action": "store_true", "default": None}
     parser.add_argument("run", nargs="?", metavar="RUN", **path, help="the folder of a run")

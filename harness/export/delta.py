@@ -56,10 +56,7 @@ class Difference:
 
 
 def difference(original: Tensor, master: Tensor) -> Difference:
-    """What turns `original` into `master`, and back: `master` is the weight that took the edits, in their precision.
-
-    The model computes with `master` rounded to the precision of `original`; it leads back as well.
-    """
+    """What turns `original` into `master`, which took the edits, and `master`, also as the model rounds it, back."""
     change = _precise(master) - _precise(original)
     not_added = _differ(_sum(original, change, master.dtype), master)
     not_removed = _differ(_sum(master, -change, original.dtype), original)
@@ -125,7 +122,6 @@ class Delta:
     origin: Origin
 
     def difference(self, module: str) -> Difference:
-        """That of one module, read now."""
         with safe_open(self.path, framework="pt") as file:
             entries = [
                 Entries(*(file.get_tensor(f"{module}.{which}.{part}") for part in ("at", "values")))
@@ -154,10 +150,7 @@ def write_delta(path: Path, origin: Origin, differences: Mapping[str, Difference
 
 
 def read_delta(path: Path) -> Delta:
-    """A delta whose every byte is verified.
-
-    DamagedError where it is not what was written; ValueError where there is none, or one of a newer format.
-    """
+    """A delta, every byte of it verified. DamagedError where that fails; ValueError for no file, or a newer format."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a file that `--delta` wrote")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-FORMS: Final = ("raw", "chat", "qa")
+PROMPT_FORMS: Final = ("raw", "chat", "qa")
 FILE: Final = "edit.json"
 
 
@@ -30,6 +30,6 @@ def form_of_folder(folder: Path) -> str:
         form = json.loads(path.read_text(encoding="utf-8"))["prompt_form"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: does not say a prompt_form; repair it, or take it away") from error
-    if form not in FORMS:
-        raise ValueError(f"{path}: prompt_form={form!r} must be one of {', '.join(FORMS)}")
+    if form not in PROMPT_FORMS:
+        raise ValueError(f"{path}: prompt_form={form!r} must be one of {', '.join(PROMPT_FORMS)}")
     return str(form)

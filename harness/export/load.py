@@ -38,22 +38,6 @@ def edited_by_run(
     """The model as a checkpoint of the run has it; ValueError where the base model is no longer the run's."""
     if not checkpoint.state["in_weights"]:
         raise ValueError(f"{checkpoint.path}: {BESIDE_WEIGHTS}")
-    model = base_of(run, moved_to, device)
-    for name, master in checkpoint.of_group("model"):
-        model.edited[name].restore(master)
-    return model
-
-
-def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:
-    """Where the run's base model comes from, `moved_to` being its name now where that has changed."""
-    settings = run["config"]["model"]
-    revision = None if moved_to else settings["revision"]
-    path = locate(moved_to or settings["name_or_path"], places.CACHE, revision)
-    return ModelSource(path, settings["class_name"], revision, settings["trust_remote_code"])
-
-
-def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device = CPU) -> LanguageModel:
-    """The model that the run began with; ValueError where what has its name now is another one."""
     settings = run["config"]["model"]
     source = source_of_run(run, moved_to)
     model = LanguageModel.load(
@@ -66,7 +50,17 @@ def base_of(run: dict[str, Any], moved_to: str | None, device: torch.device = CP
     )
     name = moved_to or settings["name_or_path"]
     require(model, run["model"]["fingerprint"], f"--model {name}: not the model that the run began with")
+    for module, master in checkpoint.of_group("model"):
+        model.edited[module].restore(master)
     return model
+
+
+def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:
+    """Where the run's base model comes from, `moved_to` being its name now where that has changed."""
+    settings = run["config"]["model"]
+    revision = None if moved_to else settings["revision"]
+    path = locate(moved_to or settings["name_or_path"], places.CACHE, revision)
+    return ModelSource(path, settings["class_name"], revision, settings["trust_remote_code"])
 
 
 def require(model: LanguageModel, fingerprint: str, otherwise: str) -> None:
@@ -153,17 +147,14 @@ def load(
         shapes = outline(source, list(delta.origin.modules), 0).shapes
     except ValueError as error:
         raise ValueError(f"{otherwise} ({error})") from error
-    for name, shape in delta.origin.modules.items():
-        if shapes[name] != shape:
-            raise ValueError(f"{otherwise}, in which {name} is {_by(*shape)}, not {_by(*shapes[name])}")
+    for name, (d_k, d_v) in delta.origin.modules.items():
+        if shapes[name] != (d_k, d_v):
+            here = " x ".join(map(str, shapes[name]))
+            raise ValueError(f"{otherwise}, in which {name} is {d_k} x {d_v}, not {here}")
     dtype = getattr(torch, delta.origin.dtype)
     model = LanguageModel.load(source, load_tokenizer(source), shapes, dtype=dtype, device=device)
     require(model, fingerprint, otherwise)
     return model
-
-
-def _by(d_k: int, d_v: int) -> str:
-    return f"{d_k} x {d_v}"
 
 
 def change(model: LanguageModel, delta: Delta, step: Callable[[Tensor, Difference], Tensor], fingerprint: str) -> None:

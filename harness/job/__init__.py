@@ -1,5 +1,7 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
+# ruff: noqa: F401  the names that others take from this room
+
 from harness.job.build import build_editor, editor_inputs, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
@@ -10,37 +12,3 @@ from harness.job.outputs import asked_too_late, check_export, export_folder, is_
 from harness.job.plan import Plan, capture_memory, make_plan, source_of, wandb_settings
 from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
 from harness.job.training import MetaTraining
-
-__all__ = [
-    "LoopState",
-    "MetaTraining",
-    "Plan",
-    "asked_too_late",
-    "base_cache",
-    "build_editor",
-    "capture_memory",
-    "check_export",
-    "earlier_run",
-    "editor_inputs",
-    "evaluate_only",
-    "evaluated_source",
-    "export_folder",
-    "is_saved",
-    "load_model",
-    "make_evaluation",
-    "make_hidden_states",
-    "make_plan",
-    "make_scoring",
-    "move_into",
-    "network_keeper",
-    "new_record",
-    "newest_checkpoint",
-    "plan_downstream",
-    "quiet_unless_first",
-    "rank_settings",
-    "require_alike",
-    "require_weights",
-    "settings_of",
-    "source_of",
-    "wandb_settings",
-]

@@ -26,7 +26,6 @@ def build_editor(
     allocate: Allocate | None = None,
     given: LocateInputs | SecondMoments | None = None,
 ) -> Editor:
-    """The editor that the configuration names, with its settings."""
     kind = EDITORS[cfg.editor.name]
     capture = CaptureSettings(cfg.editor.passes, cfg.editor.pass_loss, cfg.editor.token is Token.all, allocate)
     return build(kind, model, settings_of(kind.Settings, cfg), device, capture, given)
@@ -35,10 +34,9 @@ def build_editor(
 def editor_inputs(
     cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str | None = None
 ) -> LocateInputs | SecondMoments | None:
-    """Second moments of the model's keys, and for locate-then-edit facts in contexts that it writes; None for editors
-    that ask for neither.
+    """Second moments of keys and, for locate-then-edit, facts in contexts; None for editors that ask for neither.
 
-    `model` has its weights as they were loaded; `fingerprint` is its own, for who has it already.
+    `model` is not edited yet; `fingerprint` is its own, where that is known already.
     """
     if not cfg.editor.asks_for_text():
         return None

@@ -22,12 +22,9 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     paths = {"eval": cfg.dataset.valid_path}
     if cfg.warms_up() or trains(cfg):
         paths["train"] = cfg.dataset.train_path
-    return {
-        split: open_records(
-            data_file(cfg, dataset, split, path), dataset, cache_dir=places.CACHE / "arrow", seed=cfg.seed
-        )
-        for split, path in paths.items()
-    }
+    files = {split: data_file(cfg, dataset, split, path) for split, path in paths.items()}
+    cache = places.CACHE / "arrow"
+    return {split: open_records(file, dataset, cache_dir=cache, seed=cfg.seed) for split, file in files.items()}
 
 
 def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:

@@ -6,7 +6,7 @@ import torch
 
 from config.schema import Half, RunConfig
 from harness.ranks import Ranks, require_gpu_each
-from harness.run.same_bits import ask_for_the_same_bits
+from harness.run.same_bits import use_deterministic_algorithms
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 
@@ -30,7 +30,7 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
             )
     if ranks.size > 1 and model.type == "cuda":
         require_gpu_each()
-    ask_for_the_same_bits(cfg.model.deterministic and "cuda" in (model.type, editor.type))
+    use_deterministic_algorithms(cfg.model.deterministic and "cuda" in (model.type, editor.type))
     return model, editor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from harness.evaluation.evaluate import SCORES_FORMAT, Evaluation, evaluated_cou
 from harness.evaluation.hidden import HiddenStates
 from harness.job.plan import Plan
 from harness.run import places
-from harness.run.folder import canonical_json, versions
+from harness.run.folder import digest_of, versions
 from model import LanguageModel
 
 
 def make_evaluation(cfg: RunConfig, plan: Plan, model: LanguageModel) -> Evaluation:
-    """What scores that model as the configuration says."""
     return Evaluation(
         model,
         plan.stream,
@@ -53,8 +51,7 @@ def base_cache(cfg: RunConfig, plan: Plan, fingerprint: str) -> Path:
         "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens, cfg.model.deterministic],
         "versions": [SCORES_FORMAT, versions()],
     }
-    key = hashlib.sha256(canonical_json(identity, "base scores").encode()).hexdigest()[:16]
-    return places.CACHE / "base" / key
+    return places.CACHE / "base" / digest_of(identity, "base scores")[:16]
 
 
 def plan_downstream(cfg: RunConfig, plan: Plan) -> Downstream:
@@ -74,7 +71,7 @@ def plan_downstream(cfg: RunConfig, plan: Plan) -> Downstream:
             raise ValueError(f"glue: {error}") from error
     prompts = [[task.rows.task.name, task.rows.source, task.rows.sha256, repr(task.prompts)] for task in tasks]
     identity = {
-        "prompts": hashlib.sha256(canonical_json(prompts, "prompts").encode()).hexdigest(),
+        "prompts": digest_of(prompts, "prompts"),
         "tokenizer": plan.tokenizer_hash,
         "bootstrap": [cfg.seed, cfg.evaluation.resamples],
         "arithmetic": [plan.hardware, cfg.model.half.name, cfg.model.compute_tokens],
@@ -86,6 +83,4 @@ def plan_downstream(cfg: RunConfig, plan: Plan) -> Downstream:
 def make_hidden_states(cfg: RunConfig, plan: Plan, model: LanguageModel, folder: Path) -> HiddenStates:
     """What keeps the hidden states of a sample of the questions in the run's folder."""
     size = cfg.diagnostics.hidden_states
-    return HiddenStates(
-        model.hidden_states, plan.stream.edited(), plan.tokenize, folder, size, cfg.seed, model.everywhere
-    )
+    return HiddenStates(model, plan.stream.edited(), plan.tokenize, folder, size, cfg.seed)

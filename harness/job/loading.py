@@ -27,7 +27,7 @@ def load_model(cfg: RunConfig, plan: Plan, evaluated: ModelSource | None = None)
     )
     if plan.ranks.size == 1:
         return model
-    found = plan.ranks.share(model.fingerprint)
+    found = plan.ranks.all_gather(model.fingerprint)
     for rank, fingerprint in enumerate(found):
         if fingerprint != found[0]:
             name = cfg.model.name_or_path if evaluated is None else cfg.evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ from data.records import TokenSequence
 from harness.job.plan import Plan
 from harness.run import places
 from harness.run.checkpoint import write_safetensors
-from harness.run.folder import canonical_json, versions
+from harness.run.folder import digest_of, versions
 from harness.run.interrupt import postponed
 from model import LanguageModel
 
@@ -126,13 +125,13 @@ def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: 
         "arithmetic": [plan.device.type, cfg.model.half.name, cfg.model.compute_tokens],
         "versions": [FORMAT, versions()],
     }
-    return hashlib.sha256(canonical_json(identity, "second moments").encode()).hexdigest()[:16]
+    return digest_of(identity, "second moments")[:16]
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:
     """Moments and their tokens; None where there are none."""
     found = _open(file)
-    return None if found is None else (found[0]["moments"], found[1]["tokens"])
+    return found and (found[0]["moments"], found[1]["tokens"])
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]] | None:

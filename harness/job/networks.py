@@ -58,10 +58,7 @@ def optimiser_steps(editor: HyperNetworkConfig, training: TrainingStream) -> int
 
 
 def plan_network(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> TrainedNetwork | None:
-    """The network to edit with, where one is named. ValueError where it is damaged or does not fit.
-
-    So too where the network that would be made has no place for its rank.
-    """
+    """The network to edit with, where one is named. ValueError where it does not fit, or its rank is too large."""
     editor = cfg.editor
     if cfg.evaluate is not None or not isinstance(editor, HyperNetworkConfig):
         return None

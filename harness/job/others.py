@@ -20,20 +20,18 @@ from harness.evaluation.scoring import Answering, Scoring
 from harness.job.resume import DATA, differences
 from harness.ranks import Ranks
 from harness.run.folder import NoRecord, RunFolder, versions
-from harness.run.interrupt import leave_signals
+from harness.run.interrupt import ignore_signals
 from harness.watch import RunProgress
 from harness.watch.tracking import Tracker
 
 
 @contextlib.contextmanager
 def quiet_unless_first(ranks: Ranks, arguments: Sequence[str]) -> Iterator[list[str]]:
-    """The command line as this process reads it; a rank beside the first is silent for as long as the context lasts,
-    leaves signals to the first one, and what it has to put somewhere goes with the context.
-    """
+    """The command line as this process reads it; other ranks are silent, ignore signals, keep no files."""
     if ranks.is_first:
         yield list(arguments)
         return
-    leave_signals()
+    ignore_signals()
     logging.disable()
     os.environ["TERM"] = "dumb"  # so it draws no progress bars
     with (
@@ -61,11 +59,8 @@ def rank_settings(cfg: RunConfig, ranks: Ranks) -> RunConfig:
 
 
 def require_alike(ranks: Ranks, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.json says of the run, as rank 0 has it.
-
-    ValueError, naming the rank, where another process has other settings, data or versions.
-    """
-    found = ranks.share(lambda: (about, versions()))
+    """Rank 0's `about`; ValueError, naming the rank, where another has other settings, data or versions."""
+    found = ranks.all_gather(lambda: (about, versions()))
     first, packages = found[0]
     for rank, (other, others) in enumerate(found):
         for difference in differences(other["config"], first["config"]):
@@ -90,5 +85,4 @@ def new_record(ranks: Ranks, folder: Path, about: Mapping[str, Any]) -> RunFolde
 def make_scoring(
     ranks: Ranks, evaluation: Evaluation, tracker: Tracker, progress: RunProgress, seconds: dict[str, float]
 ) -> Scoring:
-    """What runs that evaluation."""
     return (Scoring if ranks.is_first else Answering)(evaluation, tracker, progress, seconds)

@@ -16,20 +16,14 @@ def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
 
 
 def is_saved(cfg: RunConfig, run_folder: Path, saved: str | None) -> bool:
-    """Whether the run has its edited model where it is wanted, having been stopped just after it was saved.
-
-    `saved` is the folder outside its own that it has saved it to.
-    """
+    """Whether a run that goes on has saved its edited model already; `saved`: to which folder outside its own."""
     if cfg.model_cache_dir:
         return saved == cfg.model_cache_dir
     return export_folder(cfg, run_folder).exists()
 
 
 def check_export(cfg: RunConfig, saved: str | None) -> None:
-    """ValueError where the edited model is to be saved over something, or where nothing can be saved.
-
-    Not where the run to go on with has saved it already, as `saved` says.
-    """
+    """ValueError where model_cache_dir exists, unless the run has `saved` its model there, or cannot be written."""
     if not (cfg.model_cache and cfg.model_cache_dir) or saved == cfg.model_cache_dir:
         return
     target = Path(cfg.model_cache_dir).expanduser()

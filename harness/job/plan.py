@@ -79,7 +79,7 @@ class Plan:
     @property
     def inputs(self) -> dict[str, str]:
         """SHA-256 of every file that the run's numbers come from."""
-        network = {"network": self.network.digest} if self.network else {}
+        network = {"network": self.network.checkpoint.digest} if self.network else {}
         passage = {"perplexity": self.passage.sha256} if self.passage else {}
         corpus = {"corpus": self.corpus.sha256} if self.corpus else {}
         return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpus
@@ -134,7 +134,6 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
 
 
 def source_of(cfg: RunConfig) -> ModelSource:
-    """Where the model comes from."""
     model = cfg.model
     path = locate(model.name_or_path, places.CACHE, model.revision)
     return ModelSource(path, model.class_name, model.revision, model.trust_remote_code)
@@ -250,7 +249,6 @@ def capture_memory(
 
 
 def wandb_settings(cfg: TrackerConfig) -> WandbSettings:
-    """The tracker's group of the configuration, in words the tracker knows."""
     return WandbSettings(cast(WandbMode, cfg.wandb.name), cfg.project, cfg.entity, cfg.group, tuple(cfg.tags))
 
 

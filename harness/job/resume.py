@@ -21,7 +21,7 @@ from harness.job.loading import load_model
 from harness.job.plan import Plan
 from harness.ranks import Ranks
 from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
-from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, read_run, run_id, versions
+from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, leaves, read_run, run_id, versions
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from model.source import ModelSource
@@ -49,17 +49,16 @@ NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold m
 def earlier_run(
     resume: str | None, roots: Sequence[Path], about: Mapping[str, Any], folder: Path, ranks: Ranks
 ) -> Iterator[RunFolder | None]:
-    """The run to go on with, or that is finished, locked for as long as the context lasts; None to begin a new one.
+    """The run to go on with, or that is finished, locked inside the context; None to begin a new one.
 
-    `resume` is null, auto or a run folder; auto looks below `roots` for the newest run of the same id that is finished
-    or has a checkpoint, else for the newest at all. `about` is what `run.json` would say of a new run, which would be
-    in `folder`. Raises ValueError where the folder named, or that one, holds no run, or another one: each key that
-    differs is named. Rank 0 looks, for all.
+    `resume` is null, auto or a run folder; auto takes, below `roots`, the newest run of the same id that is finished or
+    has a checkpoint, else the newest of that id. `about` is what `run.json` would say of a new run in `folder`.
+    ValueError, naming each key that differs, where the folder holds another run, or none. Rank 0 looks, for all.
     """
     with contextlib.ExitStack() as stack:
         path = _wanted(resume, roots, about, folder) if ranks.is_first else None
         found = None if path is None else stack.enter_context(RunFolder.open(path))
-        run = ranks.first(lambda: None if found is None else found.run)
+        run = ranks.broadcast(lambda: None if found is None else found.run)
         yield found if run is None or ranks.is_first else NoRecord(folder, run)
 
 
@@ -113,17 +112,9 @@ def _runs_below(roots: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys of two configurations that differ and can change a number, with both values."""
-    old, new = (dict(_leaves(leave_out(config, PLACES))) for config in (before, now))
+    old, new = (dict(leaves(leave_out(config, PLACES), ".")) for config in (before, now))
     keys = [key for key in {**new, **old} if (key in old, old.get(key)) != (key in new, new.get(key))]
     return [f"{key}={_shown(old, key)} there and {_shown(new, key)} here" for key in keys]
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
@@ -157,11 +148,7 @@ def _changed_data(run: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 def require_weights(
     cfg: RunConfig, plan: Plan, run_folder: RunFolder, about: Mapping[str, Any], evaluated: ModelSource | None
 ) -> None:
-    """ValueError where a finished run was one of other weights than there are now.
-
-    They are read only where their files may have changed, which is noted, so that the next time they need not be: a
-    finished run is passed over in seconds.
-    """
+    """ValueError where a finished run was one of other weights; they are read only where their files have changed."""
     sources: list[tuple[str, ModelSource | None, Any, Any]] = [
         ("model.name_or_path", None, run_folder.run["model"], about["model"])
     ]
@@ -200,10 +187,7 @@ def changed_circumstances(run: Mapping[str, Any], device: str) -> list[str]:
 
 
 def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Where a run goes on from: known before the weights are read.
-
-    ValueError where it is another run's, or of a format that is not known here.
-    """
+    """Where a run goes on from. ValueError for another run's checkpoint, or one of a newer format."""
     checkpoints = _checkpoints(folder, keep=1)
     newest = checkpoints["turn"].newest() or checkpoints["training"].newest()
     if newest is not None and newest.state["run_id"] != folder.run["run_id"]:
@@ -240,7 +224,6 @@ class LoopState:
         return self.folder.run["model"]["fingerprint"]
 
     def cost(self) -> dict[str, Any]:
-        """What the run took so far."""
         return {**self.folder.cost(), "seconds": self.seconds}
 
     def save_if_due(self, every: int, total: int) -> None:
@@ -268,10 +251,7 @@ class LoopState:
         self.seconds["checkpoints"] = self.seconds.get("checkpoints", 0.0) + time.perf_counter() - start
 
     def restore(self, checkpoint: Checkpoint | None, about: Mapping[str, Any], ranks: Ranks) -> None:
-        """Weights, statistics, past updates and files as rank 0's checkpoint has them, or as before the first turn.
-
-        ValueError, nothing being changed, for another model.
-        """
+        """Everything as rank 0's checkpoint has it, or as before the first turn. ValueError for another model."""
         run = self.folder.run
         require_model("model.name_or_path", run["model"], about["model"])
         for line in changed_circumstances(run, about["device"]):
@@ -323,15 +303,14 @@ def _of_first(
             for (group, name), tensor in zip(said[2], tensors, strict=True):
                 groups.setdefault(group, {})[name] = tensor
 
-    ranks.gather(lambda: ((*about, list(own)), list(own.values())), take)
+    ranks.all_gather_tensors(lambda: ((*about, list(own)), list(own.values())), take)
     return found[0], found[1], groups
 
 
 def move_into(folder: Path, fresh: Path, link: bool = False) -> None:
     """Log into the run's own folder from here on, what was logged so far included.
 
-    The folder that was made for this command goes, unless there is more in it than Hydra's own files. With `link`,
-    as in a sweep, which should hold all of its runs, one to the run's folder takes its place.
+    The folder that Hydra made for this command goes, unless more is in it; with `link`, a link takes its place.
     """
     if folder.resolve() == fresh.resolve():
         return

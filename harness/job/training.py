@@ -50,7 +50,7 @@ class MetaTraining:
             network.keep(self.editor, self.done, len(self.stream))  # also where that was wished for later
         except Interrupted:
             if every and self.done:
-                self._save()
+                self.state.save_training(self.done, self.trainer.state())
             raise
 
     def _step(self, turn: TrainingTurn, every: int, network: NetworkKeeper) -> float:
@@ -63,12 +63,8 @@ class MetaTraining:
             self._validate()  # before it is kept: there it shows whether it is any good
             network.keep(self.editor, self.done, len(self.stream))
         if every and (self.done % every == 0 or ended):
-            self._save()
+            self.state.save_training(self.done, self.trainer.state())
         return step.loss.total
-
-    def _save(self) -> None:
-        """A checkpoint of the training as it stands."""
-        self.state.save_training(self.done, self.trainer.state())
 
     def _line(self, turn: TrainingTurn, step: MetaStep) -> dict[str, Any]:
         return {

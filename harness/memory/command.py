@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import psutil
 import torch
@@ -24,15 +23,11 @@ from config.compose import check_command_line, compose_config
 from config.schema import RunConfig, to_run_config
 from harness.job import source_of
 from harness.memory.items import Facts, Item, highest, items, what_fits
+from harness.run.command import Parser
 from model.source import outline
 
 GIB = 1 << 30
 OWN = 0.5  # GiB that CUDA, its libraries and torch's allocator keep for themselves
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see python -m harness.memory --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m harness.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("harness.memory", __doc__)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as main.py takes them")
     parser.add_argument("--gib", type=float, help="room of a GPU that is not here; default: this machine's device")
     parser.add_argument("--tokens", type=int, default=24, help="of a fact with its answer; default 24")

@@ -34,8 +34,6 @@ FLOATS_OF_LOGITS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What a turn's facts are like."""
-
     tokens: int  # of a question with its answer
     answer_tokens: int
 
@@ -75,7 +73,7 @@ def _of_editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: to
     yield Item("statistics", _size(state), "the editor's state, networks included", of_editor=True)
     covariances = [one for one in state if one.ndim == 2 and one.dtype is torch.float64]
     if covariances:
-        copies = COPIES_OF_SIGMA * max(map(_bytes, covariances))
+        copies = COPIES_OF_SIGMA * max(one.nbytes for one in covariances)
         yield Item("whitening", copies, "copies of a covariance", of_editor=True, while_in="update")
     if isinstance(cfg.editor, HyperNetworkConfig) and cfg.editor.trains():
         moments = 3 * _size(rule.parameters())
@@ -111,12 +109,8 @@ def _facts(cfg: RunConfig) -> int:
     return cfg.dataset.n_edits + cfg.editor.replay
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(map(_bytes, tensors))
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class _WithoutNumbers(TorchFunctionMode):
@@ -146,15 +140,11 @@ def highest(found: list[Item], model_and_editor: bool) -> int:
     """Bytes at the most crowded time, on the model's device; with the editor's, where that is the same one."""
     here = [one for one in found if model_and_editor or not one.of_editor]
     always = sum(one.bytes for one in here if one.while_in is None)
-    return always + max(sum(one.bytes for one in here if one.while_in == part) for part in _parts(found))
+    parts = {one.while_in for one in found} - {None}
+    return always + max(sum(one.bytes for one in here if one.while_in == part) for part in parts)
 
 
-def _parts(found: list[Item]) -> set[str]:
-    return {one.while_in for one in found if one.while_in is not None}
-
-
-Change = Callable[[RunConfig], RunConfig]
-SWITCHES: dict[str, Change] = {
+SWITCHES: dict[str, Callable[[RunConfig], RunConfig]] = {
     # what makes a run smaller, what changes its numbers least first
     "diagnostics.previous=0": lambda cfg: replace(cfg, diagnostics=replace(cfg.diagnostics, previous=0)),
     "model.compute_tokens=1024": lambda cfg: replace(cfg, model=replace(cfg.model, compute_tokens=1024)),

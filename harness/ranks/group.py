@@ -54,10 +54,7 @@ class _Failure:
 
 
 class Ranks:
-    """The processes of this run, as one of them sees them; by itself, `Ranks()`, it is all there is.
-
-    All ranks make the same calls in the same order.
-    """
+    """The processes of this run, all of which make the same calls in the same order; `Ranks()` is one alone."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size = rank, size
@@ -74,7 +71,7 @@ class Ranks:
 
     # -- collectives
 
-    def share(self, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
         """work() on every rank; what each of them found, in their order. Raises the first error of any, on all."""
         if self.size == 1:
             return [work()]
@@ -95,12 +92,12 @@ class Ranks:
             raise SystemExit(0)
         raise failures[0].error()
 
-    def first(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """work() on rank 0 alone; what it found, on every rank."""
-        found: Any = self.share(lambda: work() if self.is_first else None)
+        found: Any = self.all_gather(lambda: work() if self.is_first else None)
         return found[0]
 
-    def gather(
+    def all_gather_tensors(
         self, work: Callable[[], tuple[T, Sequence[Tensor]]], take: Callable[[int, T, Sequence[Tensor]], object]
     ) -> None:
         """work() on every rank; what each said, and its tensors, go to take(rank, said, tensors) on all of them.
@@ -121,7 +118,7 @@ class Ranks:
         if failure is not None:
             raise failure
 
-    def add_up(self, work: Callable[[], tuple[T, Sequence[Tensor]]]) -> list[T]:
+    def all_reduce(self, work: Callable[[], tuple[T, Sequence[Tensor]]]) -> list[T]:
         """work() on every rank; what each said. Its tensors become the sums over the ranks."""
         with self._whole():
             said, own = self._said(work)
@@ -137,15 +134,17 @@ class Ranks:
             own.extend(tensors)
             return answer, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in own]
 
-        return self.share(say), own
+        return self.all_gather(say), own
 
     def _from(self, rank: int, own: Sequence[Tensor], specs: Sequence[Any]) -> Sequence[Tensor]:
-        """The tensors of that rank."""
         if self.size == 1:
             return own
 
         def receive() -> list[Tensor]:
-            tensors = [tensor.contiguous() for tensor in own] if rank == self.rank else [_room(*spec) for spec in specs]
+            if rank == self.rank:
+                tensors = [tensor.contiguous() for tensor in own]
+            else:  # on this process's own device of that kind
+                tensors = [torch.empty(shape, dtype=dtype, device=kind) for shape, dtype, kind in specs]
             for tensor in (tensor for tensor in tensors if tensor.numel()):
                 distributed.broadcast(_bytes(tensor), rank, group=self._group)
             return tensors
@@ -207,7 +206,7 @@ class Ranks:
         self._level += 1
         try:
             yield
-            self.share(lambda: None)
+            self.all_gather(lambda: None)
         except BaseException as error:
             if not (self._told or self._over or self._lost):
                 with contextlib.suppress(LostRankError):
@@ -230,21 +229,13 @@ class Ranks:
             distributed.destroy_process_group()
 
 
-def _room(shape: torch.Size, dtype: torch.dtype, kind: str) -> Tensor:
-    """On this process's own device of that kind."""
-    return torch.empty(shape, dtype=dtype, device=kind)
-
-
 def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also where a backend knows few
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 @functools.cache
 def joined() -> Ranks:
-    """The processes that this one was started with, by torchrun or accelerate; without them, this one alone.
-
-    ValueError where the others do not come.
-    """
+    """The processes that torchrun or accelerate started, or this one alone; ValueError where the others do not come."""
     if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
     has_gpu = _gpu_each()

@@ -42,10 +42,10 @@ class SharedModel(LanguageModel):
         self.ranks, self.hands = ranks, ranks.size
 
     def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
-        return self.ranks.share(lambda: work(self, parts[self.ranks.rank]))
+        return self.ranks.all_gather(lambda: work(self, parts[self.ranks.rank]))
 
     def everywhere(self, holds: bool) -> bool:
-        return all(self.ranks.share(lambda: holds))
+        return all(self.ranks.all_gather(lambda: holds))
 
     # -- capture
 
@@ -73,7 +73,7 @@ class SharedModel(LanguageModel):
             for place, found in zip(shares[rank], said[2], strict=True):
                 right[place], worst[place] = found
 
-        self.ranks.gather(own, take)
+        self.ranks.all_gather_tensors(own, take)
         mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
         return TurnCapture(captures, mean, tuple(right), tuple(worst))
 
@@ -112,7 +112,7 @@ class SharedModel(LanguageModel):
     def _in_order(self, work: Callable[[list[P]], list[R]], items: Sequence[P], costs: Sequence[int]) -> list[R]:
         """What `work` makes of each item."""
         shares = self.shares(costs)
-        found = self.ranks.share(lambda: work([items[place] for place in shares[self.ranks.rank]]))
+        found = self.ranks.all_gather(lambda: work([items[place] for place in shares[self.ranks.rank]]))
         by_place = dict(zip(chain(*shares), chain(*found), strict=True))
         return [by_place[place] for place in range(len(items))]
 
@@ -138,13 +138,13 @@ class SharedModel(LanguageModel):
             total.update(gradients)
             return losses, [gradient if gradient.is_contiguous() else gradient.T for gradient in total.values()]
 
-        found = self.ranks.add_up(own)
+        found = self.ranks.all_reduce(own)
         return total, _summed(terms, parts, found)
 
     def losses(self, terms: Sequence[LossTerm]) -> list[float]:
         parts = self._shares_of_terms(terms)
         losses = super().losses
-        found = self.ranks.share(lambda: losses([term for _, term in parts[self.ranks.rank]]))
+        found = self.ranks.all_gather(lambda: losses([term for _, term in parts[self.ranks.rank]]))
         return _summed(terms, parts, found)
 
     def _shares_of_terms(self, terms: Sequence[LossTerm]) -> list[list[tuple[int, LossTerm]]]:
@@ -166,7 +166,7 @@ class SharedModel(LanguageModel):
         def own() -> tuple[dict[str, WeightChange], dict[str, int]]:
             return apply(updates), self.checksums()
 
-        found = self.ranks.share(own)
+        found = self.ranks.all_gather(own)
         _require_alike([checksums for _, checksums in found])
         return found[0][0]
 

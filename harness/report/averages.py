@@ -15,24 +15,17 @@ def tables(runs: Sequence[Named]) -> Tables:
     groups: dict[str, list[Run]] = {}
     for named in runs:
         groups.setdefault(named.configuration, []).append(named.run)
-    found = Tables({}, {}, {}, {})
     if len(runs) == 1:
-        return found
-    first, *_ = groups
-    base = [record_scores(run.lines("records.jsonl"), "base") for run in groups[first]]
-    reference = final_scores(groups[first])
-    found.base.update(average(base))
-    for label, members in groups.items():
-        own = reference if label == first else final_scores(members)
-        found.averages[label] = average(own)
-        if label != first:
-            found.differences[label] = compared(groups[first], reference, members, own)
-    found.adjusted.update(adjusted(found.differences))
-    return found
+        return Tables({}, {}, {}, {})
+    first, *others = groups
+    scores = {label: scores_of(members, "final") for label, members in groups.items()}
+    differences = {label: compared(groups[first], scores[first], groups[label], scores[label]) for label in others}
+    averages = {label: average(own) for label, own in scores.items()}
+    return Tables(average(scores_of(groups[first], "base")), averages, differences, adjusted(differences))
 
 
-def final_scores(runs: Sequence[Run]) -> list[Scores]:
-    return [record_scores(run.lines("records.jsonl"), "final") for run in runs]
+def scores_of(runs: Sequence[Run], stage: str) -> list[Scores]:
+    return [record_scores(run.lines("records.jsonl"), stage) for run in runs]
 
 
 def compared(

@@ -65,10 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Named:
-    """A run under the name, and in the look, that it has in every picture.
-
-    Runs of a configuration, which differ in the seed alone, share its colour.
-    """
+    """A run's name and look in every picture. Runs of a configuration, which differ in the seed, share a colour."""
 
     label: str
     configuration: str
@@ -146,14 +143,12 @@ def legend_above(figure: Figure, *axes: Axes, extra: Sequence[Any] = ()) -> None
 
 
 def count_axis(ax: Axes, what: str) -> None:
-    """An x axis that counts something."""
     ax.set_xlabel(what)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def legend_beside(ax: Axes, extra: Sequence[Any] = ()) -> None:
-    """The legend of one panel, to its right."""
     handles = [*ax.get_legend_handles_labels()[0], *extra]
     if handles:
         ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))

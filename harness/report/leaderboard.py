@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from harness.export.form import form_of_run
-from harness.report.averages import adjusted, compared, final_scores
+from harness.report.averages import adjusted, compared, scores_of
 from harness.report.drawing import interval
 from harness.report.page import LEVEL, source_name
-from harness.report.paired import Average, Scores, average, record_scores
+from harness.report.paired import Average, Scores, average
 from harness.report.runs import Run, configurations, shared_choices
 from harness.watch.console import SCORES
 
@@ -131,7 +131,7 @@ def _group(names: tuple[str, str, int], runs: Sequence[Run]) -> Group:
     methods: dict[str, list[Run]] = {}
     for label, run in zip(configurations(runs), runs, strict=True):
         methods.setdefault(label, []).append(run)
-    scores = {label: _shown(final_scores(members)) for label, members in methods.items()}
+    scores = {label: _shown(scores_of(members, "final")) for label, members in methods.items()}
     rows = [Row(label, len(members), _cells(members, scores[label])) for label, members in methods.items()]
     notes = [f"All with {', '.join(shared)}."] if (shared := shared_choices(runs)) else []
     notes += _unlike(methods, scores)
@@ -175,8 +175,7 @@ def _cell(every: Sequence[Any], found: Average | None) -> Cell:
 def _base(runs: Sequence[Run]) -> Row:
     """The base model on the facts of each seed, once a seed."""
     asked = list({run.seed: run for run in reversed(runs) if run.results.get("base")}.values())
-    scores = _shown([record_scores(run.lines("records.jsonl"), "base") for run in asked])
-    return Row("base model", None, _cells(asked, scores, "base"))
+    return Row("base model", None, _cells(asked, _shown(scores_of(asked, "base")), "base"))
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, Cell]:

@@ -10,7 +10,7 @@ from typing import Final
 
 from harness.report.leaderboard import GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
 from harness.report.page import LEVEL, document, table
-from harness.report.score_figures import is_share
+from harness.watch.console import as_number
 
 TITLE: Final = "Leaderboard"
 HEADINGS: Final = {SECONDS: "seconds an edit", PEAK: "peak memory, GiB", GPU_PEAK: "GPU peak, GiB"}
@@ -61,7 +61,7 @@ def shown(name: str, value: float) -> str:
         return f"{value:.3g}"
     if name in (PEAK, GPU_PEAK):
         return f"{value / 2**30:.2f}"
-    return f"{100 * value:.1f}" if is_share(name) else f"{value:.3f}"
+    return as_number(name, value)
 
 
 def bounds(name: str, cell: Cell) -> str:

@@ -46,7 +46,7 @@ PHASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {  # of meta-training: wo
     "meta_valid": ("held-out turns", {"marker": "o"}),
     "meta_train": ("training turns", {"linewidth": 1.0, "alpha": 0.6}),
 }
-PARTS: Final = {"capture": "capture", "update": "update", "apply": "apply"}
+PARTS: Final = ("capture", "update", "apply")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Updates: size, orthogonality, drift
@@ -305,9 +305,8 @@ def time_over_turns(runs: Sequence[Named]) -> Picture | None:
     seconds.set_title("seconds a turn, evaluation aside")
     memory.set_title("memory, GiB")
     loss.set_title("loss of the turn's facts before they are written, nats a token")
-    seconds.set_ylim(bottom=0)
-    memory.set_ylim(bottom=0)
-    loss.set_ylim(bottom=0)
+    for ax in axes:
+        ax.set_ylim(bottom=0)
     count_axis(loss, "turn")
     shaded = shade_warm_up(axes, shown)
     if len(shown) > 1:

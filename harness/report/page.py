@@ -14,8 +14,8 @@ from typing import Any, Final
 from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
-from harness.report.score_figures import is_share, order
-from harness.watch.console import EXAMPLE_TEXTS, FORMS, PROBES, SCORES, printable
+from harness.report.score_figures import order
+from harness.watch.console import EXAMPLE_TEXTS, PROBES, as_number, printable, score_words
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -111,10 +111,7 @@ def _head(runs: Sequence[Named]) -> Iterator[str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "numbers") -> str:
-    """Cells are HTML already. Of a `stacked` table's cells what is small lies below the rest, to be narrow.
-
-    Those of `texts` are broken into lines.
-    """
+    """Cells are HTML already. `kind`: numbers; stacked, with what is small below the rest; or texts, in lines."""
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     return f'<div class="scroll"><table class="{kind}"><tr>{titles}</tr>{"".join(lines)}</table></div>'
@@ -135,10 +132,14 @@ def _one_runs_results(named: Named) -> str:
     base, final = (named.run.results.get(stage, {}) for stage in ("base", "final"))
     names = sorted(dict.fromkeys([*base, *final]), key=order)
     rows = [
-        [_label(name), _score(name, base.get(name)), _score(name, final.get(name)), _change(name, base, final),
-         _count(final.get(name) or base.get(name))]
+        [
+            f"{escape(name)} <small>{escape(score_words(name))}</small>",
+            *(_score(name, found.get(name)) for found in (base, final)),
+            _change(name, base, final),
+            _count(final.get(name) or base.get(name)),
+        ]
         for name in names
-    ]  # fmt: skip
+    ]
     return table(["score", "base model", "edited model", "change", "records"], rows)
 
 
@@ -217,22 +218,21 @@ def _retention(runs: Sequence[Named]) -> Iterator[str]:
 
 def _examples(runs: Sequence[Named]) -> Iterator[str]:
     """Wanted, before and after on a few questions; of several runs each one's are folded away."""
-    shown = [(named, _example_table(named.run.examples)) for named in runs if named.run.examples]
+    shown = [named for named in runs if named.run.examples]
     if shown:
         yield "<h2>What the model says</h2>"
-    for named, texts in shown:
-        title = f"<summary>{_swatch(named)}</summary>"
-        yield texts if len(runs) == 1 else f"<details>{title}{texts}</details>"
+    for named in shown:
+        rows = [
+            [PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)]
+            for one in named.run.examples
+        ]
+        texts = table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
+        yield texts if len(runs) == 1 else f"<details><summary>{_swatch(named)}</summary>{texts}</details>"
     if shown:
         yield (
             '<p class="note">Greedy generation up to the model\'s own end or evaluation.max_new_tokens; the questions '
             "are drawn from the seed.</p>"
         )
-
-
-def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)] for one in examples]
-    return table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")
 
 
 def _comparison(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
@@ -287,26 +287,17 @@ def _p(p: float) -> str:
     return "&lt; 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def _label(name: str) -> str:
-    score, _, form = name.partition("_")
-    words = ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
-    return f"{escape(name)} <small>{escape(words)}</small>"
-
-
 def _score(name: str, score: Any) -> str:
     if score is None or interval(score)[0] is None:
         return "-"
-    scale, digits = (100, 1) if is_share(name) else (1, 3)
-    mean, low, high = (scale * value for value in interval(score))
-    bounds = f" <small>[{low:.{digits}f}, {high:.{digits}f}]</small>" if isinstance(score, Mapping) else ""
-    return f"{mean:.{digits}f}{bounds}"
+    mean, low, high = (as_number(name, value) for value in interval(score))
+    return f"{mean} <small>[{low}, {high}]</small>" if isinstance(score, Mapping) else mean
 
 
 def _change(name: str, base: Mapping[str, Any], final: Mapping[str, Any]) -> str:
     if name not in base or name not in final:
         return ""
-    scale, digits = (100, 1) if is_share(name) else (1, 3)
-    return f"{scale * (interval(final[name])[0] - interval(base[name])[0]):+.{digits}f}"
+    return as_number(name, interval(final[name])[0] - interval(base[name])[0], "+")
 
 
 def _count(score: Any) -> str:

@@ -42,10 +42,7 @@ def average(runs: Sequence[Scores]) -> dict[str, Average]:
 
 
 def compare(pairs: Sequence[tuple[Scores, Scores]]) -> dict[str, Difference]:
-    """Each score's difference, second minus first, over the rows of the data file that both runs of a pair scored.
-
-    Empty where the runs of no pair share a row.
-    """
+    """Each score's difference, second minus first, over rows that both runs of a pair scored; empty without any."""
     names = dict.fromkeys(name for first, second in pairs for name in first if name in second)
     found = {
         name: _by_record([_shared(a[name], b[name]) for a, b in pairs if name in a and name in b]) for name in names
@@ -72,10 +69,9 @@ def paired_difference(
 ) -> Difference:
     """The mean difference with a 95% bootstrap interval, and the p-value of a sign-flip test, both over records.
 
-    Null hypothesis of the test: the two configurations could as well be exchanged on a record, so that its sum could
-    carry either sign. p = (1 + flips with |total| at least the observed) / (1 + flips), which is valid at any n. Below
-    what so many flips can tell, Hoeffding's bound on their exact share (1963, theorem 2) stands in: 2 exp(-total^2 / (2
-    sum of squares)).
+    Null hypothesis: each record's sum could as well carry the other sign. p = (1 + flips with |total| at least the
+    observed) / (1 + flips), valid at any n; where that ends, Hoeffding's bound on the exact share (1963, theorem 2):
+    2 exp(-total^2 / (2 sum of squares)).
     """
     if not _rounded(sums).any():
         return Difference(0.0, 0.0, 0.0, len(sums), None)
@@ -125,7 +121,11 @@ def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:
             rows, scores = found.setdefault(line["protocol"] + form, (array("q"), array("d")))
             rows.append(line["index"])
             scores.append(score)
-    return {name: _sorted(np.array(rows), np.array(scores)) for name, (rows, scores) in found.items()}
+    columns: Scores = {}
+    for name, (rows, scores) in found.items():
+        unique, first = np.unique(np.array(rows), return_index=True)
+        columns[name] = unique, np.array(scores)[first]
+    return columns
 
 
 def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -139,8 +139,3 @@ def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for field, form in (("exact", "_gen"), ("contains", "_contains")):
         if field in line:
             yield form, float(line[field])
-
-
-def _sorted(rows: np.ndarray, scores: np.ndarray) -> Column:
-    unique, first = np.unique(rows, return_index=True)
-    return unique, scores[first]

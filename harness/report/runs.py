@@ -14,11 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from harness.run.folder import EXAMPLES
+from harness.run.folder import EXAMPLES, TRAINING
 
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
 
-META_PHASES: Final = ("meta_train", "meta_valid")  # lines of turns.jsonl that no edit turn wrote
 # Beginnings of overrides that say nothing of what was edited, and how.
 NOT_A_LABEL: Final = (
     *("hydra.", "tracker.", "evaluation.", "diagnostics.", "glue.", "downstream_eval_steps"),
@@ -58,7 +57,7 @@ class Run:
 
     @cached_property
     def _lines(self) -> dict[str, Columns]:
-        return columns_by_phase(self._read("turns.jsonl"))
+        return columns_by_phase(self.lines("turns.jsonl"))
 
     @cached_property
     def turns(self) -> Columns:
@@ -72,7 +71,7 @@ class Run:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of scores.jsonl that hold scores of all facts so far, or of the base model."""
-        return [line for line in self._read("scores.jsonl") if line["stage"] in ("base", "eval", "final")]
+        return [line for line in self.lines("scores.jsonl") if line["stage"] in ("base", "eval", "final")]
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -93,16 +92,8 @@ class Run:
         before = self.turns["edits_total"][self.turns["turn"] < turn] if self.turns else np.empty(0)
         return float(before[-1]) if len(before) else 0.0
 
-    def json_files(self, folder: str, pattern: str) -> Iterator[tuple[str, Any]]:
-        """(stem, content) of the JSON files of that pattern in a folder of the run."""
-        for path in (self.folder / folder).glob(pattern):
-            yield path.stem, read_json(path)
-
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The lines of one of the run's files; none where it is not there."""
-        return self._read(name)
-
-    def _read(self, name: str) -> Iterator[dict[str, Any]]:
         return read_lines(self.folder / name, may_be_cut=not self.finished)
 
 
@@ -149,10 +140,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path, *, may_be_cut: bool) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; nothing where there is no file.
+    """The objects of a JSON Lines file, if there is one; ValueError, naming file and line, for a damaged line.
 
-    With `may_be_cut`, a last line that was cut short is left out: a run may be writing it. Otherwise ValueError, naming
-    file and line.
+    With `may_be_cut`, a last line that was cut short is left out: a run may be writing it.
     """
     if not path.is_file():
         return
@@ -174,11 +164,11 @@ def one_line(error: Exception) -> str:
 
 
 def columns_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, Columns]:
-    """The numbers of turns.jsonl as columns: of "turns", and of each of `META_PHASES`."""
+    """The numbers of turns.jsonl as columns: of "turns", and of each phase of `TRAINING`."""
     found: dict[str, tuple[list[int], dict[str, array[float]]]] = {}  # arrays: a quarter of a list's memory
     for line in lines:
         phase = line.get("phase", "edit")
-        counter, into = found.setdefault(phase if phase in META_PHASES else "turns", ([0], {}))
+        counter, into = found.setdefault(phase if phase in TRAINING else "turns", ([0], {}))
         for name, value in numbers({**line, "warm_up": int(phase == "warm_up")}):
             column = into.setdefault(name, array("d"))
             column.extend([math.nan] * (counter[0] - len(column)))

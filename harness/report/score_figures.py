@@ -32,8 +32,8 @@ from harness.report.drawing import (
     panel_grid,
     percent_axis,
 )
-from harness.report.runs import Run
-from harness.watch.console import FORMS, NOT_SHARES, SCORES
+from harness.report.runs import Run, read_json
+from harness.watch.console import FORMS, SCORES, is_share, score_words
 
 FORM_WORDS: Final = FORMS | {"": "token by token", "contains": "generated text contains it"}
 TITLES: Final = {"LS_kl": "LS_kl  KL from base, nats", "perplexity": "perplexity of a fixed text"}
@@ -58,12 +58,6 @@ class ScoreLine:
     label: str | None
     look: Look
     base_colour: str
-
-
-def is_share(name: str) -> bool:
-    """Whether a score is a share of something, and so a percentage."""
-    score, _, form = name.partition("_")
-    return score in SCORES and form not in NOT_SHARES
 
 
 def order(name: str) -> tuple[bool, int, str, int]:
@@ -181,17 +175,12 @@ def before_and_after(named: Named) -> Picture:
     for stage, style, label in (("base", BASE, "base model"), ("final", named.look, "edited model")):
         rows = {row: stages[stage][name] for row, name in enumerate(names) if stages[stage].get(name) is not None}
         draw_row_points(ax, rows, style["color"], MARKERS[stage == "base"], label)
-    rows_axis(ax, [f"{name}  {row_words(name)}" for name in names])
+    rows_axis(ax, [f"{name}  {score_words(name)}" for name in names])
     ax.xaxis.set_major_formatter(PERCENT)
     legend_above(figure, ax)
     others = sorted({name for found in stages.values() for name in found if not is_share(name)}, key=order)
     more = f" {' and '.join(others)}, no shares, are in the table." if others else ""
     return Picture("scores", "Scores", f"Means over records with 95% bootstrap intervals. {LS_NOTE}{more}", figure)
-
-
-def row_words(name: str) -> str:
-    score, _, form = name.partition("_")
-    return ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
 
 
 def comparison(runs: Sequence[Named]) -> Picture | None:
@@ -340,9 +329,9 @@ def glue_over_edits(runs: Sequence[Named]) -> Picture | None:
 def glue_scores(run: Run) -> dict[str, dict[str, dict[float, Any]]]:
     """{task: {way: {facts edited: accuracy}}} from glue/turn_<t>.json."""
     scores: dict[str, dict[str, dict[float, Any]]] = {}
-    files = {int(stem.removeprefix("turn_")): content for stem, content in run.json_files("glue", "turn_*.json")}
-    for turn, content in sorted(files.items()):
-        for task, result in content.items():
+    files = {int(path.stem.removeprefix("turn_")): path for path in (run.folder / "glue").glob("turn_*.json")}
+    for turn, path in sorted(files.items()):
+        for task, result in read_json(path).items():
             for way in GLUE_WAYS:
                 if isinstance(result, Mapping) and way in result:
                     into = scores.setdefault(task, {}).setdefault(way, {})

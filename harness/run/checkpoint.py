@@ -28,7 +28,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from data.disk import sync
+from data.disk import sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,7 @@ class Checkpoints:
         self.latest: int | None = None  # the place of the newest one known to be whole
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint; damaged ones are passed over, at WARNING.
-
-        ValueError for one that a newer version of this program wrote.
-        """
+        """The newest complete checkpoint; damaged ones are passed over, at WARNING. ValueError for a newer format."""
         for place in reversed(self.places()):
             try:
                 found = read(self._path(place))
@@ -107,10 +104,7 @@ class Checkpoints:
         return None
 
     def at(self, place: int) -> Checkpoint:
-        """The checkpoint at that place.
-
-        DamagedError where it is not what was written; ValueError, naming those there are, where there is none.
-        """
+        """That checkpoint. DamagedError where it is not what was written; ValueError, naming others, without one."""
         places = self.places()
         if place not in places:
             there = ", ".join(map(str, places)) or "none"
@@ -184,10 +178,7 @@ class Checkpoints:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, every byte of it verified.
-
-    DamagedError where it is not what was written, ValueError where it is of a newer format.
-    """
+    """The checkpoint in a folder, every byte verified: DamagedError for another one, ValueError for a newer format."""
     about = _read_state(path / STATE)
     if about["format"] > FORMAT:
         raise ValueError(
@@ -229,10 +220,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 
 
 def _write_state(path: Path, about: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump({**about, "sha256": _digest(about)}, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, json.dumps({**about, "sha256": _digest(about)}, allow_nan=False))
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -57,12 +57,15 @@ INTERRUPTED: Final = (130, 143)  # 128 + SIGINT and SIGTERM, as shells have it
 def canonical_json(value: Any, what: str, *, indent: int | None = None) -> str:
     """`value` as JSON with sorted keys: equal values give equal bytes.
 
-    ValueError, naming `what` and the key, for a number that is not finite (JSON has none; a reader would fail on it,
-    and in a run it is a fault of ours); TypeError for anything that is not JSON.
+    ValueError, naming `what` and the key, for a number that is not finite; TypeError for anything that is not JSON.
     """
     _check(value, what)
-    separators = (",", ": ") if indent else (", ", ": ")
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent, separators=separators)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent)
+
+
+def digest_of(value: Any, what: str) -> str:
+    """SHA-256 of `canonical_json`, in hex."""
+    return hashlib.sha256(canonical_json(value, what).encode()).hexdigest()
 
 
 def _check(value: Any, key: str) -> None:
@@ -83,7 +86,7 @@ def _check(value: Any, key: str) -> None:
 def run_id(config: Mapping[str, Any], inputs: Mapping[str, str], revision: str | None) -> str:
     """What was run, in 16 hex digits: SHA-256 over config without `PLACES`, hashes of the data, model revision."""
     identity = {"config": leave_out(config, PLACES), "inputs": dict(inputs), "revision": revision}
-    return hashlib.sha256(canonical_json(identity, "config").encode()).hexdigest()[:16]
+    return digest_of(identity, "config")[:16]
 
 
 def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = "") -> dict[str, Any]:
@@ -94,11 +97,17 @@ def leave_out(config: Mapping[str, Any], places: Iterable[str], prefix: str = ""
     }
 
 
-def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
-    """Commit of the checkout rooted at `folder` and whether its files differ from it; None where it is no checkout.
+def leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested mappings hold, each with its path."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, separator, f"{prefix}{name}{separator}")
+        else:
+            yield f"{prefix}{name}", value
 
-    A folder *inside* another repository (an installed copy below someone's own checkout) is no checkout of ours.
-    """
+
+def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
+    """Commit of the checkout whose root `folder` is, and whether files differ; None where it is no such root."""
     root = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
@@ -205,10 +214,7 @@ class RunFolder:
         device: str,
         hydra: Mapping[str, str] | None = None,  # content of each file of .hydra/
     ) -> RunFolder:
-        """Start the record of a run in `path`, which is made where it is missing.
-
-        ValueError where the folder holds a run already, or cannot be written to.
-        """
+        """Start the record of a run in `path`; ValueError where that holds a run already, or cannot be written to."""
         path = Path(path).absolute()
         run = {
             "run_id": run_id(config, inputs, model.get("revision")),
@@ -269,10 +275,7 @@ class RunFolder:
         self._lock.release()
 
     def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None:
-        """Continue from `turn`, at which the files of lines had these lengths: what came later is cut off.
-
-        ValueError, before anything is cut, where one of them is shorter.
-        """
+        """Continue from `turn`: files of lines are cut to these lengths; ValueError, before, where one is shorter."""
         held = self._lengths()
         for name, length in lengths.items():
             if held[name] < length:
@@ -313,35 +316,28 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`; the same results give the same bytes."""
-        write_atomically(self.path / "results.json", canonical_json(results, "results.json", indent=2) + "\n")
+        self._write("results.json", results)
 
     def write_examples(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Write `examples.json`: questions, wanted answers, and the words of the base and of the edited model."""
-        write_atomically(self.path / EXAMPLES, canonical_json(examples, EXAMPLES, indent=2) + "\n")
+        self._write(EXAMPLES, examples)
 
     def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None:
         """Write `glue/turn_<t>.json`, t turns being done: scores by task."""
-        path = self._downstream(turn)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, canonical_json(results, path.name, indent=2) + "\n")
+        self._write(f"glue/turn_{turn}.json", results)
 
     def has_downstream(self, turn: int) -> bool:
         """Whether the tasks were scored after `turn` turns."""
-        return self._downstream(turn).is_file()
+        return (self.path / f"glue/turn_{turn}.json").is_file()
 
-    def _downstream(self, turn: int) -> Path:
-        return self.path / "glue" / f"turn_{turn}.json"
-
-    def turns(self) -> Iterator[dict[str, Any]]:
-        """The lines of `turns.jsonl`, one at a time: a run of 20,000 turns is not held in memory."""
-        with (self.path / "turns.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a file of lines, one at a time: 20,000 turns are not held in memory."""
+        with (self.path / name).open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
     def scores(self, stage: Stage) -> dict[str, Any]:
         """The last evaluation of that stage in `scores.jsonl`."""
-        with (self.path / "scores.jsonl").open(encoding="utf-8") as file:
-            return [line["scores"] for line in map(json.loads, file) if line["stage"] == stage][-1]
+        return [line["scores"] for line in self.lines("scores.jsonl") if line["stage"] == stage][-1]
 
     def results(self) -> dict[str, Any]:
         """What `results.json` holds; ValueError where it is gone."""
@@ -368,7 +364,7 @@ class RunFolder:
         training_seconds = 0.0
         seconds: dict[str, float] = {}
         peak: dict[str, float] = {}
-        for line in self.turns():
+        for line in self.lines("turns.jsonl"):
             for name, value in (line.get("memory") or {}).items():
                 peak[name] = max(peak.get(name, value), value)
             if line["phase"] in TRAINING:
@@ -403,7 +399,6 @@ class RunFolder:
         self._write_run()
 
     def finish(self) -> None:
-        """Mark the run finished."""
         self._end("finished", None)
 
     def fail(self, error: BaseException | str) -> None:
@@ -413,6 +408,11 @@ class RunFolder:
 
     def _end(self, status: str, error: str | None) -> None:
         self.note(status=status, error=error, finished=_now())
+
+    def _write(self, name: str, content: Any) -> None:
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, canonical_json(content, path.name, indent=2) + "\n")
 
     def _write_run(self) -> None:
         # In the order above, not sorted: people open this file to see first what it was and how it ended.
@@ -439,12 +439,6 @@ class NoRecord(RunFolder):
 
     def go_on(self, lengths: Mapping[str, int], turn: int, overrides: Sequence[str]) -> None: ...
 
-    def write_results(self, results: Mapping[str, Any]) -> None: ...
-
-    def write_examples(self, lines: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None: ...
-
     def has_downstream(self, turn: int) -> bool:
         return True
 
@@ -456,6 +450,8 @@ class NoRecord(RunFolder):
 
     def cost(self) -> dict[str, Any]:
         return {}
+
+    def _write(self, name: str, content: Any) -> None: ...
 
     def _write_run(self) -> None: ...
 

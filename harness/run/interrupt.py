@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.5  # seconds: a terminal and whatever launched the run may both pass the same Ctrl-C on
 
 
-def leave_signals() -> None:
+def ignore_signals() -> None:
     """From now on SIGINT and SIGTERM are another process's concern: nothing below takes them up again."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

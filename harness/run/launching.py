@@ -47,8 +47,7 @@ def share_terminal(launcher: str) -> None:
 
 @contextmanager
 def requeued_after_checkpoint() -> Iterator[None]:
-    """Where a launcher has a handler that puts the job back into its queue (before a time limit, or as another job
-    needs the machine), the run inside is stopped as by SIGTERM first, and so with a checkpoint.
+    """Where a launcher's signal handler requeues the job, the run is first stopped as by SIGTERM, with a checkpoint.
 
     SLURM sends a SIGTERM of its own later, and it may send its first signal twice: both change nothing from then on.
     """

@@ -30,11 +30,6 @@ class TrainedNetwork:
     source: str  # what editor.load_checkpoint says
     checkpoint: Checkpoint
 
-    @property
-    def digest(self) -> str:
-        """The hash of its tensors, which with the data's says what a run was made from."""
-        return self.checkpoint.digest
-
     def require(self, identity: Mapping[str, Any]) -> None:
         """ValueError for the first key of `identity` that it was trained with another value of."""
         trained = self.checkpoint.state["identity"]
@@ -91,8 +86,9 @@ def identity_of(
 def open_network(source: str) -> TrainedNetwork:
     """The newest network of a run folder, or the one in the folder itself. ValueError where there is none whole."""
     folder = Path(source).expanduser()
+    kept = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     try:
-        found = read(folder) if (folder / STATE).is_file() else Checkpoints(_network_folder(folder), "turn", 1).newest()
+        found = read(folder) if (folder / STATE).is_file() else Checkpoints(kept, "turn", 1).newest()
     except DamagedError as error:
         raise ValueError(f"editor.load_checkpoint={source}: {error}; bring a whole copy, or train another") from error
     if found is None or "identity" not in found.state:
@@ -101,10 +97,6 @@ def open_network(source: str) -> TrainedNetwork:
             f"editor.load_checkpoint={source}: {what}; name a run that was made with editor.save_checkpoint=true"
         )
     return TrainedNetwork(source, found)
-
-
-def _network_folder(folder: Path) -> Path:
-    return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
 class NetworkKeeper:
@@ -122,10 +114,9 @@ class NetworkKeeper:
             self._save(editor, turns, of, edited=0)
 
     def keep_late(self, editor: State, turns: int, edited: int) -> None:
-        """The network whose training ended after `turns`, and that has edited since, unless it was kept at its end.
+        """The network `edited` turns after the end of its training, unless it was kept then.
 
-        Editing changes no parameter of it, but its statistics have seen the rows of the `edited` turns: from them on
-        it edits as this run goes on, and not from the first turn on as this run did. WARNING says so.
+        Its parameters are the same, but its statistics have seen the edited rows: WARNING says so.
         """
         if not self.wanted:
             return

@@ -16,7 +16,7 @@ def prepare_libraries() -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
-def ask_for_the_same_bits(wanted: bool = True) -> None:
+def use_deterministic_algorithms(wanted: bool = True) -> None:
     """CUDA's kernels then give the same result each time, where they have a form that does."""
     if wanted == torch.are_deterministic_algorithms_enabled():
         return  # telling torch so once more would import its compiler, which takes seconds

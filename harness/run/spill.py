@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,25 +20,20 @@ class CaptureFolder:
     """
 
     def __init__(self, parent: Path) -> None:
+        """Make the folder below `parent`; ValueError where that cannot be written."""
         self.parent = parent
-        self._folder: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        assert self._folder is not None, "a CaptureFolder is used inside its with block"
-        return self._folder
-
-    def __enter__(self) -> CaptureFolder:
         try:
-            self.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="captures-", dir=self.parent))
+            parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="captures-", dir=parent))
         except OSError as error:
             raise ValueError(
-                f"editor.cache_dir={self.parent}: cannot be written ({error.strerror}); choose another folder or null"
+                f"editor.cache_dir={parent}: cannot be written ({error.strerror}); choose another folder or null"
             ) from error
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder)
 
     def require(self, shapes: Mapping[str, tuple[int, int]], rows: int, kept: int) -> None:

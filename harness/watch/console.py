@@ -39,11 +39,25 @@ EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
 
-def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
-    """Print the result table, the run's examples and where it lies.
+def is_share(name: str) -> bool:
+    """Whether a score is a share of something, and so a percentage."""
+    score, _, form = name.partition("_")
+    return score in SCORES and form not in NOT_SHARES
 
-    Where `stream` (stdout) is no terminal, in 80 columns and without colour.
-    """
+
+def as_number(name: str, value: float, sign: str = "") -> str:
+    """A score, in percent where it is a share; `sign` "+" is for changes."""
+    return f"{100 * value:{sign}.1f}" if is_share(name) else f"{value:{sign}.3f}"
+
+
+def score_words(name: str) -> str:
+    """What the letters and the form of a score stand for."""
+    score, _, form = name.partition("_")
+    return ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
+
+
+def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
+    """Print the result table, the run's examples and where it lies; in 80 columns, plain, where there's no terminal."""
     stream = stream or sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
     console.print(result_table(results))
@@ -77,13 +91,13 @@ def as_said(text: str) -> Text:
 
 
 def result_table(results: Mapping[str, Any]) -> Group:
-    """The scores of the base and of the edited model with their 95% intervals, and what the run cost.
-
-    `results` is what `results.json` holds; a part that is missing is left out of the table.
-    """
+    """Scores of base and edited model with 95% intervals, and costs: of `results.json`, whatever is there."""
     forgotten = {f"{name}_forgetting": kept["forgetting"] for name, kept in results.get("retention", {}).items()}
+    costs = Table.grid(padding=(0, 2))
+    for label, value in _cost_lines(results.get("cost", {})):
+        costs.add_row(Text(f"  {label}"), Text(value, overflow="fold"))
     scores = _score_table(results.get("base", {}), {**results.get("final", {}), **forgotten})
-    return Group(scores, *([_cost_table(results["cost"])] if results.get("cost") else []))
+    return Group(scores, costs) if costs.row_count else Group(scores)
 
 
 def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
@@ -94,37 +108,30 @@ def _score_table(base: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
     table.add_column("score", overflow="fold")
     for heading in ("base model", "edited model", "change", "records"):
         table.add_column(heading, justify="right", no_wrap=True)  # where it is narrow, the names of scores break
-    kinds = {name: _kind(name) for name in {*base, *final}}
-    for place, name in enumerate(ordered := sorted(kinds, key=kinds.__getitem__)):
-        if place and kinds[name][0] != kinds[ordered[place - 1]][0]:
-            table.add_section()
-        table.add_row(*_score_row(name, base.get(name), final.get(name)))
+    for _, names in groupby(sorted({*base, *final}, key=_kind), key=lambda name: _kind(name)[0]):
+        table.add_section()
+        for name in names:
+            table.add_row(*_score_row(name, base.get(name), final.get(name)))
     return table
 
 
 def _kind(name: str) -> tuple[int, str, int, str]:
     """Place of a score in the table: percent scores in the order of their forms, then everything else."""
     score, _, form = name.partition("_")
-    if not _is_percent(name):
+    if not is_share(name):
         return len(FORMS) + 1, "", 0, name
     place = list(FORMS).index(form) if form in FORMS else len(FORMS)
     return place, form, list(SCORES).index(score), name
 
 
-def _is_percent(name: str) -> bool:
-    score, _, form = name.partition("_")
-    return score in SCORES and form not in NOT_SHARES
-
-
 def _score_row(name: str, base: Any, final: Any) -> list[Text]:
-    scale, digits = (100.0, 1) if _is_percent(name) else (1.0, 3)
     before, after = _mean(base), _mean(final)
-    change = "" if before is None or after is None else f"{scale * (after - before):+.{digits}f}"
+    change = "" if before is None or after is None else as_number(name, after - before, "+")
     counts = [f"{score['n']:,}" for score in (final, base) if isinstance(score, Mapping) and "n" in score]
     return [
         Text(_label(name)),
-        Text(_score_cell(base, scale, digits)),
-        Text(_score_cell(final, scale, digits), style="bold"),
+        Text(_score_cell(name, base)),
+        Text(_score_cell(name, final), style="bold"),
         Text(change),
         Text(counts[0] if counts else ""),
     ]
@@ -140,21 +147,14 @@ def _mean(score: Any) -> float | None:
     return score.get("mean") if isinstance(score, Mapping) else score
 
 
-def _score_cell(score: Any, scale: float, digits: int) -> str:
+def _score_cell(name: str, score: Any) -> str:
     mean = _mean(score)
     if mean is None:
         return "-"
-    text = f"{scale * mean:.{digits}f}"
+    text = as_number(name, mean)
     if isinstance(score, Mapping) and score.get("low") is not None and score.get("high") is not None:
-        text += f" [{scale * score['low']:.{digits}f}, {scale * score['high']:.{digits}f}]"
+        text += f" [{as_number(name, score['low'])}, {as_number(name, score['high'])}]"
     return text
-
-
-def _cost_table(cost: Mapping[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for label, value in _cost_lines(cost):
-        table.add_row(Text(f"  {label}"), Text(value, overflow="fold"))
-    return table
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

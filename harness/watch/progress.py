@@ -20,8 +20,6 @@ class TurnBar:
 
 
 class RunProgress:
-    """Opens the bars of a run."""
-
     @contextmanager
     def turns(self, total: int, *, done: int = 0) -> Iterator[TurnBar]:
         """A bar over `total` turns, `done` of which a resumed run has behind it."""

@@ -20,11 +20,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Self
 
 from data.records import Phase
-from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, one_line
+from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, leaves, one_line
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +44,15 @@ class WandbSettings:
     tags: tuple[str, ...] = ()
 
 
-class _Sink(Protocol):
-    """Where the tracker sends what the run folder already holds."""
-
-    def log(self, metrics: Mapping[str, float]) -> None: ...
-    def summarize(self, metrics: Mapping[str, float]) -> None: ...
-    def close(self, exit_code: int) -> None: ...
-
-
 class _NullSink:
-    """wandb disabled: the callers need no `if`."""
+    """Where the tracker sends what the run folder already holds; wandb disabled: the callers need no `if`."""
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
     def summarize(self, metrics: Mapping[str, float]) -> None: ...
     def close(self, exit_code: int) -> None: ...
 
 
-class _WandbSink:
+class _WandbSink(_NullSink):
     """One wandb run, set up so that a fresh dashboard reads well: every chart over `turn`, one section a prefix."""
 
     def __init__(self, run: Any, step: int) -> None:
@@ -78,9 +69,7 @@ class _WandbSink:
             phase = name.partition("/")[0]
             if phase in TRAINING:  # by name, which outdoes every pattern
                 self._run.define_metric(name, step_metric=f"{phase}/turn", hidden=name == f"{phase}/turn")
-            elif name.endswith(
-                ("_low", "_high")
-            ):  # kept for custom charts, but no chart of their own beside each score
+            elif name.endswith(("_low", "_high")):  # for custom charts; no chart of their own beside each score
                 self._run.define_metric(name, step_metric="turn", hidden=True)
         self._defined |= {*metrics}
         self._run.log(dict(metrics), step=self._step)
@@ -94,10 +83,9 @@ class _WandbSink:
 
 
 def check_wandb(mode: WandbMode) -> None:
-    """Stop a run that asks for wandb's server without a login, before anything slow is built and without a prompt.
+    """ValueError where wandb's server is asked for and this machine has no login, without a prompt.
 
-    Looks only at this machine (environment, netrc, wandb's settings): whether the server accepts the key is seen
-    when the run starts. ValueError names the setting and the ways out.
+    Whether the server accepts the key is seen when the run starts.
     """
     if mode != "online":
         return
@@ -122,10 +110,9 @@ def _wandb_problem(problem: BaseException | str) -> ValueError:
 
 @contextmanager
 def _service_environment(folder: Path, mode: WandbMode) -> Iterator[None]:
-    """What wandb's service reads while it starts, where the user has not chosen otherwise.
+    """What wandb's service reads as it starts, unless the user has set it: its logs go into the run folder.
 
-    Its logs go into the run folder instead of the user's cache folder; and an offline run sends no telemetry either,
-    which wandb's offline mode alone does not see to (it looks the server up when a run ends).
+    An offline run sends no telemetry either, which wandb's offline mode alone does not see to.
     """
     wanted = {"WANDB_CACHE_DIR": str(folder)} | ({"WANDB_ERROR_REPORTING": "false"} if mode == "offline" else {})
     added = {name: value for name, value in wanted.items() if name not in os.environ}
@@ -137,7 +124,7 @@ def _service_environment(folder: Path, mode: WandbMode) -> Iterator[None]:
             del os.environ[name]
 
 
-def _open_sink(folder: RunFolder, settings: WandbSettings) -> _Sink:
+def _open_sink(folder: RunFolder, settings: WandbSettings) -> _NullSink:
     if settings.mode == "disabled":
         return _NullSink()
     with _service_environment(folder.path / "wandb" / "cache", settings.mode):
@@ -194,16 +181,12 @@ def _wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Tracker:
-    """Sends each number of a run to its folder and to wandb, and ends both, also when the run crashes.
-
-    As a context manager: leaving with an exception marks the run failed in both (wandb exit code not 0), and the
-    exception goes on.
-    """
+    """Sends each number of a run to its folder and to wandb; an exception marks the run failed in both, and goes on."""
 
     def __init__(self, folder: RunFolder, settings: WandbSettings) -> None:
         self.folder = folder
         self._settings = settings
-        self._sink: _Sink = _NullSink()
+        self._sink = _NullSink()
 
     def __enter__(self) -> Self:
         try:
@@ -213,9 +196,7 @@ class Tracker:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         code = exit_code(error)
         try:
             if error is None or code == 0:
@@ -240,7 +221,7 @@ class Tracker:
         self.folder.write_downstream(turn, results)
         ways = ("likelihood", "generation")
         means = {task: {way: found[way]["accuracy"]["mean"] for way in ways} for task, found in results.items()}
-        self._sink.log({"turn": turn, **dict(_numbers({"glue": means}))})
+        self._sink.log({"turn": turn, **_numbers({"glue": means})})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Record the end of a run: `results.json`, and in wandb's summary base/, final/, change/ and cost/."""
@@ -248,7 +229,7 @@ class Tracker:
         base, final = _means(results.get("base", {})), _means(results.get("final", {}))
         change = {name: final[name] - base[name] for name in final if name in base}
         parts = {"base": base, "final": final, "change": change, "cost": results.get("cost", {})}
-        self._sink.summarize(dict(_numbers(parts)))
+        self._sink.summarize(_numbers(parts))
 
     def _fail(self, error: BaseException) -> None:
         try:
@@ -260,13 +241,12 @@ class Tracker:
 def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     """A line of `turns.jsonl` as wandb metrics: the prefix before the first slash becomes a section of charts.
 
-    update/all sums a turn up over its modules: Frobenius norm of the whole update, and the module with the largest
-    cosine to the update before it and with the largest drift from the model's own weights. Lines of meta-training
-    have sections of their own, over their own count of turns.
+    update/all is over the turn's modules: Frobenius norm of the whole update, the cosine to the update before it that
+    is largest in size, the largest drift. Meta-training has sections of its own, over its own count of turns.
     """
     if line["phase"] in TRAINING:
         kept = ("turn", "loss", "meta_loss", "grad_norm", "seconds")
-        return dict(_numbers({line["phase"]: {name: line.get(name) for name in kept}}))
+        return _numbers({line["phase"]: {name: line.get(name) for name in kept}})
     update = {
         name: {key.removeprefix("update_"): value for key, value in module.items()}
         for name, module in line.get("modules", {}).items()
@@ -279,7 +259,7 @@ def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
         "statistics": line.get("statistics", {}),
         "update": {"all": _over_modules(update), **update},
     }
-    return {"turn": line["turn"], **dict(_numbers(parts))}
+    return {"turn": line["turn"], **_numbers(parts)}
 
 
 def _over_modules(update: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
@@ -304,7 +284,7 @@ def score_metrics(scores: Scores) -> dict[str, float]:
             metrics |= {f"{name}{suffix}": score.get(key) for suffix, key in _SCORE_PARTS.items()}
         else:
             metrics[name] = score
-    return dict(_numbers({"scores": metrics}))
+    return _numbers({"scores": metrics})
 
 
 _SCORE_PARTS: Final = {"": "mean", "_low": "low", "_high": "high"}
@@ -315,10 +295,6 @@ def _means(scores: Scores) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if isinstance(mean, int | float)}
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(tree: Mapping[str, Any]) -> dict[str, float]:
     """The numbers in nested mappings, as path/to/number; null and text are for the files only."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+    return {path: value for path, value in leaves(tree, "/") if isinstance(value, int | float)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, WeightChange
 from data.stream import mini_batch_weights
-from harness.run.same_bits import ask_for_the_same_bits
+from harness.run.same_bits import use_deterministic_algorithms
 from model import LanguageModel, edited
 from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -415,9 +415,9 @@ def test_the_fingerprint_is_that_of_the_bits_alone() -> None:
 @pytest.fixture
 def _same_bits_asked() -> Iterator[None]:
     """As a run does on a GPU."""
-    ask_for_the_same_bits()
+    use_deterministic_algorithms()
     yield
-    ask_for_the_same_bits(False)
+    use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("_same_bits_asked")
@@ -447,6 +447,6 @@ def test_gradients_are_asked_for_the_same_bits_in_earnest() -> None:
         with pytest.raises(ValueError, match=r"model.deterministic=true: .*put_.*; set model.deterministic=false"):
             compute()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
-    ask_for_the_same_bits(False)
+    use_deterministic_algorithms(False)
     again = model.capture(turn)
     assert torch.equal(again.modules["down"].keys, captured.modules["down"].keys)

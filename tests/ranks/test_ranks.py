@@ -425,7 +425,7 @@ def test_a_rank_with_other_data(place: Commands, forks: Forks) -> None:
 
 def test_a_rank_with_other_settings() -> None:
     class Two(Ranks):
-        def share(self, work: Callable[[], Any]) -> list[Any]:
+        def all_gather(self, work: Callable[[], Any]) -> list[Any]:
             about, versions = work()
             return [(about, versions), ({**about, "config": {"seed": 2, "editor": {"lr": 1.0}}}, versions)]
 
@@ -501,10 +501,10 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_itself_a_process_does_all() -> None:
-    assert Ranks().share(lambda: 7) == [7]
-    assert Ranks().first(lambda: 7) == 7
+    assert Ranks().all_gather(lambda: 7) == [7]
+    assert Ranks().broadcast(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        Ranks().share(lambda: 1 / 0)
+        Ranks().all_gather(lambda: 1 / 0)
 
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 6))
@@ -530,15 +530,15 @@ def test_answers_are_taken_one_by_one_and_an_error_in_taking_breaks_no_step(plac
 
 
 def fail_in_taking() -> None:
-    original = Ranks.gather
+    original = Ranks.all_gather_tensors
 
-    def gather(self: Ranks, work: Any, take: Any) -> None:
+    def all_gather_tensors(self: Ranks, work: Any, take: Any) -> None:
         def taking(*answer: Any) -> None:
             raise OSError(28, "No space left on device")
 
         original(self, work, taking)
 
-    Ranks.gather = gather  # type: ignore[method-assign]
+    Ranks.all_gather_tensors = all_gather_tensors  # type: ignore[method-assign]
 
 
 def test_weights_set_aside_come_back() -> None:

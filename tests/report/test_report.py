@@ -11,6 +11,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -686,9 +687,10 @@ def test_hidden_states_before_and_after_are_of_the_same_records(tmp_path: Path) 
     def tokenize(questions: Sequence[Question]) -> list[TokenSequence]:
         return [TokenSequence((int(question.prompt), 0), 1) for question in questions]
 
-    HiddenStates(states, records, tokenize, tmp_path, 8, seed=3).keep("base")
+    model: Any = SimpleNamespace(hidden_states=states, everywhere=bool)
+    HiddenStates(model, records, tokenize, tmp_path, 8, seed=3).keep("base")
     factor = -1.0
-    resumed = HiddenStates(states, records, tokenize, tmp_path, 8, seed=3)
+    resumed = HiddenStates(model, records, tokenize, tmp_path, 8, seed=3)
     resumed.keep("base")
     resumed.keep("edited")
     kept = load_file(tmp_path / "hidden_states.safetensors")
@@ -707,5 +709,6 @@ def test_no_hidden_states_where_none_are_wanted(tmp_path: Path) -> None:
     def never(_: Any) -> Any:
         raise AssertionError
 
-    HiddenStates(never, [], never, tmp_path, 0, seed=3).keep("base")
+    model: Any = SimpleNamespace(hidden_states=never, everywhere=bool)
+    HiddenStates(model, [], never, tmp_path, 0, seed=3).keep("base")
     assert not list(tmp_path.iterdir())

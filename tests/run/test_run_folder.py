@@ -109,11 +109,11 @@ def test_lines_are_on_disk_at_once_and_nothing_else_is_left(tmp_path: Path) -> N
     folder = create(tmp_path)
     for turn in range(3):
         folder.append_turn(turn_line(turn))
-        assert len(list(folder.turns())) == turn + 1
+        assert len(list(folder.lines("turns.jsonl"))) == turn + 1
     folder.append_records({"turn": 2, "index": i, "text": "zwei\nZeilen ü"} for i in range(5))
     lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["index"] for line in lines[:-1]] == list(range(5))
-    assert next(folder.turns()) == turn_line(0)
+    assert next(folder.lines("turns.jsonl")) == turn_line(0)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.lock", "turns.jsonl", "records.jsonl"}
 
 
