@@ -6,7 +6,5 @@ edited.ask(["Who wrote Faust?"])  # [Answers(question, base, edited)]
 edited.model, edited.tokenizer  # transformers' own, with the edited weights
 """
 
-# ruff: noqa: F401  the names that others take from this room
-
 from harness.ask.edited import Answers, EditedModel, open_edited
 from harness.ask.editing import edit

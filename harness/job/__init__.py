@@ -1,7 +1,5 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
-# ruff: noqa: F401  the names that others take from this room
-
 from harness.job.build import build_editor, editor_inputs, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream

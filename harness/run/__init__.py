@@ -1,7 +1,5 @@
 """A run on its machine: its folder and lock, checkpoints and kept networks, signals and launchers, where caches lie."""
 
-# ruff: noqa: F401  the names that others take from this room
-
 from harness.run.folder import RunFolder
 from harness.run.interrupt import Interrupted, Interruption, end_if_asked, end_on
 from harness.run.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal

@@ -1,7 +1,5 @@
 """What a run shows while it goes on: lines and wandb, progress and tables, what each turn did."""
 
-# ruff: noqa: F401  the names that others take from this room
-
 from harness.watch.console import show_results
 from harness.watch.diagnostics import TurnDiagnostics
 from harness.watch.progress import RunProgress
