@@ -17,6 +17,8 @@ from model.tracing import count_within, head_sees
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
 KEPT = 4
+# Rows of text that has ended leave their batch once no larger share than this is still being written: it copies the others.
+STILL_RUNNING = 0.75
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
 
@@ -80,9 +82,13 @@ class TextModel:
                         written[member].append(token)
                     if token in ends or step == room[member]:
                         running.discard(member)
-                watch(len(cached.members) * (1 if running else max_new_tokens - step + 1))
-                if not running:
-                    break
+                rows = [row for row, member in enumerate(cached.members) if member in running]
+                watch(len(cached.members))
+                if len(rows) <= STILL_RUNNING * len(cached.members):
+                    watch((len(cached.members) - len(rows)) * (max_new_tokens - step))
+                    if not rows:
+                        break
+                    cached, tokens = cached.part(rows), tokens[rows]
                 self.extend(cached, tokens[:, None])
         return written
 

@@ -57,7 +57,11 @@ def test_families(family: str, head: list[int]) -> None:
     plain.generation_config.eos_token_id = None
     model = LanguageModel(plain, None, {}, compute_tokens=24)
     prompts = [head + prompt for prompt in PROMPTS]
+    free = one_by_one(plain, prompts, 7)
+    assert model.generate(prompts, 7) == free
+    plain.generation_config.eos_token_id = [free[0][0], free[2][3]]  # so that some rows leave their batch early
     assert model.generate(prompts, 7) == one_by_one(plain, prompts, 7)
+    plain.generation_config.eos_token_id = None
     assert_likelihoods_agree(model, prompts, LABELS)
 
 
@@ -168,6 +172,19 @@ def test_prompts_that_are_all_the_same() -> None:
     plain = tiny_gpt2()
     prompts = [HEAD, HEAD, HEAD]
     assert LanguageModel(plain, None, {}).generate(prompts, 4) == one_by_one(plain, prompts, 4)
+
+
+def test_texts_that_have_ended_are_not_read_on() -> None:
+    plain = tiny_llama()
+    free = one_by_one(plain, PROMPTS, 10)
+    plain.generation_config.eos_token_id = [text[place] for place, text in enumerate(free[:-1])]
+    rows: list[int] = []
+    plain.register_forward_pre_hook(
+        lambda _model, _args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    LanguageModel(plain, None, {}, compute_tokens=10_000).generate(PROMPTS, 10)
+    assert rows[0] == len(PROMPTS)
+    assert rows[-1] < len(PROMPTS) / 2
 
 
 @pytest.mark.parametrize("early", [False, True])
