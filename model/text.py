@@ -17,7 +17,7 @@ from model.tracing import count_within, head_sees
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
 KEPT = 4
-# Rows of text that has ended leave their batch once no larger share than this is still being written: it copies the others.
+# Texts that have ended leave their batch once no larger share than this is still written: the others are copied.
 STILL_RUNNING = 0.75
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.
 WORTH_SHARING = 16
