@@ -10,7 +10,7 @@ package alone knows matplotlib; a run imports it when it is over.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,11 +18,13 @@ import matplotlib
 from data.disk import write_atomically
 from harness.report import hidden_figure, leaderboard_files, method_figures, page, score_figures, trade_figure
 from harness.report.averages import tables
-from harness.report.drawing import STYLE, named_runs
-from harness.report.leaderboard import board_of
+from harness.report.drawing import STYLE, Named, Picture, named_runs
+from harness.report.leaderboard import board_of, unfit
 from harness.report.runs import Run, open_runs
 
-DRAWINGS = (  # in the order of the page
+Draw = Callable[[Sequence[Named]], Picture | None]
+
+DRAWINGS: tuple[Draw, ...] = (  # in the order of the page
     score_figures.comparison,
     trade_figure.written_against_harm,
     score_figures.scores,
@@ -35,6 +37,12 @@ DRAWINGS = (  # in the order of the page
     method_figures.time_over_turns,
 )
 
+BOARD_DRAWINGS: tuple[Draw, ...] = (
+    score_figures.written_over_edits,
+    score_figures.harm_over_edits,
+    score_figures.edits_by_age,
+)
+
 
 def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
     """Write report.html and its pictures into `target`; the path of the page.
@@ -44,25 +52,36 @@ def write_report(folders: Sequence[Path], target: Path | None = None) -> Path:
     """
     runs = open_runs(folders)
     named = named_runs(runs)
-    with matplotlib.rc_context(STYLE):
-        drawn = [(picture, page.png(picture)) for draw in DRAWINGS if (picture := draw(named)) is not None]
+    drawn = _drawn(named, DRAWINGS)
     text = page.page(named, drawn, tables(named))
-    pngs = {f"{picture.name}.png": png for picture, png in drawn}
     target = target or usual_folder(runs)
-    write_files(target, pngs | {"report.html": text})
+    write_files(target, _pngs(drawn) | {"report.html": text})
     return target / "report.html"
 
 
 def write_leaderboard(folders: Sequence[Path], target: Path | None = None) -> Path:
     """Write leaderboard.html, .md, .csv and .tex where `write_report` would write; the path of the page.
 
+    Runs that were scored on the way are drawn over their edits, and facts that were scored again by their age.
+
     ValueError, in one line, where a folder holds no run, a file of a run is damaged, or no run came to its end.
     """
     runs = open_runs(folders)
-    written = leaderboard_files.files(board_of(runs))
+    board = board_of(runs)
+    drawn = _drawn(named_runs([run for run in runs if unfit(run) is None]), BOARD_DRAWINGS)
     target = target or usual_folder(runs)
-    write_files(target, written)
+    write_files(target, {**_pngs(drawn), **leaderboard_files.files(board, drawn)})
     return target / "leaderboard.html"
+
+
+def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Picture, bytes]]:
+    """Those pictures that the runs have something for, with their PNG."""
+    with matplotlib.rc_context(STYLE):
+        return [(picture, page.png(picture)) for draw in drawings if (picture := draw(runs)) is not None]
+
+
+def _pngs(drawn: Sequence[tuple[Picture, bytes]]) -> dict[str, bytes]:
+    return {f"{picture.name}.png": png for picture, png in drawn}
 
 
 def write_files(target: Path, files: Mapping[str, str | bytes]) -> None:

@@ -85,7 +85,7 @@ class Board:
 
 def board_of(runs: Sequence[Run]) -> Board:
     """The table of all runs that came to their end; ValueError where none did."""
-    reasons = [(run, _unfit(run)) for run in runs]
+    reasons = [(run, unfit(run)) for run in runs]
     left_out = tuple(f"{run.folder}: left out, {reason}" for run, reason in reasons if reason)
     fit = [run for run, reason in reasons if not reason]
     if not fit:
@@ -96,7 +96,7 @@ def board_of(runs: Sequence[Run]) -> Board:
     return Board(tuple(_group(_names(key, groups), groups[key]) for key in sorted(groups)), left_out)
 
 
-def _unfit(run: Run) -> str | None:
+def unfit(run: Run) -> str | None:
     """Why a run cannot be in the table."""
     if not run.finished:
         return run.state

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Final
 
+from harness.report.drawing import Picture
 from harness.report.leaderboard import GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
-from harness.report.page import LEVEL, document, table
+from harness.report.page import LEVEL, document, figure, table
 from harness.watch.console import as_number
 
 TITLE: Final = "Leaderboard"
@@ -22,11 +23,14 @@ LATEX: Final = {
 MARKDOWN: Final = {one: f"\\{one}" for one in "\\|*`<>[]"} | {"\n": " ", "\r": " "}
 
 
-def files(board: Board) -> dict[str, str]:
-    """The text of each file, by its name."""
+Drawn = Sequence[tuple[Picture, bytes]]  # with the PNG of each
+
+
+def files(board: Board, drawn: Drawn) -> dict[str, str]:
+    """The text of each file, by its name; the pictures are inside the page, and beside the Markdown."""
     return {
-        "leaderboard.html": html(board),
-        "leaderboard.md": markdown(board),
+        "leaderboard.html": html(board, drawn),
+        "leaderboard.md": markdown(board, drawn),
         "leaderboard.csv": comma_separated(board),
         "leaderboard.tex": latex(board),
     }
@@ -81,7 +85,7 @@ def seeds(row: Row) -> str:
 # Page and Markdown
 
 
-def html(board: Board) -> str:
+def html(board: Board, drawn: Drawn) -> str:
     body = [f"<h1>{TITLE}</h1>", f'<p class="note">{escape(caption(board))}</p>']
     for group in board.groups:
         body.append(f"<h2>{escape(group.title)}</h2>")
@@ -89,10 +93,11 @@ def html(board: Board) -> str:
         body.append(table([escape(one) for one in headings(board)], rows, kind="stacked"))
         body += [f'<p class="note">{escape(note)}</p>' for note in group.notes]
     body += [f'<p class="warning">{escape(line)}</p>' for line in board.left_out]
+    body += [figure(picture, png) for picture, png in drawn]
     return document(TITLE, body)
 
 
-def markdown(board: Board) -> str:
+def markdown(board: Board, drawn: Drawn) -> str:
     def plain(text: str) -> str:
         return "".join(MARKDOWN.get(one, one) for one in text)
 
@@ -103,6 +108,8 @@ def markdown(board: Board) -> str:
         lines += map(_line, _rows(board, group, plain, lambda text: f"**{text}**", lambda text: f" {text}"))
         lines += [line for note in group.notes for line in ("", plain(note))]
     lines += [line for one in board.left_out for line in ("", plain(one))]
+    for picture, _ in drawn:
+        lines += ["", f"## {picture.title}", "", f"![{picture.title}]({picture.name}.png)", "", plain(picture.caption)]
     return "\n".join(lines) + "\n"
 
 

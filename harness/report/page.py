@@ -67,15 +67,17 @@ def page(
     """The whole page; every picture is inside it."""
     body = [*_head(runs), *_averages(runs, tables), *_results(runs), *_comparison(runs, tables), *_retention(runs)]
     body += _examples(runs)
-    for picture, png in pictures:
-        image = base64.b64encode(png).decode()
-        body.append(f"<h2>{escape(picture.title)}</h2>")
-        body.append(
-            f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{image}">'
-            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-        )
+    body += [figure(picture, png) for picture, png in pictures]
     body += [_about(named) for named in runs]
     return document(_title(runs), body)
+
+
+def figure(picture: Picture, png: bytes) -> str:
+    image = base64.b64encode(png).decode()
+    return (
+        f'<h2>{escape(picture.title)}</h2>\n<figure><img alt="{escape(picture.title)}" '
+        f'src="data:image/png;base64,{image}"><figcaption>{escape(picture.caption)}</figcaption></figure>'
+    )
 
 
 def document(title: str, body: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -79,19 +79,42 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
     names = list(dict.fromkeys(name for named in runs for line in named.run.evaluations for name in line["scores"]))
     names.sort(key=order)
     panels = one_runs_panels(runs[0].run, names) if len(runs) == 1 else all_runs_panels(runs, names)
+    return over_edits("scores", "Scores over edits", panels, runs)
+
+
+def written_over_edits(runs: Sequence[Named]) -> Picture | None:
+    """What the edited models say by themselves, of runs that were scored on the way."""
+    return some_over_edits("written", "Whole answers written, over edits", ("ES_gen", "GS_gen"), runs)
+
+
+def harm_over_edits(runs: Sequence[Named]) -> Picture | None:
+    """What editing did to the rest, of runs that were scored on the way."""
+    return some_over_edits("harm", "Harm done, over edits", ("LS_agree", "perplexity"), runs)
+
+
+def some_over_edits(name: str, title: str, names: Sequence[str], runs: Sequence[Named]) -> Picture | None:
+    on_the_way = [named for named in runs if any(line["stage"] == "eval" for line in named.run.evaluations)]
+    there = {score for named in on_the_way for line in named.run.evaluations for score in line["scores"]}
+    return over_edits(name, title, all_runs_panels(on_the_way, [one for one in names if one in there]), on_the_way)
+
+
+def over_edits(
+    name: str, title: str, panels: Mapping[str, Sequence[ScoreLine]], runs: Sequence[Named]
+) -> Picture | None:
+    """None where there is nothing to draw."""
     if not panels:
         return None
     figure, axes = panel_grid(len(panels), 3)
-    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+    for ax, (heading, lines) in zip(axes, panels.items(), strict=True):
         for line in lines:
             draw_score(ax, line, bands=len(lines) <= MOST_BANDS)
-        finish_panel(ax, title, is_share(lines[0].score))
+        finish_panel(ax, heading, is_share(lines[0].score))
         facts_axis(ax)
     base = Line2D([], [], color=GREY if len(runs) > 1 else "black", linestyle=":", linewidth=1.6, label="base model")
     legend_above(figure, *axes, extra=[base])
     return Picture(
-        "scores",
-        "Scores over edits",
+        name,
+        title,
         f"Mean over the facts written so far; {bands_note(len(runs))} The base model is asked about all facts of the "
         f"run. {LS_NOTE}",
         figure,
@@ -255,11 +278,18 @@ def rows_axis(ax: Axes, names: Sequence[str]) -> None:
 # Retention
 
 
-def retention_by_age(runs: Sequence[Named]) -> Picture | None:
+def edits_by_age(runs: Sequence[Named]) -> Picture | None:
+    """Retention of the edits alone."""
+    found = retention_by_age(runs, ("ES",))
+    return None if found is None else replace(found, name="age", title="Edited facts by their age")
+
+
+def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORES)) -> Picture | None:
     curves = {named.label: (named, ages) for named in runs if (ages := scores_by_age(named.run))}
     if not curves:
         return None
-    protocols = list(dict.fromkeys(protocol for _, ages in curves.values() for protocol in ages))
+    there = dict.fromkeys(protocol for _, ages in curves.values() for protocol in ages)
+    protocols = [protocol for protocol in there if protocol in wanted]
     every_age = sorted({age for _, ages in curves.values() for one in ages.values() for age in one})
     figure, axes = panel_grid(len(protocols), 3)
     for ax, protocol in zip(axes, protocols, strict=True):

@@ -165,7 +165,7 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
         "put",
         f"{tmp_path / 'scored'}: left out, it has edited nothing",
     )
-    for text in files(board).values():
+    for text in files(board, []).values():
         assert ("still running" in text) == ("method,seeds" not in text), "in all but the CSV"
 
 
@@ -237,6 +237,24 @@ def test_the_page_needs_nothing_beside_it(written: Path) -> None:
     assert "ft_m 50%_a&amp;b|&lt;c&gt;{d}#$~^" in html
     assert re.findall(r"<b>.*?</b>", html) == ["<b>75.0</b>"]
     assert "Holm" in text_of(written / "leaderboard.html")
+
+
+def test_runs_scored_on_the_way_are_drawn_inside_the_page_and_beside_the_markdown(tmp_path: Path) -> None:
+    for name, status in (("a", "finished"), ("b", "finished"), ("c", "failed")):
+        run = made(tmp_path / name, {"ES": right(9)}, editor=name, status=status)
+        lines = [
+            {"stage": stage, "turn": turn, "scores": {"ES_gen": score(0.1 * turn), "LS_agree": score(0.5)}}
+            for turn, stage in ((0, "base"), (4, "eval"), (6, "final"))
+        ]
+        lines += [{"stage": "retention", "turn": 5, "scores": {f"{one}_age1": score(0.5)}} for one in ("ES", "GS")]
+        write_lines(run / "scores.jsonl", lines)
+    main(["--leaderboard", str(tmp_path), "--to", str(tmp_path / "out")])
+    pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"written", "harm", "age"}
+    html = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert html.count('src="data:image/png;base64,') == len(pictures)
+    markdown = (tmp_path / "out" / "leaderboard.md").read_text()
+    assert set(re.findall(r"!\[.*?\]\((\w+)\.png\)", markdown)) == pictures
 
 
 def test_the_latex_is_whole(written: Path) -> None:
