@@ -52,7 +52,7 @@ from harness.run import (
 )
 from harness.run.places import CACHE
 from harness.run.same_bits import prepare_libraries
-from harness.watch import RunProgress, Tracker, TurnDiagnostics, show_results
+from harness.watch import Tracker, TurnDiagnostics, show_results, turn_bar
 from model import BESIDE_WEIGHTS
 from model.source import stamp
 
@@ -213,23 +213,22 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
         Tracker(state.folder, job.wandb_settings(cfg.tracker)) as tracker,
         Interruption() as interruption,
     ):
-        progress = RunProgress()
-        score = job.make_scoring(plan.ranks, job.make_evaluation(cfg, plan, model), tracker, progress, state.seconds)
+        score = job.make_scoring(plan.ranks, job.make_evaluation(cfg, plan, model), tracker, state.seconds)
         hidden = job.make_hidden_states(cfg, plan, model, state.folder.path)
         try:
             base = score.base(state.begun, job.base_cache(cfg, plan, state.fingerprint))
-            downstream.base(model, tracker, progress, state.fingerprint)
+            downstream.base(model, tracker, state.fingerprint)
             if not state.begun:
                 hidden.keep("base")
-            train(cfg, plan, state, tracker, progress, interruption)
+            train(cfg, plan, state, tracker, interruption)
 
-            with progress.turns(len(stream), done=state.done) as bar:
+            with turn_bar(len(stream), done=state.done) as bar:
                 for turn in stream.from_turn(state.done):
                     score.retention(state.done)
                     if is_due(cfg.evaluation.every, state.done, stream):
                         score("eval", state.done)
                     if is_due(cfg.downstream_eval_steps, state.done, stream):
-                        downstream(model, tracker, progress, state.done)
+                        downstream(model, tracker, state.done)
                     with interruption.held():
                         with model.reading_once():
                             outcome = editor.edit(model, turn)
@@ -241,7 +240,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
 
             final = score("final", state.done)
             retained = score.retained()
-            downstream(model, tracker, progress, state.done)
+            downstream(model, tracker, state.done)
             hidden.keep("edited")
             score.examples(plan.examples)
             results = {"base": base, "final": final, **retained, "cost": state.cost()}
@@ -261,7 +260,6 @@ def train(
     plan: Plan,
     state: LoopState,
     tracker: Tracker,
-    progress: RunProgress,
     interruption: Interruption,
 ) -> None:
     """The meta-training of the editor's network, from wherever the run's state has it; nothing where there is none."""
@@ -275,7 +273,7 @@ def train(
     assert isinstance(state.editor.rule, HyperNetworkEditor)
     settings = job.settings_of(MetaSettings, cfg)
     trainer = MetaTrainer(state.model, state.editor.rule, settings, state.editor.settings)
-    job.MetaTraining(trainer, plan.training, state, tracker).run(cfg.checkpoint_every, keeper, progress, interruption)
+    job.MetaTraining(trainer, plan.training, state, tracker).run(cfg.checkpoint_every, keeper, interruption)
 
 
 def save_model(cfg: RunConfig, state: LoopState, interruption: Interruption) -> None:

@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "harness/watch/__init__.py": "harness.watch.*",
     "harness/ranks/group.py": "torch harness.run.*",
     "harness/ranks/*.py": "torch data.records harness.ranks.* model",
-    "harness/evaluation/downstream.py": "data.disk glue_eval.* harness.run.* harness.watch.* model",
+    "harness/evaluation/downstream.py": "data.disk data.progress glue_eval.* harness.run.* harness.watch.* model",
     "harness/evaluation/evaluate.py": "numpy torch.* model data data.* harness.evaluation.*",
     "harness/evaluation/examples.py": "model data.* harness.evaluation.*",
     "harness/evaluation/generation.py": "model data.*",

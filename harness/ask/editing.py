@@ -12,7 +12,7 @@ from config.schema import quoted, to_run_config
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
 from harness.job import build_editor, editor_inputs, load_model, make_plan
 from harness.ranks import joined
-from harness.watch import RunProgress
+from harness.watch import turn_bar
 
 FACTS_A_TURN = 100  # as published
 
@@ -46,7 +46,7 @@ def edit(
             )
         edited = load_model(cfg, plan)
         chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
-        with RunProgress().turns(len(plan.stream)) as bar:
+        with turn_bar(len(plan.stream)) as bar:
             for turn in plan.stream.from_turn(0):
                 with edited.reading_once():
                     chosen.edit(edited, turn)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data.disk import write_atomically
+from data.progress import progress_bar
 from glue_eval.score import PreparedTask, evaluate_tasks
 from harness.run import places
 from harness.run.folder import canonical_json, digest_of
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 from model import LanguageModel
 
@@ -33,7 +33,7 @@ class Downstream:
         rows = [[task.rows.task.name, task.rows.sha256] for task in self.tasks]
         return {"glue": digest_of(rows, "rows")} if rows else {}
 
-    def base(self, model: LanguageModel, tracker: Tracker, progress: RunProgress, fingerprint: str) -> None:
+    def base(self, model: LanguageModel, tracker: Tracker, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""
         if not self.tasks or model.everywhere(tracker.folder.has_downstream(0)):
             return
@@ -42,19 +42,17 @@ class Downstream:
         if model.everywhere(cache.is_file()):
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
         elif model.fingerprint() == fingerprint:
-            self(model, tracker, progress, 0, keep=cache)
+            self(model, tracker, 0, keep=cache)
         else:
             log.warning("glue/turn_0.json of the resumed run is gone, and the model is edited: no base scores of tasks")
 
-    def __call__(
-        self, model: LanguageModel, tracker: Tracker, progress: RunProgress, done: int, keep: Path | None = None
-    ) -> None:
+    def __call__(self, model: LanguageModel, tracker: Tracker, done: int, keep: Path | None = None) -> None:
         """Score the model as `done` turns have left it; what a resumed run has behind it is not scored again."""
         if not self.tasks or model.everywhere(tracker.folder.has_downstream(done)):
             return
         rows = sum(len(task.prompts) for task in self.tasks)
         what = f"GLUE after turn {done}" if done else "GLUE, base model"
-        with progress.evaluation(what, rows, unit="rows") as bar:
+        with progress_bar(f"evaluating {what}", rows, "rows") as bar:
             results = evaluate_tasks(
                 model, self.tasks, resamples=self.resamples, seed=self.seed, watch=lambda task, n: bar.advance(n, task)
             )

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.progress import Bar
+from data.progress import Bar, progress_bar
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
 from harness.evaluation.examples import Examples
 from harness.run.folder import Stage
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together
@@ -28,11 +27,9 @@ class Scoring:
     What one evaluation must know of another it reads back from records.jsonl, so a resumed run lacks nothing.
     """
 
-    def __init__(
-        self, evaluation: Evaluation, tracker: Tracker, progress: RunProgress, seconds: dict[str, float]
-    ) -> None:
+    def __init__(self, evaluation: Evaluation, tracker: Tracker, seconds: dict[str, float]) -> None:
         """`seconds`, with what a resumed run spent before, is added to."""
-        self.evaluation, self.tracker, self.progress, self.seconds = evaluation, tracker, progress, seconds
+        self.evaluation, self.tracker, self.seconds = evaluation, tracker, seconds
         self._lines: list[dict[str, Any]] = []
 
     def __call__(self, stage: Stage, done: int, cache: Path | None = None) -> Summary:
@@ -43,7 +40,7 @@ class Scoring:
         with (
             _finite(what),
             self._timed(SECONDS[stage]),
-            self.progress.evaluation(what, count, unit="records") as bar,
+            progress_bar(f"evaluating {what}", count, "records") as bar,
         ):
             summary = self.evaluation.run(upto, partial(self._line, stage), cache, bar.advance)
             bar.finish()  # what was computed by an earlier run
@@ -78,7 +75,7 @@ class Scoring:
             return {}
         self.retention(done)
         total = sum(1 for _ in plan.at_end())
-        with self._timed("scoring_retention"), self.progress.evaluation("retention", total, unit="records") as bar:
+        with self._timed("scoring_retention"), progress_bar("evaluating retention", total, "records") as bar:
             final = self._kept("retention_final", done, self.evaluation.retained(plan.at_end()), bar)
             results = _nested(self._summary(self._ends(final)))
         ages = _nested(self._summary((f"{score.protocol} {age}", _share(score)) for age, score in self._asked()))

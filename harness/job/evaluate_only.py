@@ -15,7 +15,6 @@ from harness.run import places
 from harness.run.folder import RunFolder
 from harness.run.interrupt import end_if_asked
 from harness.watch.console import show_results
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 from model.source import ModelSource, load_tokenizer, locate
 
@@ -45,9 +44,8 @@ def evaluate_only(
         earlier.go_on({}, 0, about["overrides"])
     run_folder = earlier or new_record(plan.ranks, folder, about)
     with run_folder, Tracker(run_folder, wandb_settings(cfg.tracker)) as tracker:
-        progress = RunProgress()
         seconds: dict[str, float] = {}
-        score = make_scoring(plan.ranks, make_evaluation(cfg, plan, model), tracker, progress, seconds)
+        score = make_scoring(plan.ranks, make_evaluation(cfg, plan, model), tracker, seconds)
         results: dict[str, Any] = {"base": score("base", 0, cache)}
         if source.path != plan.source.path:
             texts = None if plan.examples is None else plan.examples.texts(model)
@@ -57,7 +55,7 @@ def evaluate_only(
             end_if_asked()
             evaluation = make_evaluation(cfg, plan, edited)
             evaluation.compare_with_base(cache)
-            score = make_scoring(plan.ranks, evaluation, tracker, progress, seconds)
+            score = make_scoring(plan.ranks, evaluation, tracker, seconds)
             results["final"] = score("final", len(plan.stream))
             score.examples(plan.examples, texts)
         results["cost"] = {"seconds": seconds}

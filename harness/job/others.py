@@ -21,7 +21,6 @@ from harness.job.resume import DATA, differences
 from harness.ranks import Ranks
 from harness.run.folder import NoRecord, RunFolder, versions
 from harness.run.interrupt import ignore_signals
-from harness.watch import RunProgress
 from harness.watch.tracking import Tracker
 
 
@@ -82,7 +81,5 @@ def new_record(ranks: Ranks, folder: Path, about: Mapping[str, Any]) -> RunFolde
     return RunFolder.create(folder, **about) if ranks.is_first else NoRecord(folder, dict(about))
 
 
-def make_scoring(
-    ranks: Ranks, evaluation: Evaluation, tracker: Tracker, progress: RunProgress, seconds: dict[str, float]
-) -> Scoring:
-    return (Scoring if ranks.is_first else Answering)(evaluation, tracker, progress, seconds)
+def make_scoring(ranks: Ranks, evaluation: Evaluation, tracker: Tracker, seconds: dict[str, float]) -> Scoring:
+    return (Scoring if ranks.is_first else Answering)(evaluation, tracker, seconds)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from data.progress import progress_bar
 from data.records import TrainingTurn
 from data.training import TrainingStream
 from editor.meta_train import MetaStep, MetaTrainer
@@ -15,7 +16,6 @@ from harness.job.resume import LoopState
 from harness.run.interrupt import Interrupted, Interruption
 from harness.run.networks import NetworkKeeper
 from harness.watch.diagnostics import memory
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker
 
 
@@ -33,13 +33,13 @@ class MetaTraining:
             trainer.resume(state.training, (stream.turn(index) for index in range(first, self.done)))
             state.training = {}
 
-    def run(self, every: int, network: NetworkKeeper, progress: RunProgress, interruption: Interruption) -> None:
+    def run(self, every: int, network: NetworkKeeper, interruption: Interruption) -> None:
         """All turns that are left. The loss of the held-out turns is taken before the first pass and after each.
 
         A checkpoint every `every` turns and after each pass (0: none); the network after each pass goes to its keeper.
         """
         try:
-            with progress.training(len(self.stream), done=self.done) as bar:
+            with progress_bar("training the editor", len(self.stream), "turns", done=self.done, keep=True) as bar:
                 if not self.done:
                     with _named(network):
                         self._validate()

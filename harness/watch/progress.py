@@ -1,9 +1,9 @@
-"""The bars of a run."""
+"""The bar of a run over its turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from data.progress import Bar, progress_bar
 
@@ -19,17 +19,8 @@ class TurnBar:
         self._bar.advance(1, f"{edits_total:,} edits, {phase.replace('_', '-')}")
 
 
-class RunProgress:
-    @contextmanager
-    def turns(self, total: int, *, done: int = 0) -> Iterator[TurnBar]:
-        """A bar over `total` turns, `done` of which a resumed run has behind it."""
-        with progress_bar("editing", total, "turns", done=done, keep=True) as bar:
-            yield TurnBar(bar)
-
-    def training(self, total: int, *, done: int = 0) -> AbstractContextManager[Bar]:
-        """A bar over the turns that train an editor's network."""
-        return progress_bar("training the editor", total, "turns", done=done, keep=True)
-
-    def evaluation(self, what: str, total: int, *, unit: str = "questions") -> AbstractContextManager[Bar]:
-        """A bar over an evaluation, `what` as in "base model"; on a terminal it goes away when it is done."""
-        return progress_bar(f"evaluating {what}", total, unit)
+@contextmanager
+def turn_bar(total: int, *, done: int = 0) -> Iterator[TurnBar]:
+    """Over `total` turns, `done` of which a resumed run has behind it."""
+    with progress_bar("editing", total, "turns", done=done, keep=True) as bar:
+        yield TurnBar(bar)

@@ -20,7 +20,6 @@ from harness.job.plan import Plan, make_plan
 from harness.ranks.group import Ranks
 from harness.run import places
 from harness.run.folder import RunFolder
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker, WandbSettings
 from model import LanguageModel
 from tests.commands import Commands, save_tiny_model, zsre_row
@@ -73,9 +72,9 @@ def score(setting: Setting, folder: RunFolder, *turns: int, fingerprint: str | N
     tasks = plan_downstream(setting.cfg, setting.plan)
     tracker = Tracker(folder, WandbSettings("disabled", "x", None, None, ()))
     tracker._sink = Sink()  # type: ignore[assignment]
-    tasks.base(setting.model, tracker, RunProgress(), fingerprint)
+    tasks.base(setting.model, tracker, fingerprint)
     for turn in turns:
-        tasks(setting.model, tracker, RunProgress(), turn)
+        tasks(setting.model, tracker, turn)
     return told
 
 

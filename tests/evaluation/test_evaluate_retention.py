@@ -15,7 +15,6 @@ from harness.evaluation.evaluate import PROTOCOLS, Evaluation
 from harness.evaluation.retention import RetentionPlan
 from harness.evaluation.scoring import Scoring
 from harness.run.folder import RunFolder
-from harness.watch.progress import RunProgress
 from harness.watch.tracking import Tracker, WandbSettings
 from tests.hand_made import StandIn
 
@@ -101,7 +100,7 @@ def scoring_of(folder: RunFolder, stream: EditStream, retention: int) -> tuple[S
         model, stream, numbers, protocols=PROTOCOLS, sample=None, resamples=50, seed=42, retention=retention
     )
     tracker = Tracker(folder, WandbSettings(mode="disabled"))
-    return Scoring(evaluation, tracker, RunProgress(), {}), model
+    return Scoring(evaluation, tracker, {}), model
 
 
 def new_folder(path: Path) -> RunFolder:

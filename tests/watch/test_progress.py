@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from data import progress as bars
-from harness.watch.progress import RunProgress
+from data.progress import progress_bar
+from harness.watch.progress import turn_bar
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 def test_without_a_terminal_progress_is_a_few_clean_log_lines(
     clock: list[float], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunProgress().turns(200) as bar:
+    with turn_bar(200) as bar:
         for turn in range(200):
             clock[0] += 2.0
             bar.advance(edits_total=100 * (turn + 1), phase="warm_up" if turn < 20 else "edit")
@@ -34,7 +35,7 @@ def test_without_a_terminal_progress_is_a_few_clean_log_lines(
 
 
 def test_slow_turns_are_reported_by_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    with RunProgress().turns(20_000) as bar:
+    with turn_bar(20_000) as bar:
         for turn in range(100):
             clock[0] += 30.0
             bar.advance(edits_total=turn, phase="edit")
@@ -42,7 +43,7 @@ def test_slow_turns_are_reported_by_time(clock: list[float], caplog: pytest.LogC
 
 
 def test_a_resumed_run_judges_its_speed_by_its_own_turns(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    with RunProgress().turns(100, done=90) as bar:
+    with turn_bar(100, done=90) as bar:
         clock[0] += 3.0
         bar.advance(edits_total=9100, phase="edit")
     assert caplog.messages == ["editing: 91 of 100 turns, 9,100 edits, edit, 27 s left"]
@@ -51,9 +52,9 @@ def test_a_resumed_run_judges_its_speed_by_its_own_turns(clock: list[float], cap
 def test_an_evaluation_and_a_training_are_called_what_they_are(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RunProgress().evaluation("base model", 4) as bar:
+    with progress_bar("evaluating base model", 4, "questions") as bar:
         bar.advance(4)
-    with RunProgress().training(1) as bar:
+    with progress_bar("training the editor", 1, "turns", keep=True) as bar:
         bar.advance(1, "loss 1.000")
     assert [line.split(", done")[0] for line in caplog.messages] == [
         "evaluating base model: 4 of 4 questions",
