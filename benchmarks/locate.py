@@ -3,7 +3,8 @@
     python -m benchmarks.locate [--d-k 4096] [--facts 100] [--kept 500] [--steps 5] [--rounds 3] [--device cuda]
 
 Layers: a layer's update for a turn's facts, once C is factored, by MEMIT (whitened keys) and AlphaEdit (projected
-keys, half of the directions being null), against the d_k x d_k system as it stands, d_v = 2 d_k / 7 as in Llama-3.
+keys, half of the directions being null, which is the most that a projection costs, and --kept keys of earlier turns),
+against the d_k x d_k system as it stands, d_v = 2 d_k / 7 as in Llama-3.
 Targets: the search for target vectors in a Llama of 6 layers with random weights (d 256), 6 contexts a fact, offsets at
 layer 2, against the forwards and backwards from that layer up that it needs, over compute batches made beforehand.
 """
@@ -37,27 +38,28 @@ def layers(d_k: int, facts: int, kept: int, rounds: int, device: torch.device) -
         return torch.randn(*shape, generator=generator, device=device)
 
     scale = torch.logspace(1, -2, d_k, device=device)
-    text = drawn(2 * d_k, d_k) * scale
-    moments = text.T @ text / len(text)
     keys, earlier, residual = drawn(facts, d_k) * scale, drawn(kept, d_k) * scale, drawn(facts, 2 * d_k // 7)
-    threshold = float(torch.linalg.eigvalsh(moments.double())[d_k // 2])
-    made: dict[str, Callable[[], Coordinates]] = {
-        "MEMIT": lambda: Whitening("m", moments, 1e-6, device),
-        "AlphaEdit": lambda: NullSpace("m", moments, threshold, device),
+    text = drawn(d_k // 8, d_k) * scale
+    moments = text.T @ text / len(text) + torch.diag(scale**2)
+    ray = torch.nn.functional.normalize(drawn(d_k, 1).double(), dim=0)
+    reflection = torch.eye(d_k, d_k // 2, dtype=torch.float64, device=device) - 2 * ray @ ray[: d_k // 2].T
+    made: dict[str, tuple[Callable[[], Coordinates], int]] = {
+        "MEMIT": (lambda: Whitening("m", moments, 1e-6, device), 0),
+        "AlphaEdit": (lambda: NullSpace(reflection), kept),
     }
-    for name, make in made.items():
+    for name, (make, before) in made.items():
         once = Stopwatch(device)
         with once.measure("C"):
             coordinates = make()
         known = KeptKeys(d_k, torch.float32, device)
-        known.add(coordinates.enter(earlier.double()))
+        known.add(coordinates.enter(earlier[:before].double()))
 
         def update(coordinates: Coordinates = coordinates, known: KeptKeys = known) -> Tensor:
             left = known.left_factor(coordinates.enter(keys.double()), RIDGE)
             return coordinates.leave(left).float() @ residual
 
         layer = median_seconds(update, device, rounds)
-        print(f"{name}, d_k {d_k}: C once a run {once.seconds['C']:.2f} s; a layer {layer:.3f} s")
+        print(f"{name}, d_k {d_k}, {before} kept keys: C once a run {once.seconds['C']:.2f} s; a layer {layer:.3f} s")
 
     def naive() -> Tensor:
         rows, before = keys.double(), earlier.double()

@@ -38,7 +38,7 @@ class AlphaEdit(LayerByLayer):
     ) -> None:
         super().__init__(
             model,
-            lambda name: NullSpace(name, given.second_moments(name), settings.nullspace_threshold, device),
+            lambda name: NullSpace.of(name, given.second_moments(name), settings.nullspace_threshold, device),
             settings,
             given,
             ridge=settings.L2,

@@ -64,21 +64,31 @@ class Whitening(linalg.CholeskyCoordinates):
 
 
 class NullSpace:
-    """Keys projected onto the eigenvectors of C with eigenvalues below `threshold`: P k (AlphaEdit, section 3.2).
+    """Keys projected onto a null space: P k (AlphaEdit, section 3.2), P being kept as a basis, of it or of the rest."""
 
-    P is kept as the narrower of two bases, its own and that of what it leaves out. ValueError where it is zero.
-    """
+    def __init__(
+        self,
+        basis: Tensor,  # (d_k, r) float64, orthonormal columns
+        is_complement: bool = False,  # it spans what P leaves out
+    ) -> None:
+        self._basis, self._is_complement = basis, is_complement
+        self.size = len(basis) - basis.shape[1] if is_complement else basis.shape[1]
 
-    def __init__(self, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> None:
+    @classmethod
+    def of(cls, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> NullSpace:
+        """Of the eigenvectors of C with eigenvalues below `threshold`, kept as the narrower of the two bases.
+
+        ValueError where there is none.
+        """
         values, vectors = torch.linalg.eigh(second_moments.to(device).double())
-        self.size = int((values < threshold).sum())  # eigenvalues ascend
-        if not self.size:
+        size = int((values < threshold).sum())  # eigenvalues ascend
+        if not size:
             raise ValueError(
                 f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
                 f"lies below, the least is {float(values[0]):.3g}; set a larger one"
             )
-        self._is_complement = 2 * self.size > len(values)
-        self._basis = vectors[:, self.size :].clone() if self._is_complement else vectors[:, : self.size].clone()
+        is_complement = 2 * size > len(values)
+        return cls(vectors[:, size:].clone() if is_complement else vectors[:, :size].clone(), is_complement)
 
     def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
         inside = (keys @ self._basis) @ self._basis.T

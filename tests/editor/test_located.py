@@ -188,7 +188,7 @@ def test_alphaedit_leaves_keys_outside_of_the_null_space_where_they_were() -> No
 @pytest.mark.parametrize("threshold", [0.001, 0.3, 1e9])
 def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float) -> None:
     moments = second_moments(LLAMA[0])
-    space = NullSpace("m", moments, threshold, CPU)
+    space = NullSpace.of("m", moments, threshold, CPU)
     keys = torch.randn((7, 40), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     inside = space.enter(keys)
     torch.testing.assert_close(space.enter(inside), inside)

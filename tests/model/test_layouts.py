@@ -95,7 +95,7 @@ def test_where_a_norm_stands_before_the_hidden_state(
     with pytest.raises(ValueError, match="norms what") if normed else nullcontext():
         LayerByLayer(
             model,
-            lambda _: NullSpace("", torch.eye(40), 2.0, CPU),
+            lambda _: NullSpace.of("", torch.eye(40), 2.0, CPU),
             targets,
             given,
             ridge=1.0,
