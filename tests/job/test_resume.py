@@ -542,7 +542,8 @@ def scores_shown(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_root_that_is_followed_goes_on_bit_for_bit(run: Commands) -> None:
     """The last root is where the next one begins: the run was stopped once it had one."""
-    newton = ("editor.whitening_floor_mode=shift", "editor.whitening_solver=newton", "num_seq=5")
+    solver = ("editor.whitening_floor_mode=shift", "editor.whitening_solver=newton")
+    newton = (*solver, "dataset.n_edits=2", "num_seq=6")  # turns enough between two renewals of the basis
     whole = run(*LOOP, *newton, run="whole")
     folder = stopped(run, LanguageModel, "apply", 5, *newton)
     run(*LOOP, *newton, f"resume={folder}", run="fresh")
