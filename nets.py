@@ -41,8 +41,8 @@ class FollowedRoot(nn.Module):
     """(Sigma + s I)^(-1/2), s = floor times the mean eigenvalue, followed from turn to turn without a decomposition.
 
     Kept are the eigenvectors Q of some earlier turn's Sigma and the last root, turned into them: Q^T Sigma Q is nearly
-    diagonal, and `linalg.follow_root` finds its root from the last one in float32. Where that fails, as in the first
-    turns, or took many steps in a basis that is old, Sigma is decomposed and its eigenvectors are kept from then on.
+    diagonal, and `linalg.follow_root` finds its root from the last one in float32. Where that fails, and once the rows
+    have grown by half since Q was found, Sigma is decomposed and its eigenvectors are kept from then on.
     Q^T Sigma Q is formed in float64: float32 would lose the small eigenvalues of a covariance that spans decades.
     """
 
@@ -64,7 +64,7 @@ class FollowedRoot(nn.Module):
         floor: float,
     ) -> Whitening:
         """`details` hold whether Sigma was decomposed, steps, products of (d_v, d_v) matrices that they took, and the
-        residual; None where no root was known.
+        residual; None where none was tried.
         """
         mean = float(covariance.diagonal().mean())
         steps, products, residual = 0, 0, None

@@ -1,6 +1,6 @@
 """What a turn computes beside the language model, part by part, at the shapes of a 7B model:
 
-    python -m benchmarks.parts [--modules 4] [--d-k 14336] [--d-v 4096] [--facts 100] [--rows 400] [--tokens 2000]
+    python -m benchmarks.parts [--modules 4] [--d-k 14336] [--d-v 4096] [--rows 400] [--tokens 2000]
                                [--half bf16] [--shrink 8] [--device cuda]
 
 Captures and weights are made at random; no language model is needed. Operations are counted as torch runs them: flops

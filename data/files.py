@@ -19,7 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
 from data.disk import LFS_HEAD, sha256_of, whole_or_absent, write_atomically
-from data.nesting import NestingError, first_byte, json_values
+from data.json_stream import NestingError, first_byte, json_values
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 

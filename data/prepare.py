@@ -40,7 +40,7 @@ from data.download import (
     open_client,
     size_of,
 )
-from data.nesting import NestingError, json_values
+from data.json_stream import NestingError, json_values
 
 log = logging.getLogger(__name__)
 

@@ -71,7 +71,8 @@ class Turn:
 
     `index` counts the turns of the stream, warm-up included. `sequences[i]` is the tokenised edit of `records[i]`;
     each of its answer tokens weighs `loss_weights[i]` = 1 / (answer tokens of its mini-batch) in the loss (DESIGN
-    section 1, capture). `replay` holds facts of earlier turns that are asked again (DESIGN section 1, replay).
+    section 1, capture). `replay` holds facts of earlier turns that are asked again (DESIGN section 1, replay), or is
+    None.
     """
 
     index: int

@@ -257,9 +257,9 @@ class Rows(Sequence[EditRecord]):
 class EditStream:
     """The turns of a run: T turns of edits, and the warm-up turns inserted where `preheat_mode` says.
 
-    `num_turns` None: every full turn of `edits`; `num_warm_up` None: the first 20 of `warm_up`, or all there are.
-    `shuffle` draws the order of the edits, not of warm-up, from the seed. Each edit turn also brings `replay` facts of
-    edit turns before it (all where there are fewer), drawn from the seed and its index.
+    `num_turns` None: every full turn of `edits`; `num_warm_up` None: the first 20 of `warm_up`, or all there are; 0:
+    none. `shuffle` draws the order of the edits, not of warm-up, from the seed. Each edit turn also brings `replay`
+    facts of edit turns before it (all where there are fewer), drawn from the seed and its index.
     Raises ValueError where the data is too short, the mode unknown, or warm-up asked for with preheat_mode=none.
     """
 

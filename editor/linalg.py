@@ -220,7 +220,9 @@ def inverse_root_spectrum(
     return vectors, raised.rsqrt(), floored
 
 
-class FollowedRoot(NamedTuple):
+class RootFound(NamedTuple):
+    """Where `follow_root` ended."""
+
     root: Tensor  # (d, d) symmetric, A^(-1/2) where the residual is small
     steps: int
     products: int  # of (d, d) matrices
@@ -232,12 +234,13 @@ def follow_root(
     root: Tensor,  # X_0 (d, d) symmetric, near A^(-1/2)
     tolerance: float,
     most: int,
-) -> FollowedRoot:
+) -> RootFound:
     """A^(-1/2) by an inexact Newton method on X A X = I from X_0.
 
-    A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4) as well as the next
-    residual can profit from it, to the residual's square (Dembo, Eisenstat and Steihaug, SIAM Journal on Numerical
-    Analysis 19(2), 1982). Where it stays above `tolerance` after `most` steps, or is not finite, X is no root.
+    A step H solves X A H + H A X = I - X A X (Higham, Functions of Matrices, 2008, section 6.4) only as far as the next
+    residual can profit from it: to the residual's square, a third of `tolerance`, or three corrections (Dembo,
+    Eisenstat and Steihaug, SIAM Journal on Numerical Analysis 19(2), 1982). Where the residual stays above `tolerance`
+    after `most` steps, or is not finite, X is no root.
 
     Newton-Schulz iterations from X_0 would not do: they need an X_0 that commutes with A. From another one they end at
     a root L of A^(-1) = L L^T that is not the symmetric one, with L A L^T = I and no residual that tells.
@@ -255,7 +258,7 @@ def follow_root(
             break
         correction, spent = _newton_step(near, difference, sums, max(residual**2, tolerance / 3))
         root, products = root + correction, products + spent
-    return FollowedRoot(root, step, products, residual)
+    return RootFound(root, step, products, residual)
 
 
 def _newton_step(
@@ -267,8 +270,9 @@ def _newton_step(
 ) -> tuple[Tensor, int]:
     """A symmetric H that solves M H + (M H)^T = D up to `enough`, and the products that it took.
 
-    Near the root M is A^(1/2), which in this basis is nearly diag(y), so that H_ij is nearly D_ij / (y_i + y_j). What
-    that leaves of D is divided in the same way, each time by as much as leaves least (minimal residuals).
+    Near the root M is A^(1/2), which in this basis is nearly diag(y), y_i = sqrt(A_ii), so that H_ij is nearly
+    D_ij / (y_i + y_j). What that leaves of D is divided in the same way, up to `most` times, each correction scaled so
+    that it leaves the least (minimal residuals).
     """
     found = torch.zeros_like(left)
     for products in range(most + 1):

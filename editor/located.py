@@ -126,7 +126,8 @@ class KeptKeys:
         """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T: times R (n, d_v) it is the update that moves K by R and K_0 little.
 
         With rows it is the last n columns of X^T (X X^T + ridge I)^(-1), X = [K_0; K], wherever these are fewer than
-        d_k. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor.
+        d_k. `ridge` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a
+        factor.
         """
         if self.gram is not None:
             matrix = self.gram + keys.T @ keys

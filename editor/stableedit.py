@@ -206,7 +206,8 @@ class StableEdit(nn.Module):
 
         Where rows entered this turn: each moment's relative change since the turn before. Where value gradients were
         whitened: quantiles of the eigenvalues of Sigma^(-1/2) and, where its root is followed, whether Sigma was
-        decomposed after all (0 or 1), Newton's steps and residual (`nets.FollowedRoot`), or the shrinkage coefficient.
+        decomposed after all (0 or 1), Newton's steps, products and residual
+        (`nets.FollowedRoot`), or the shrinkage coefficient.
         """
         return {
             group.replace("/", "."): {

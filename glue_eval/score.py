@@ -24,7 +24,7 @@ from model import LanguageModel
 
 NEW_TOKENS = 5
 # To be raised when the same model and rows would score differently: cached scores are then left alone.
-SCORES_FORMAT = 1
+SCORES_FORMAT = 2
 RESAMPLES = 1000
 SEED = 42  # of the bootstrap
 

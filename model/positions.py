@@ -108,6 +108,7 @@ class PositionModel(TextModel):
                 found[name][batch.members.to(self.device)] = rows.to(found[name])
 
             self._read_in(batch, wanted, seen, keep)
+        require_ran(wanted, found)
         return found
 
     @torch.no_grad()

@@ -32,6 +32,11 @@ class CachedPrompts:
     cache: Any = None  # keys and values of these L tokens; None before the first
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (M, V) that were asked for last
 
+    def keep(self, rows: list[int]) -> None:
+        """Leave out the other rows, layer by layer, so that no second cache lies beside this one."""
+        self.members, self.mask = [self.members[row] for row in rows], self.mask[rows]
+        self.cache.reorder_cache(torch.tensor(rows))
+
     def part(self, rows: list[int] | None = None) -> CachedPrompts:
         """Some of the rows, None for all, to read on from without a change to this."""
         cache = None if self.cache is None else _select(self.cache, rows)
@@ -88,7 +93,8 @@ class TextModel:
                     watch((len(cached.members) - len(rows)) * (max_new_tokens - step))
                     if not rows:
                         break
-                    cached, tokens = cached.part(rows), tokens[rows]
+                    cached.keep(rows)
+                    tokens = tokens[rows]
                 self.extend(cached, tokens[:, None])
         return written
 

@@ -3,7 +3,7 @@
 #                           passed over and what was stopped goes on, whichever sweep began it; a job that fails is named,
 #                           and the others run. Of a key that is set twice the later setting counts.
 #   report FOLDER           compares the runs there, in FOLDER/report.html.
-#   leaderboard FOLDER      makes one table of them, in FOLDER/leaderboard.html, .md, .csv and .tex.
+#   leaderboard FOLDER      makes one table of them, in FOLDER/leaderboard.html, .md, .csv and .tex, with pictures.
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || { echo "error: no .venv here yet; sh setup.sh makes it" >&2; exit 1; }
 folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data/records.py": "torch",
     "data/disk.py": "",
     "data/intervals.py": "numpy",
-    "data/nesting.py": "ijson",
+    "data/json_stream.py": "ijson",
     "data/progress.py": "tqdm.*",
     "data/prompts.py": "",
     "data/dataset.py": "data.records",

@@ -41,7 +41,7 @@ TOKENIZED_TOGETHER = 128  # questions
 # What another compute batch costs beside its tokens, as a share of its budget (on a CPU at least 12 of 512, measured).
 OVERHEAD = 1 / 32
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 4
+SCORES_FORMAT = 5
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n

@@ -3,14 +3,17 @@
     python -m harness.report RUN [RUN ...] [--to FOLDER]
 
 writes report.html, which needs nothing beside it, and its pictures as PNG files. A run that is still going, or that
-failed, is drawn as far as it came. With --leaderboard it writes one table of methods instead, in four forms. This
+failed, is drawn as far as it came. With --leaderboard it writes one table of methods instead, in four forms, and
+pictures over edits and by age. This
 package alone knows matplotlib; a run imports it when it is over.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +22,7 @@ from data.disk import write_atomically
 from harness.report import hidden_figure, leaderboard_files, method_figures, page, score_figures, trade_figure
 from harness.report.averages import tables
 from harness.report.drawing import STYLE, Named, Picture, named_runs
-from harness.report.leaderboard import board_of, unfit
+from harness.report.leaderboard import Group, board_of
 from harness.report.runs import Run, open_runs
 
 Draw = Callable[[Sequence[Named]], Picture | None]
@@ -68,7 +71,7 @@ def write_leaderboard(folders: Sequence[Path], target: Path | None = None) -> Pa
     """
     runs = open_runs(folders)
     board = board_of(runs)
-    drawn = _drawn(named_runs([run for run in runs if unfit(run) is None]), BOARD_DRAWINGS)
+    drawn = [one for group in board.groups for one in _group_drawn(group, len(board.groups) > 1)]
     target = target or usual_folder(runs)
     write_files(target, {**_pngs(drawn), **leaderboard_files.files(board, drawn)})
     return target / "leaderboard.html"
@@ -78,6 +81,17 @@ def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Pictur
     """Those pictures that the runs have something for, with their PNG."""
     with matplotlib.rc_context(STYLE):
         return [(picture, page.png(picture)) for draw in drawings if (picture := draw(runs)) is not None]
+
+
+def _group_drawn(group: Group, is_one_of_several: bool) -> list[tuple[Picture, bytes]]:
+    drawn = _drawn(named_runs(group.runs), BOARD_DRAWINGS)
+    if not is_one_of_several:
+        return drawn
+    slug = re.sub(r"\W+", "_", group.title).strip("_")
+    return [
+        (replace(picture, name=f"{picture.name}_{slug}", title=f"{picture.title}: {group.title}"), png)
+        for picture, png in drawn
+    ]
 
 
 def _pngs(drawn: Sequence[tuple[Picture, bytes]]) -> dict[str, bytes]:

@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or one that holds several")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write; one run: its own folder")
     parser.add_argument(
-        "--leaderboard", action="store_true", help="one table of methods instead, as HTML, Markdown, CSV and LaTeX"
+        "--leaderboard",
+        action="store_true",
+        help="one table of methods instead, as HTML, Markdown, CSV and LaTeX, with pictures",
     )
     chosen = parser.parse_args(arguments)
     try:

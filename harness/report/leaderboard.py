@@ -58,6 +58,7 @@ class Group:
     edits: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    runs: tuple[Run, ...]
 
     @property
     def title(self) -> str:
@@ -85,7 +86,7 @@ class Board:
 
 def board_of(runs: Sequence[Run]) -> Board:
     """The table of all runs that came to their end; ValueError where none did."""
-    reasons = [(run, unfit(run)) for run in runs]
+    reasons = [(run, _unfit(run)) for run in runs]
     left_out = tuple(f"{run.folder}: left out, {reason}" for run, reason in reasons if reason)
     fit = [run for run, reason in reasons if not reason]
     if not fit:
@@ -96,7 +97,7 @@ def board_of(runs: Sequence[Run]) -> Board:
     return Board(tuple(_group(_names(key, groups), groups[key]) for key in sorted(groups)), left_out)
 
 
-def unfit(run: Run) -> str | None:
+def _unfit(run: Run) -> str | None:
     """Why a run cannot be in the table."""
     if not run.finished:
         return run.state
@@ -142,7 +143,7 @@ def _group(names: tuple[str, str, int], runs: Sequence[Run]) -> Group:
     first = next((name for name in COLUMNS if any(name in row.cells for row in rows)), SECONDS)
     rows.sort(key=lambda row: -row.cells[first].mean if first in row.cells else float("inf"))
     data, model, edits = names
-    return Group(model, data, edits, (_base(runs), *rows), tuple(dict.fromkeys(notes)))
+    return Group(model, data, edits, (_base(runs), *rows), tuple(dict.fromkeys(notes)), tuple(runs))
 
 
 def _shown(runs: Sequence[Scores]) -> list[Scores]:

@@ -70,8 +70,8 @@ def paired_difference(
     """The mean difference with a 95% bootstrap interval, and the p-value of a sign-flip test, both over records.
 
     Null hypothesis: each record's sum could as well carry the other sign. p = (1 + flips with |total| at least the
-    observed) / (1 + flips), valid at any n; where that ends, Hoeffding's bound on the exact share (1963, theorem 2):
-    2 exp(-total^2 / (2 sum of squares)).
+    observed) / (1 + flips), valid at any n; or, where it is smaller, as below what so
+    many flips can tell, Hoeffding's bound on the exact share (1963, theorem 2): 2 exp(-total^2 / (2 sum of squares)).
     """
     if not _rounded(sums).any():
         return Difference(0.0, 0.0, 0.0, len(sums), None)

@@ -79,7 +79,7 @@ def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
     names = list(dict.fromkeys(name for named in runs for line in named.run.evaluations for name in line["scores"]))
     names.sort(key=order)
     panels = one_runs_panels(runs[0].run, names) if len(runs) == 1 else all_runs_panels(runs, names)
-    return over_edits("scores", "Scores over edits", panels, runs)
+    return over_edits("scores", "Scores over edits", panels, runs, LS_NOTE)
 
 
 def written_over_edits(runs: Sequence[Named]) -> Picture | None:
@@ -99,7 +99,7 @@ def some_over_edits(name: str, title: str, names: Sequence[str], runs: Sequence[
 
 
 def over_edits(
-    name: str, title: str, panels: Mapping[str, Sequence[ScoreLine]], runs: Sequence[Named]
+    name: str, title: str, panels: Mapping[str, Sequence[ScoreLine]], runs: Sequence[Named], note: str = ""
 ) -> Picture | None:
     """None where there is nothing to draw."""
     if not panels:
@@ -110,13 +110,15 @@ def over_edits(
             draw_score(ax, line, bands=len(lines) <= MOST_BANDS)
         finish_panel(ax, heading, is_share(lines[0].score))
         facts_axis(ax)
-    base = Line2D([], [], color=GREY if len(runs) > 1 else "black", linestyle=":", linewidth=1.6, label="base model")
+    colours = {line.base_colour for lines in panels.values() for line in lines}
+    base_colour = colours.pop() if len(colours) == 1 else "black"  # with several, each line's base has its own
+    base = Line2D([], [], color=base_colour, linestyle=":", linewidth=1.6, label="base model")
     legend_above(figure, *axes, extra=[base])
     return Picture(
         name,
         title,
         f"Mean over the facts written so far; {bands_note(len(runs))} The base model is asked about all facts of the "
-        f"run. {LS_NOTE}",
+        f"run. {note}".strip(),
         figure,
     )
 

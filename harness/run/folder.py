@@ -411,7 +411,8 @@ class RunFolder:
 
     def _write(self, name: str, content: Any) -> None:
         path = self.path / name
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != self.path:
+            path.parent.mkdir(exist_ok=True)
         write_atomically(path, canonical_json(content, path.name, indent=2) + "\n")
 
     def _write_run(self) -> None:

@@ -174,6 +174,20 @@ def test_prompts_that_are_all_the_same() -> None:
     assert LanguageModel(plain, None, {}).generate(prompts, 4) == one_by_one(plain, prompts, 4)
 
 
+def test_rows_leave_a_cache_of_convolutions_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]}
+    plain = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**sizes, **heads)).eval()
+    plain.generation_config.eos_token_id = None
+    prompts = [[7, 8, 9], [200, 100, 50], [40, 41, 42], [3, 2, 1]]  # of one length: convolutions see padding
+    free = one_by_one(plain, prompts, 8)
+    plain.generation_config.eos_token_id = [free[0][0], free[1][2]]
+    found = LanguageModel(plain, None, {}, compute_tokens=64).generate(prompts, 8)
+    assert found == one_by_one(plain, prompts, 8)
+    assert len({len(text) for text in found}) > 1
+
+
 def test_texts_that_have_ended_are_not_read_on() -> None:
     plain = tiny_llama()
     free = one_by_one(plain, PROMPTS, 10)

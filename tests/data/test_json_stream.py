@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.download import FetchError
-from data.nesting import DEEPEST, NestingError, ShallowJSON
+from data.json_stream import DEEPEST, NestingError, ShallowJSON
 from data.prepare import read_rows
 from glue_eval.rows import read_task
 from glue_eval.tasks import TASKS
