@@ -165,8 +165,8 @@ def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str |
     """Scores over x with their intervals as a band; one alone with an error bar."""
     if not points:
         return
-    x = list(points)
-    mean, low, high = np.array([interval(score) for score in points.values()]).T
+    x = sorted(points)  # results.json has ages in the order of their digits
+    mean, low, high = np.array([interval(points[at]) for at in x]).T
     if len(x) == 1:
         errors = [mean - low, high - mean]
         ax.errorbar(x, mean, errors, color=style["color"], marker=marker(style), capsize=4, label=label)

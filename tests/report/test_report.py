@@ -29,7 +29,7 @@ from harness.report.averages import adjusted, tables
 from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
 from harness.report.paired import Difference, average, compare, holm, paired_difference, record_scores
 from harness.report.runs import columns_by_phase, configurations, labels, open_runs, short_module_names
-from harness.report.score_figures import scores_by_age
+from harness.report.score_figures import retention_by_age, scores_by_age
 
 MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")
 QUANTILES = {"min": 1, "q05": 2, "median": 3, "q95": 4, "max": 5}
@@ -214,6 +214,19 @@ def test_retention_of_a_run_under_way_is_pooled_over_its_turns(tmp_path: Path) -
     ]
     write_lines(run / "scores.jsonl", lines)
     assert scores_by_age(open_runs([run])[0]) == {"ES": {0: pytest.approx(0.625)}}
+
+
+def test_ages_are_drawn_in_their_order(tmp_path: Path) -> None:
+    """results.json is sorted by its keys, which has 16 before 2."""
+    run = make_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    by_age = {age: score(0.9 - int(age) / 50) for age in ("0", "1", "16", "2", "4", "8")}
+    (run / "results.json").write_text(json.dumps(results | {"retention": {"ES": {"by_age": by_age}}}))
+    picture = retention_by_age(named_runs(open_runs([run])))
+    assert picture is not None
+    (line,) = picture.figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [0, 1, 2, 3, 4, 5]
+    assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
