@@ -253,7 +253,7 @@ def follow_root(
         difference = -(near @ root)
         difference.diagonal().add_(1)
         products += 2
-        residual = _mean_square_root(difference)
+        residual = _norm_a_row(difference)
         if residual <= tolerance or step == most or not residual < 1:  # a step from beyond 1 leads further away
             break
         correction, spent = _newton_step(near, difference, sums, max(residual**2, tolerance / 3))
@@ -278,7 +278,7 @@ def _newton_step(
     for products in range(most + 1):
         guess = left / sums
         guess = (guess + guess.T) / 2
-        if products == most or _mean_square_root(left) <= enough:
+        if products == most or _norm_a_row(left) <= enough:
             break
         image = near @ guess
         image = image + image.T
@@ -287,8 +287,8 @@ def _newton_step(
     return found + guess, products
 
 
-def _mean_square_root(matrix: Tensor) -> float:  # (d, d)
-    """||M||_F / sqrt(d)"""
+def _norm_a_row(matrix: Tensor) -> float:  # (d, d)
+    """||M||_F / sqrt(d), which is 1 for the identity."""
     return float(torch.linalg.vector_norm(matrix)) / len(matrix) ** 0.5
 
 

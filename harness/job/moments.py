@@ -98,7 +98,7 @@ class MomentSums:
     def _add(self, windows: list[TokenSequence]) -> int:
         for keys in self.model.token_keys(windows):
             for name, rows in keys.items():
-                self.sums[name] += rows.T.float() @ rows.float()  # a batch's sum; batches add up in float64
+                self.sums[name] += rows.T @ rows  # in the keys' precision; batches add up in float64
         tokens = sum(window.answer_start for window in windows)
         self.windows, self.tokens = self.windows + len(windows), self.tokens + tokens
         return tokens
