@@ -41,7 +41,7 @@ TOKENIZED_TOGETHER = 128  # questions
 # What another compute batch costs beside its tokens, as a share of its budget (on a CPU at least 12 of 512, measured).
 OVERHEAD = 1 / 32
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 5
+SCORES_FORMAT = 6
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -263,8 +263,8 @@ def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
         hits[at.to(model.device)] = first == targets.to(model.device)
         ours = rows[at] >= 0
         if ours.any():
-            mine = rows[at[ours]]
-            found = look(logits[ours.to(model.device)], base and base[mine.to(model.device)])
+            mine, here = rows[at[ours]], ours.to(model.device)
+            found = look(logits[here], first[here], base and base[mine.to(model.device)])
             seen.append((mine, found.to(torch.device("cpu"))))
     by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:

@@ -63,10 +63,14 @@ class Distributions(_Columns):
     others: Tensor  # (N,) float32, log mass of all other tokens; -inf where there are none
 
     @classmethod
-    def of(cls, logits: Tensor) -> Distributions:  # (N, V)
-        log_p = _log_softmax(logits)
-        top, ids = log_p.topk(min(TOP, log_p.shape[1]))
-        return cls(logits.argmax(-1).int(), ids.int(), top, _others(log_p, ids).logsumexp(-1))
+    def of(cls, logits: Tensor, first: Tensor) -> Distributions:  # (N, V); (N,) their argmax
+        logits = _at_least_float32(logits)
+        top, ids = logits.topk(min(TOP, logits.shape[1]))
+        masses = (logits - top[:, :1]).exp_()
+        total = masses.sum(-1)
+        others = masses.scatter_(1, ids, 0).sum(-1)
+        log_total = total.log()
+        return cls(first.int(), ids.int(), top - top[:, :1] - log_total[:, None], others.log() - log_total)
 
 
 @dataclass(frozen=True)
@@ -78,25 +82,21 @@ class Shift(_Columns):
     error: Tensor  # (N,) float32: KL(base || edited) lies in [kl, kl + error]
 
 
-def shift(base: Distributions, logits: Tensor) -> Shift:  # logits (N, V) of the edited model at the same tokens
-    log_q, ids = _log_softmax(logits), base.ids.long()
+def shift(base: Distributions, logits: Tensor, first: Tensor) -> Shift:
+    """Of logits (N, V) of the edited model at the same tokens, and their argmax (N,)."""
+    log_q, ids = _at_least_float32(logits).log_softmax(-1), base.ids.long()
     kl = (base.log_probs.exp() * (base.log_probs - log_q.gather(1, ids))).sum(-1)
-    others = _others(log_q, ids)
+    others = log_q.scatter_(1, ids, -torch.inf)
     ratio = base.others - others.logsumexp(-1)  # log(r / s)
     least = others.masked_fill_(others == -torch.inf, torch.inf).amin(-1)
     some = base.others > -torch.inf
     kl = kl + torch.where(some, base.others.exp() * ratio, 0)
     error = torch.where(some, base.others.exp() * (base.log_probs[:, -1] - least - ratio), 0)
-    return Shift(logits.argmax(-1) == base.argmax, kl.clamp(min=0), error.clamp(min=0))
+    return Shift(first == base.argmax, kl.clamp(min=0), error.clamp(min=0))
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _others(log_p: Tensor, ids: Tensor) -> Tensor:
-    """The log-probabilities, from now on with -inf in the places of `ids`."""
-    return log_p.scatter_(1, ids, -torch.inf)
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,9 @@ class Locality(Protocol):
 Seen = Distributions | Shift
 
 
-def look(logits: Tensor, base: Distributions | None) -> Seen:  # logits (N, V)
+def look(logits: Tensor, first: Tensor, base: Distributions | None) -> Seen:  # (N, V); (N,) their argmax
     """The distributions, or where there are others to compare them with, how far they are from these."""
-    return Distributions.of(logits) if base is None else shift(base, logits)
+    return Distributions.of(logits, first) if base is None else shift(base, logits, first)
 
 
 class BaseWriter:

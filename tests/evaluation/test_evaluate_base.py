@@ -15,14 +15,18 @@ from data.records import EditRecord, Question, TokenBatch, TokenSequence
 from data.stream import EditStream
 from harness.evaluation import evaluate, locality
 from harness.evaluation.evaluate import Evaluation, RecordScore, evaluated_counts, score_records, summarize
-from harness.evaluation.locality import BaseReader, BaseWriter, Distributions, shift
+from harness.evaluation.locality import BaseReader, BaseWriter, Distributions, Shift, shift
 from model import LanguageModel
 from tests.conftest import tiny_llama
 from tests.hand_made import StandIn
 
 
+def moved_by(base: torch.Tensor, edited: torch.Tensor) -> Shift:
+    return shift(Distributions.of(base, base.argmax(-1)), edited, edited.argmax(-1))
+
+
 def both(p: list[list[float]], q: list[list[float]]) -> tuple[list[bool], list[float], list[float]]:
-    moved = shift(Distributions.of(torch.tensor(p).log()), torch.tensor(q).log())
+    moved = moved_by(torch.tensor(p).log(), torch.tensor(q).log())
     return moved.agree.tolist(), moved.kl.tolist(), moved.error.tolist()
 
 
@@ -54,7 +58,7 @@ def test_the_stated_bound_holds(monkeypatch: pytest.MonkeyPatch, top: int, scale
     edited = logits + scale * torch.randn(500, 90, generator=generator)
     p, q = logits.double().log_softmax(-1), edited.double().log_softmax(-1)
     exact = (p.exp() * (p - q)).sum(-1)
-    moved = shift(Distributions.of(logits), edited)
+    moved = moved_by(logits, edited)
     assert (moved.kl <= exact + 1e-5).all()
     assert (exact <= moved.kl + moved.error + 1e-5).all()
     if scale == 3.0:
