@@ -30,14 +30,14 @@ def write_tasks(tasks: Sequence[PreparedTask], tokenizer: Tokenizer, folder: Pat
         folder.mkdir(parents=True, exist_ok=True)
         for task in tasks:
             name = f"{PREFIX}{task.rows.task.name}"
+            texts = _texts(task)
             rows = (folder / f"{name}.jsonl").resolve()
-            write_atomically(rows, "".join(json.dumps(row) + "\n" for row in _rows(task)))
+            write_atomically(rows, "".join(json.dumps(row) + "\n" for row in _rows(task, texts)))
             write_atomically(folder / f"{name}.yaml", task_file(name, rows))
             names.append(name)
+            _warn(task, texts, tokenizer)
     except OSError as error:
         raise ValueError(f"--lm-eval {folder}: cannot be written ({error.strerror}); choose another folder") from error
-    for task in tasks:
-        _warn(task, tokenizer)
     return names
 
 
@@ -59,18 +59,20 @@ def task_file(name: str, rows: Path) -> str:
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items())
 
 
-def _rows(task: PreparedTask) -> Iterator[dict[str, Any]]:
-    for example, text in zip(task.rows.asked, _texts(task), strict=True):
+def _texts(task: PreparedTask) -> list[str]:
+    shots = task.rows.shots
+    return [
+        prompt_text(task.rows.task, shots[: prompt.shots], example)
+        for example, prompt in zip(task.rows.asked, task.prompts, strict=True)
+    ]
+
+
+def _rows(task: PreparedTask, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for example, text in zip(task.rows.asked, texts, strict=True):
         yield {"prompt": text, "answers": list(task.rows.task.answers), "label": example.label}
 
 
-def _texts(task: PreparedTask) -> Iterator[str]:
-    for example, prompt in zip(task.rows.asked, task.prompts, strict=True):
-        yield prompt_text(task.rows.task, task.rows.shots[: prompt.shots], example)
-
-
-def _warn(task: PreparedTask, tokenizer: Tokenizer) -> None:
-    texts = list(_texts(task))
+def _warn(task: PreparedTask, texts: Sequence[str], tokenizer: Tokenizer) -> None:
     cut = sum(not _cut_alike(*one, tokenizer) for one in zip(task.prompts, texts, strict=True))
     lengths = sum(len(set(map(len, prompt.answers))) > 1 for prompt in task.prompts)
     for count, what in (

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from data.batches import PADDING
 from model.source import context_length_of, ends_of
@@ -211,10 +212,14 @@ class TextModel:
 
     def can_extend(self, length: int) -> bool:
         """Whether a text of so many tokens may be read in two parts, the first padded on its left: positions of their
-        own make up for the padding, but a window does not see it.
+        own make up for the padding, but a window does not see it, and convolutions and recurrences read it.
         """
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return self._takes_positions and (window is None or length <= window)
+        config = self.model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=config).layers
+        if not self._takes_positions or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            return False
+        window = getattr(config, "sliding_window", None)
+        return window is None or length <= window
 
     def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
         """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be."""
@@ -253,13 +258,16 @@ class TextModel:
 
 
 def _select(cache: Any, rows: list[int] | None) -> Any:
-    """Some rows of a cache, None for all of them; its layers may lie on several devices. Its own tensors are left as
-    they are, not copied first: all rows together may fill a GPU.
+    """Some rows of a cache of keys and values, None for all of them, or some of one that also has states of
+    convolutions; its layers may lie on several devices. Its own tensors are left as they are, not copied first: all
+    rows together may fill a GPU.
     """
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     if rows is not None:
-        chosen.batch_select_indices(torch.tensor(rows))
+        for layer in chosen.layers:  # states lie in dictionaries, which both copies would share
+            vars(layer).update({name: dict(held) for name, held in vars(layer).items() if isinstance(held, dict)})
+        chosen.reorder_cache(torch.tensor(rows))
     return chosen
 
 

@@ -11,13 +11,12 @@ a check fails, the exit code is 1. Targets are judged on the card that they are 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 import torch
@@ -30,13 +29,9 @@ from benchmarks.gpu.cost import GIB, bare_cost, one_editor, targets
 from benchmarks.gpu.made import SHAPES, Facts, build, editable, weights_of
 from benchmarks.gpu.runs import METHODS, Course
 from data.disk import write_atomically
+from harness.run.command import Parser
 from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from model import LanguageModel
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see python -m benchmarks.gpu --help")
 
 
 @dataclass(frozen=True)
@@ -63,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    parser = _Parser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("benchmarks.gpu", __doc__)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     parser.add_argument("--shape", choices=SHAPES, help="default: mistral-7b on a GPU, small on a CPU")
     parser.add_argument("--turns", type=int, default=20, help="of edits; default 20")

@@ -36,7 +36,9 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2": (transformers.Qwen2Config, WIDTHS),
     "mistral": (transformers.MistralConfig, {**WIDTHS, "sliding_window": 8}),
     "llama": (transformers.LlamaConfig, WIDTHS),
+    "lfm2": (transformers.Lfm2Config, {**WIDTHS, "layer_types": ["conv", "full_attention", "conv"]}),
 }
+MODULES = {"lfm2": [f"model.layers.{layer}.feed_forward.w2" for layer in (1, 2)]}  # which auto does not know
 RECORDS = [EditRecord(i, Question(f"Box {i} has?", str(7919 * i % 997))) for i in range(12)]
 CPU = torch.device("cpu")
 
@@ -47,7 +49,8 @@ def model_of(layout: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
     config = kind(**tokens, **sizes, max_position_embeddings=64, initializer_range=0.2)
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return LanguageModel(plain, tokenizer, find_edit_modules(plain, "auto", 2), compute_tokens=64)
+    chosen = find_edit_modules(plain, MODULES.get(layout, "auto"), 2)
+    return LanguageModel(plain, tokenizer, chosen, compute_tokens=64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -102,3 +105,16 @@ def test_where_a_norm_stands_before_the_hidden_state(
             keep_keys=False,
             device=CPU,
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_that_begin_alike_are_read_as_alone(layout: str, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """What they share is read once and copied for each, and again for each label; also where states are no keys."""
+    model = model_of(layout, torch.float32, byte_tokenizer)
+    prompts = [byte_tokenizer("The boxes hold this: " + end).input_ids for end in ("a", "box 12", "4")]
+    labels = [[[7], [8, 9, 10], [8, 11]]] * 3
+    together = model.label_log_probs(prompts, labels)
+    alone = [model.label_log_probs([prompt], [own])[0] for prompt, own in zip(prompts, labels, strict=True)]
+    for some, same in zip(together, alone, strict=True):
+        assert some == [(pytest.approx(total, abs=1e-4), count) for total, count in same]
+    assert model.generate(prompts, 6) == [model.generate([prompt], 6)[0] for prompt in prompts]
