@@ -79,7 +79,7 @@ class TextFiles:
 class Questions:
     """Questions with their answers, as they are put to the model: what `tokenize` makes of them, without ends."""
 
-    questions: Sequence[Question]
+    questions: Callable[[], Iterable[Question]]
     tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]]
     form: str  # that `tokenize` puts them in
     name: str
@@ -87,18 +87,19 @@ class Questions:
 
     @cached_property
     def sha256(self) -> str:
-        asked = [[question.prompt, question.answer] for question in self.questions]
-        return hashlib.sha256(json.dumps([self.form, asked]).encode()).hexdigest()
-
-    @cached_property
-    def _documents(self) -> list[tuple[int, ...]]:
-        return [sequence.without_end().ids for sequence in self.tokenize(self.questions)]
+        digest = hashlib.sha256(self.form.encode())
+        for question in self.questions():
+            digest.update(json.dumps([question.prompt, question.answer]).encode())
+        return digest.hexdigest()
 
     def total(self, tokens: int) -> int | None:
-        return min(tokens, sum(map(len, self._documents)))
+        return None
 
     def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
-        yield from _cut(self._documents, window, tokens)
+        left = iter(self.questions())
+        read = iter(lambda: list(itertools.islice(left, TOGETHER)), [])
+        documents = (sequence.without_end().ids for some in read for sequence in self.tokenize(some))
+        yield from _cut(documents, window, tokens)
 
 
 def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterator[TokenSequence]:

@@ -76,7 +76,8 @@ class _DrawnBar(tqdm):
 
     def finish(self) -> None:
         """All that is left is done at once."""
-        self.advance((self.total or self.n) - self.n)
+        self.total = self.total or self.n
+        self.advance(self.total - self.n)
 
     def restart(self, total: int | None, done: int) -> None:
         """Begin again, with `done` of `total` units behind it."""
@@ -108,9 +109,12 @@ class _LoggedBar:
             log.info("%s", self._line(now - self._started, note))
 
     def finish(self) -> None:
-        left = 0 if self._total is None else self._total - self._done
-        if left:
-            self.advance(left)
+        """All that is left is done at once; where that was not known, nothing is."""
+        if self._total is None:
+            self._total = self._done
+        elif self._total == self._done:
+            return
+        self.advance(self._total - self._done)
 
     def _line(self, elapsed: float, note: str) -> str:
         of = "" if self._total is None else f" of {self._number(self._total)}"

@@ -38,6 +38,11 @@ def fraction(key: str, value: float) -> list[str]:
     return [] if 0 < value <= 1 else [f"{key}={value}: must lie in (0, 1]"]
 
 
+def share(key: str, value: float) -> list[str]:
+    """A number from 0 to 1."""
+    return [] if 0 <= value <= 1 else [f"{key}={value}: must lie in [0, 1]"]
+
+
 def at_least(key: str, value: int | None, low: int, remedy: str = "") -> list[str]:
     """A whole number not below `low`; None passes."""
     good = value is None or value >= low

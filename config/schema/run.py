@@ -73,6 +73,11 @@ class RunConfig(Section):
         """Whether turns of the training file come before the facts to edit, or among them."""
         return self.editor.preheat_mode is not PreheatMode.none and self.dataset.num_warm_up != 0
 
+    def moments_of_questions(self) -> bool:
+        """Whether training questions have a share in the second moments of keys."""
+        asks = self.evaluate is None and self.editor.asks_for_text() and not self.editor.preserves_unrelated()
+        return asks and self.corpus.questions > 0
+
     def asked_form(self) -> PromptForm:
         """How a model that answers by itself is asked."""
         return self.evaluation.prompt or self.dataset.prompt_form
@@ -182,8 +187,9 @@ def settings_without_effect(run: RunConfig) -> list[str]:
             lines.append(f"editor.{key}={shown} has no effect with {cause}")
     if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
         lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
-    if run.corpus.path is not None and run.editor.preserves_unrelated():
-        lines.append("corpus.path has no effect with editor.preserve_text=unrelated")
+    elif run.editor.preserves_unrelated():
+        idle = [key for key in ("path", "questions") if getattr(run.corpus, key) != getattr(CorpusConfig(), key)]
+        lines += [f"corpus.{key} has no effect with editor.preserve_text=unrelated" for key in idle]
     if run.model_cache_dir is not None and not run.model_cache:
         lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
     if run.glue != GlueConfig() and not run.downstream_eval_steps:

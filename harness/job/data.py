@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from config.schema import HyperNetworkConfig, RunConfig
@@ -20,7 +21,7 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
     dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
     paths = {"eval": cfg.dataset.valid_path}
-    if cfg.warms_up() or trains(cfg):
+    if cfg.warms_up() or trains(cfg) or (cfg.moments_of_questions() and has_training_file(cfg, dataset)):
         paths["train"] = cfg.dataset.train_path
     files = {split: data_file(cfg, dataset, split, path) for split, path in paths.items()}
     cache = places.CACHE / "arrow"
@@ -33,10 +34,7 @@ def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:
     ValueError where the warm-up turns have none.
     """
     if not stream.num_warm_up:
-        records = open_records(
-            SAMPLES / "zsre_train.json", DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed
-        )
-        return [question for record in records for question in questions_of(record).values()]
+        return list(training_questions(cfg, {}))
     found = [record.locality for record in stream.warmed_up() if record.locality is not None]
     if not found:
         raise ValueError(
@@ -44,6 +42,18 @@ def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:
             "name their field, bring text and set editor.preserve_text=corpus, or set editor.preserve=0"
         )
     return found
+
+
+def training_questions(cfg: RunConfig, files: Mapping[str, RecordFile]) -> Iterator[Question]:
+    """All that the training file asks or, where the run has none, the shipped one of zsRE."""
+    records = files.get("train") or open_records(
+        SAMPLES / "zsre_train.json", DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed
+    )
+    return (question for record in records for question in questions_of(record).values())
+
+
+def has_training_file(cfg: RunConfig, dataset: Dataset) -> bool:
+    return bool(cfg.dataset.train_path or cfg.dataset.made_facts("train") or "train" in dataset.sample_files)
 
 
 def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:

@@ -36,26 +36,40 @@ SAVE_SECONDS: Final = 300.0
 def second_moments(cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str) -> dict[str, Tensor]:
     """C (d_k, d_k) float32 of each edit module, on the CPU; `model` has its weights as they were loaded.
 
+    Of text and of questions each has its share (`corpus.questions`).
+    """
+    found = {name: _moments_over(corpus, cfg, plan, model, fingerprint) for name, corpus in plan.corpora.items()}
+    _warn(model.shapes, {name: tokens for name, (_, tokens) in found.items()}, plan.corpora)
+    if len(found) == 1:
+        ((moments, _),) = found.values()
+        return moments
+    (text, _), (questions, _), share = found["corpus"], found["questions"], cfg.corpus.questions
+    return {name: torch.lerp(text[name], questions[name], share) for name in model.shapes}
+
+
+def _moments_over(
+    corpus: Corpus, cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str
+) -> tuple[dict[str, Tensor], int]:
+    """By module, and their tokens.
+
     What is not in the cache is computed there; broken off, it goes on where it was. Each of several processes computes
     all of it, in the same order, so that all have the same bits.
     """
-    assert plan.corpus is not None
     folder = places.CACHE / "moments"
-    files = {name: folder / f"{_key(cfg, plan, plan.corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
+    files = {name: folder / f"{_key(cfg, plan, corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
     kept = {name: _read(file) for name, file in files.items()}
     if not model.everywhere(all(found is not None for found in kept.values())):
-        part = folder / f"{_key(cfg, plan, plan.corpus, fingerprint, list(files))}.part.safetensors"
+        part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
         sums = MomentSums(model, part, writes=plan.ranks.is_first)
-        windows = plan.corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
-        sums.add_up(windows, plan.corpus.total(cfg.corpus.tokens))
+        windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
+        sums.add_up(windows, corpus.total(cfg.corpus.tokens))
         kept = {name: (sums.moments(name), sums.tokens) for name in files}
         if plan.ranks.is_first:
             for name, file in files.items():
                 _write(file, {"moments": sums.moments(name)}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
-    _warn(model.shapes, {name: tokens for name, (_, tokens) in found.items()}, plan.corpus)
-    return {name: moments for name, (moments, _) in found.items()}
+    return {name: moments for name, (moments, _) in found.items()}, min(tokens for _, tokens in found.values())
 
 
 class MomentSums:
@@ -87,6 +101,7 @@ class MomentSums:
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()
                         saved = time.monotonic()
+                bar.finish()
             except (KeyboardInterrupt, SystemExit):
                 self._save()
                 raise
@@ -153,17 +168,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
     sync(path.parent)
 
 
-def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], corpus: Corpus) -> None:
+def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], corpora: Mapping[str, Corpus]) -> None:
     """Of text with fewer tokens than say something of every direction, twice over."""
-    name = max(tokens, key=lambda one: shapes[one][0])
-    d_k, found = shapes[name][0], tokens[name]
+    d_k, found = max(d_k for d_k, _ in shapes.values()), sum(tokens.values())
     if found < 2 * d_k:
         log.warning(
             "%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
             "second moments say nothing of: %s",
-            corpus.name,
+            " and ".join(corpus.name for corpus in corpora.values()),
             f"{found:,}",
             f"{d_k:,}",
             f"{2 * d_k:,}",
-            corpus.remedy,
+            next(iter(corpora.values())).remedy,
         )

@@ -28,7 +28,7 @@ from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
-from harness.job.data import SAMPLES, open_data, unrelated_questions
+from harness.job.data import SAMPLES, open_data, training_questions, unrelated_questions
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
@@ -63,7 +63,7 @@ class Plan:
     generation: Generation | None  # None: off
     examples: Examples | None  # None: none are kept
     passage: Passage | None  # None: off
-    corpus: Corpus | None  # None: the editor asks for no text
+    corpora: Mapping[str, Corpus]  # what second moments are taken over, by name among `inputs`
     ranks: Ranks  # the processes that share the work
 
     @property
@@ -81,8 +81,8 @@ class Plan:
         """SHA-256 of every file that the run's numbers come from."""
         network = {"network": self.network.checkpoint.digest} if self.network else {}
         passage = {"perplexity": self.passage.sha256} if self.passage else {}
-        corpus = {"corpus": self.corpus.sha256} if self.corpus else {}
-        return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpus
+        corpora = {name: corpus.sha256 for name, corpus in self.corpora.items()}
+        return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpora
 
 
 def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
@@ -111,7 +111,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
-    corpus = plan_corpus(cfg, stream, as_tokens)
+    corpora = plan_corpora(cfg, files, stream, as_tokens)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -128,7 +128,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         generation=generation,
         examples=examples,
         passage=passage,
-        corpus=corpus,
+        corpora=corpora,
         ranks=ranks,
     )
 
@@ -170,18 +170,33 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
     return stream
 
 
-def plan_corpus(
+def plan_corpora(
     cfg: RunConfig,
+    files: Mapping[str, RecordFile],
     stream: EditStream,
     as_tokens: Callable[[Sequence[Question]], Sequence[TokenSequence]],
-) -> Corpus | None:
-    """The text whose keys say what is to stay, None where the editor asks for none."""
+) -> dict[str, Corpus]:
+    """What second moments are taken over, for its keys are to stay: nothing where the editor asks for no text."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():
-        return None
-    if not cfg.editor.preserves_unrelated():
-        return open_corpus(cfg.corpus.path, SAMPLES)
-    name, remedy = "editor.preserve_text=unrelated", "warm up with more turns"
-    return Questions(unrelated_questions(cfg, stream), as_tokens, cfg.dataset.prompt_form.name, name, remedy)
+        return {}
+    form = cfg.dataset.prompt_form
+    if cfg.editor.preserves_unrelated():
+        asked = unrelated_questions(cfg, stream)
+        name, remedy = "editor.preserve_text=unrelated", "warm up with more turns"
+        return {"corpus": Questions(lambda: asked, as_tokens, form.name, name, remedy)}
+    found: dict[str, Corpus] = {}
+    if cfg.corpus.questions < 1:
+        found["corpus"] = open_corpus(cfg.corpus.path, SAMPLES)
+    if cfg.moments_of_questions():
+        name, remedy = "corpus.questions", "bring a larger dataset.train_path"
+        found["questions"] = Questions(partial(training_questions, cfg, files), as_tokens, form.name, name, remedy)
+    elif form.name != "raw":
+        log.warning(
+            "corpus.questions=0: second moments say nothing of the form that facts are put in "
+            "(dataset.prompt_form=%s), so that edits harm it; corpus.questions=0.5 gives such questions half a share",
+            form.name,
+        )
+    return found
 
 
 def check_lengths(

@@ -36,6 +36,7 @@ DATA = {
     "perplexity": "evaluation.perplexity",
     "glue": "glue.rows",
     "corpus": "corpus.path",
+    "questions": "dataset.train_path",
 }
 MOST_NAMED = 8  # keys that fit into an error message
 NEVER_RUNS = ("checkpoints", "wandb")  # folders that hold no run and may hold many files

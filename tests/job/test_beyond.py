@@ -63,7 +63,7 @@ def test_unrelated_questions_that_are_not_there(run: Commands) -> None:
     said = run.refused(*asked, *fields, "num_seq_zsre=2")
     assert "the rows of dataset.train_path that warm up hold no unrelated questions" in said
     none = run(*asked, *fields, "editor.preheat_mode=none", "num_seq=1", "corpus.tokens=3000", run="none")
-    assert "second moments of keys: 3,000 of 3,000 tokens" in (none.folder / "main.log").read_text()
+    assert "second moments of keys: 3,000 of 3,000 tokens, done" in (none.folder / "main.log").read_text()
     plain = run(*fields, "editor.preheat_mode=none", "num_seq=1", run="plain")
     assert none.turns() != plain.turns()
 

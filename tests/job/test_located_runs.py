@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from config.schema import LocateConfig, register, settings_without_effect, to_ru
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, Turn
 from harness.export.command import main as export
+from harness.job import moments
 from harness.job.facts import FIRST_WORDS, Contexts
 from harness.job.moments import MomentSums
 from harness.watch.diagnostics import TurnDiagnostics
@@ -26,6 +29,7 @@ from tests.data.test_stream import byte_level
 QUICK = (
     "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "editor.moment_ridge=1e-4",
     "corpus.tokens=3000", "corpus.window=64", "evaluation.every=2", "checkpoint_every=2", "model.compute_tokens=400",
+    "corpus.questions=0",
 )  # fmt: skip
 EARLY = "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]"
 MEMIT_RUN = ("editor=memit", EARLY, "editor.mom2_update_weight=0.5", "editor.v_lr=0.5", *QUICK)
@@ -163,6 +167,52 @@ def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
     few = said(run(*MEMIT_RUN, "corpus.path=text.txt", run="few"))
     assert "corpus.path=text.txt: 33 tokens for keys of size 40; fewer than twice as many (80)" in few
     assert "fewer than twice" not in said(run(*MEMIT_RUN, run="enough"))
+
+
+QUESTIONS = ("dataset.prompt_form=qa", "dataset.answer_end=eos", "corpus.tokens=1000", "corpus.window=64")
+
+
+def test_training_questions_have_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, asked = torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)
+    found = {"text": ({"a": text}, 100), "asked": ({"a": asked}, 7)}
+    monkeypatch.setattr(moments, "_moments_over", lambda corpus, *_: found[corpus])
+    cfg: Any = SimpleNamespace(corpus=SimpleNamespace(questions=0.25))
+    plan: Any = SimpleNamespace(corpora={"corpus": "text", "questions": "asked"})
+    model: Any = SimpleNamespace(shapes={"a": (2, 2)})
+    assert torch.equal(moments.second_moments(cfg, plan, model, "")["a"], torch.full((2, 2), 2.0))
+
+
+def test_training_questions_are_read_as_facts_are_put(run: Commands) -> None:
+    """Alone they are a text of theirs; beside such a text they change nothing; no fact to edit is among them."""
+    rows = json.loads((run.folder / "train.json").read_text())
+    lines = [
+        json.dumps({"text": f"Q: {question}\nA: {answer}"})
+        for row in rows
+        for question, answer in (
+            (row["src"], row["ans"]),
+            (row["rephrase"], row["ans"]),
+            (f"{row['loc']}?", row["loc_ans"]),
+        )
+    ]
+    (run.folder / "text.jsonl").write_text("\n".join(lines))
+    settings = (*MEMIT_RUN, *QUESTIONS)
+    read = run(*settings, "corpus.path=text.jsonl", run="read")
+    assert "corpus.questions=0: second moments say nothing of the form" in said(read)
+    alone = run(*settings, "corpus.path=nowhere.txt", "corpus.questions=1", run="alone")
+    assert "say nothing of the form" not in said(alone)
+    assert alone.turns() == read.turns()
+    both = run(*settings, "corpus.path=text.jsonl", "corpus.questions=0.25", run="both")
+    assert both.turns() == read.turns()
+    mixed = run(*settings, "corpus.questions=0.25", run="mixed")
+    assert mixed.turns() != read.turns()
+    assert {"corpus", "questions", "train"} <= mixed.json("run.json")["inputs"].keys()
+
+
+def test_without_a_training_file_the_shipped_questions_are_read(run: Commands) -> None:
+    own = ("dataset=jsonl", "dataset.fields.prompt=src", "dataset.fields.answer=ans", "dataset.fields.subject=subject")
+    found = run(*MEMIT_RUN, *QUESTIONS, *own, "dataset.train_path=null", "corpus.questions=1", "num_seq=1")
+    assert "train" not in found.json("run.json")["inputs"]
+    assert "corpus.questions=1.5: must lie in [0, 1]" in run.refused(*MEMIT_RUN, "corpus.questions=1.5")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
