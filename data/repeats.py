@@ -17,9 +17,9 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Repeats:
-    """Facts whose prompt an earlier fact has: how many there are, and the first of them.
+    """Facts whose prompt an earlier row has: how many there are, and the first of them.
 
-    A pair is the rows of two facts with the same prompt, the lower one first.
+    A pair is the first row that a fact repeats, or whose prompt it answers otherwise, and the fact's own.
     """
 
     repeats: int  # with an answer that the prompt has had already
@@ -48,12 +48,17 @@ def find_repeats(records: Iterable[EditRecord]) -> Repeats:
         prompts.append(_hash(record.edit.prompt))
         answers.append(_hash(record.edit.answer))
     row, prompt, answer = (np.frombuffer(column, dtype=np.int64) for column in (rows, prompts, answers))
+    if not len(row):
+        return Repeats(0, 0, (), ())
     order = np.lexsort((row, answer, prompt))
     row, prompt, answer = row[order], prompt[order], answer[order]
-    same = prompt[1:] == prompt[:-1]
-    agree = answer[1:] == answer[:-1]
-    pairs = np.sort(np.stack([row[:-1], row[1:]], axis=1), axis=1)
-    repeated, contradicting = pairs[same & agree], pairs[same & ~agree]
+    new_prompt = np.concatenate([[True], prompt[1:] != prompt[:-1]])
+    new_answer = new_prompt | np.concatenate([[True], answer[1:] != answer[:-1]])
+    said_first = row[new_answer][new_answer.cumsum() - 1]  # this answer to this prompt
+    asked_first = np.minimum.reduceat(row, new_prompt.nonzero()[0])[new_prompt.cumsum() - 1]
+    repeats, contradicts = ~new_answer, new_answer & (row != asked_first)
+    repeated = np.stack([said_first, row], axis=1)[repeats]
+    contradicting = np.stack([asked_first, row], axis=1)[contradicts]
     return Repeats(len(repeated), len(contradicting), _first(repeated), _first(contradicting))
 
 

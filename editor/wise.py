@@ -93,14 +93,15 @@ class WISE:
             with watch.measure("train"):
                 shards = self._dealt(turn)
                 changes = [self._trained(model, part, turn.index, shard) for shard, part in enumerate(shards)]
+            with watch.measure("merge"):
+                side = self.side + self.settings.merge_weight * ties(changes, self.settings.merge_density)
+                least = float((keys @ side).norm(dim=1).min())
+            if not math.isfinite(least):
+                raise FloatingPointError(f"what {self.name} adds is not finite; set a smaller editor.lr")
         except FloatingPointError as error:
             message = f"turn {turn.index}: {error}; the side memory is that of the turn before"
             raise FloatingPointError(message) from error
-        with watch.measure("merge"):
-            merged = ties(changes, self.settings.merge_density)
-            self.side = self.side + self.settings.merge_weight * merged
-            least = float((keys @ self.side).norm(dim=1).min())
-            self.epsilon = min(self.epsilon, self.settings.route_ratio * least)
+        self.side, self.epsilon = side, min(self.epsilon, self.settings.route_ratio * least)
         return Edit(captured.loss, {}, {}, watch.seconds, {"least_activation": least})
 
     def _remember(

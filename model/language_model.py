@@ -270,8 +270,8 @@ class LanguageModel(PositionModel):
         for name, update in updates.items():
             if not self.edited[name].can_add(update):
                 raise FloatingPointError(
-                    f"the update of {name} is not finite; a smaller editor.lr may keep it finite, or where a network "
-                    "learns it, a smaller editor.meta_lr"
+                    f"the update of {name} is not finite; smaller steps may keep it finite: editor.lr, where a network "
+                    "learns it editor.meta_lr, for rome, memit and alphaedit editor.clamp_norm_factor"
                 )
         return {name: self.edited[name].add(update) for name, update in updates.items()}
 

@@ -14,6 +14,7 @@ from data.progress import Bar, progress_bar
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
 from harness.evaluation.examples import Examples
 from harness.run.folder import Stage
+from harness.watch.diagnostics import SMALLER_STEPS
 from harness.watch.tracking import Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together
@@ -173,7 +174,7 @@ def _finite(what: str) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        remedy = "look at its weights, or set model.half=fp32" if what == BASE else "set a smaller editor.lr"
+        remedy = "look at its weights, or set model.half=fp32" if what == BASE else SMALLER_STEPS
         raise FloatingPointError(f"evaluating {what}: {error}; {remedy}") from error
 
 

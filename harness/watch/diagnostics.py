@@ -21,6 +21,7 @@ from editor.base import Edit, Editor
 
 log = logging.getLogger(__name__)
 
+SMALLER_STEPS = "take smaller steps (editor.lr; for rome, memit and alphaedit editor.clamp_norm_factor)"
 OUTWEIGHED = 1.0  # ||W_t - W_0|| / ||W_0||: beyond it there is more of the edits than of the weights they edit
 
 
@@ -98,10 +99,11 @@ class TurnDiagnostics:
         self._warned = True
         log.warning(
             "turn %d: the edits have moved %s by %.3g times the norm of its own weights (||W_t - W_0|| / ||W_0||): it "
-            "is more edits than model; set a smaller editor.lr",
+            "is more edits than model; %s",
             turn,
             name,
             drifts[name],
+            SMALLER_STEPS,
         )
 
     def _remember(self, now: PastUpdate) -> None:

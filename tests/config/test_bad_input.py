@@ -384,7 +384,7 @@ def test_an_edited_model_whose_logits_are_not_finite(commands: Commands, monkeyp
     monkeypatch.setattr(LanguageModel, "apply", spoiling)
     for resume in ("null", "auto"):
         message = commands.refused(f"resume={resume}")
-        check(message, "evaluating after turn 6: the logits are not finite", "set a smaller editor.lr")
+        check(message, "evaluating after turn 6: the logits are not finite", "take smaller steps")
         done = Run(commands.folder / "run")
         assert (done.folder / "checkpoints" / "turn_6").is_dir()
         assert done.json("run.json")["status"] == "failed"
@@ -399,7 +399,7 @@ def test_edits_that_outweigh_the_weights_are_told(commands: Commands) -> None:
         return [line for line in (done.folder / "main.log").read_text().splitlines() if "times the norm" in line]
 
     (warning,) = told(commands("editor.lr=1e30", run="huge"))
-    check(warning, "WARNING", "turn 0", "mlp.down_proj", "a smaller editor.lr")
+    check(warning, "WARNING", "turn 0", "mlp.down_proj", "take smaller steps (editor.lr")
     assert told(commands("editor.lr=1e-3")) == []
 
 

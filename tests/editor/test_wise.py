@@ -195,11 +195,12 @@ def test_draws_hang_on_the_seed_alone() -> None:
     assert one == same != other
 
 
-def test_a_side_memory_that_is_not_finite_leaves_the_turn_before() -> None:
+@pytest.mark.parametrize(("lr", "what"), [(math.inf, "the side memory of"), (1e25, "what .* adds is")])
+def test_a_side_memory_that_is_not_finite_leaves_the_turn_before(lr: float, what: str) -> None:
     model = harness(tiny_llama, LLAMA[:1])
-    editor = WISE(model, chosen(lr=math.inf), CPU)
+    editor = WISE(model, chosen(lr=lr, num_steps=1), CPU)
     editor.edit(model, random_turn(0, Phase.WARM_UP))
-    with pytest.raises(FloatingPointError, match=r"turn 1: .* the side memory is that of the turn before"):
+    with pytest.raises(FloatingPointError, match=rf"turn 1: {what} .* the side memory is that of the turn before"):
         editor.edit(model, random_turn(1, Phase.EDIT))
     assert not editor.side.any()
     assert editor._in_training is None
