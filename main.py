@@ -36,7 +36,7 @@ from harness import job
 from harness.evaluation import Downstream
 from harness.export import form_note
 from harness.job import LoopState, Plan
-from harness.ranks import joined, program_of
+from harness.ranks import init_ranks, launch_command
 from harness.run import (
     MODEL,
     Interrupted,
@@ -58,11 +58,11 @@ from model.source import stamp
 
 log = logging.getLogger(__name__)
 
-REFUSALS = {
+REPORTED_ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
 }
-"""What a file system says no with."""
+"""Errors of the file system that end in one line instead of a trace."""
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     prepare_process()
     try:
-        with joined() as ranks, job.quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
+        with init_ranks() as ranks, job.quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
             check_launcher(arguments, ranks.size)
             check_command_line(arguments)
             sys.argv[1:] = waiting_for_choices(arguments)
@@ -100,8 +100,8 @@ def run_job(composed: DictConfig) -> None:
     share_terminal(HydraConfig.get().launcher["_target_"])
     in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        with requeued_after_checkpoint(), joined().in_step():
-            cfg = job.rank_settings(to_run_config(composed), joined())
+        with requeued_after_checkpoint(), init_ranks().in_step():
+            cfg = job.rank_settings(to_run_config(composed), init_ranks())
             run(cfg, composed, Path(HydraConfig.get().runtime.output_dir))
     except (ValueError, FloatingPointError, OSError) as error:
         line = error_line(error)
@@ -124,7 +124,7 @@ def error_line(error: Exception) -> str:
         error = cause  # logging, about the run's main.log
     if not isinstance(error, OSError):
         return f"error: {' '.join(str(error).split())}"
-    if error.errno not in REFUSALS:
+    if error.errno not in REPORTED_ERRNOS:
         raise error
     where = f"{error.filename}: " if error.filename else ""
     in_cache = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(CACHE)
@@ -134,7 +134,7 @@ def error_line(error: Exception) -> str:
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
-    plan = job.make_plan(cfg, joined())
+    plan = job.make_plan(cfg, init_ranks())
     downstream = job.plan_downstream(cfg, plan)
     evaluated = job.evaluated_source(cfg, plan)
     about: dict[str, Any] = {
@@ -155,7 +155,7 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         if earlier is not None and earlier.run["status"] == "finished":
             job.require_weights(cfg, plan, earlier, about, evaluated)
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
-            for line in job.asked_too_late(cfg, earlier.path):
+            for line in job.missing_outputs(cfg, earlier.path):
                 log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
             if cfg.diagnostics.report and evaluated is None and not earlier.is_drawn():
@@ -250,7 +250,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
         except Interrupted as stop:
             if cfg.checkpoint_every and state.done:
                 state.save()
-            command = state.how_to_go_on(program_of(plan.ranks), list(HydraConfig.get().overrides.task))
+            command = state.how_to_go_on(launch_command(plan.ranks), list(HydraConfig.get().overrides.task))
             log.warning("%s after turn %d of %d; %s", stop.signal, state.done, len(stream), command)
             raise
 

@@ -21,7 +21,7 @@ from benchmarks.bare import bare_batch
 from benchmarks.common import median_seconds, parser_with
 from data.batches import compute_batches
 from data.records import FactContexts, TokenSequence
-from editor.located import Coordinates, KeptKeys, NullSpace, Whitening
+from editor.located import Coordinates, KeptKeys, NullSpace, SecondMomentFactor
 from editor.stopwatch import Stopwatch
 from editor.target_vectors import TargetSettings, target_vectors
 from model import LanguageModel
@@ -44,7 +44,7 @@ def layers(d_k: int, facts: int, kept: int, rounds: int, device: torch.device) -
     ray = torch.nn.functional.normalize(drawn(d_k, 1).double(), dim=0)
     reflection = torch.eye(d_k, d_k // 2, dtype=torch.float64, device=device) - 2 * ray @ ray[: d_k // 2].T
     made: dict[str, tuple[Callable[[], Coordinates], int]] = {
-        "MEMIT": (lambda: Whitening("m", moments, 1e-6, device), 0),
+        "MEMIT": (lambda: SecondMomentFactor("m", moments, 1e-6, device), 0),
         "AlphaEdit": (lambda: NullSpace(reflection), kept),
     }
     for name, (make, before) in made.items():

@@ -20,7 +20,7 @@ import transformers
 from benchmarks.common import race, ratio
 from benchmarks.evaluation import score
 from benchmarks.turn import build, parser_of
-from harness.ranks import Ranks, SharedModel, joined
+from harness.ranks import Ranks, SharedModel, init_ranks
 from model import LanguageModel
 
 ALONE, SHARED = "one rank", "all ranks"
@@ -52,7 +52,7 @@ def in_step(ranks: Ranks, work: Callable[[], object]) -> Callable[[], object]:
 def main() -> None:
     transformers.logging.disable_progress_bar()
     arguments = parser_of(__doc__).parse_args()
-    with joined() as ranks:
+    with init_ranks() as ranks:
         if arguments.device == "cpu":
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})

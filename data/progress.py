@@ -76,8 +76,7 @@ class _DrawnBar(tqdm):
 
     def finish(self) -> None:
         """All that is left is done at once."""
-        self.total = self.total or self.n
-        self.advance(self.total - self.n)
+        self.advance((self.total or self.n) - self.n)
 
     def restart(self, total: int | None, done: int) -> None:
         """Begin again, with `done` of `total` units behind it."""

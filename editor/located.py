@@ -41,7 +41,7 @@ def _means(rows: Tensor, facts: Sequence[FactContexts]) -> Tensor:
 # Second moments
 
 
-class Whitening(linalg.CholeskyCoordinates):
+class SecondMomentFactor(linalg.CholeskyCoordinates):
     """Keys in coordinates in which C is the identity.
 
     `ridge`, in units of C's mean eigenvalue, is added to its diagonal: text with fewer tokens than d_k leaves

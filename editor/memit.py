@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from editor.base import EditableModel, LocateInputs
-from editor.located import LayerByLayer, Whitening
+from editor.located import LayerByLayer, SecondMomentFactor
 from editor.target_vectors import TargetSettings
 
 
@@ -37,7 +37,7 @@ class MEMIT(LayerByLayer):
     ) -> None:
         super().__init__(
             model,
-            lambda name: Whitening(name, given.second_moments(name), settings.moment_ridge, device),
+            lambda name: SecondMomentFactor(name, given.second_moments(name), settings.moment_ridge, device),
             settings,
             given,
             ridge=settings.mom2_update_weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.records import FactContexts, LossTerm, LowRankUpdate, Turn, WeightChange
 from editor.base import Edit, EditableModel, LocateInputs
-from editor.located import Whitening, as_put, mean_keys, mean_values
+from editor.located import SecondMomentFactor, as_put, mean_keys, mean_values
 from editor.stopwatch import Stopwatch
 from editor.target_vectors import Targets, TargetSettings, target_vectors
 from editor.updates import summed
@@ -37,7 +37,7 @@ class ROME:
         """`model` has one edit module."""
         (self.name,) = model.shapes
         self.settings, self.device, self.given = settings, device, given
-        self.whitening = Whitening(self.name, given.second_moments(self.name), settings.moment_ridge, device)
+        self.factor = SecondMomentFactor(self.name, given.second_moments(self.name), settings.moment_ridge, device)
         self.edited = 0  # facts
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
@@ -67,8 +67,8 @@ class ROME:
             key = mean_keys(model, self.name, [fact])  # (1, d_k)
             shift = value - mean_values(model, self.name, [fact])  # (1, d_v) v - k W
         with watch.measure("solve"):
-            white = self.whitening.enter(key.to(self.device).double())
-            left = self.whitening.leave(white.T) / white.square().sum()
+            white = self.factor.enter(key.to(self.device).double())
+            left = self.factor.leave(white.T) / white.square().sum()
         return LowRankUpdate(left.to(key), shift)
 
     def statistics(self) -> dict[str, dict[str, float | None]]:

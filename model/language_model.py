@@ -101,18 +101,18 @@ class LanguageModel(PositionModel):
 
     # -- work that several processes may share (harness/ranks/model.py)
 
-    hands = 1  # how many do
+    world_size = 1  # processes that do
 
-    def shares(self, costs: Sequence[int]) -> list[list[int]]:
-        """Places of pieces of work with these costs, for each of `hands`: to each about as much."""
-        dearest = sorted(range(len(costs)), key=lambda place: -costs[place])
-        return [sorted(dearest[hand :: self.hands]) for hand in range(self.hands)]
+    def partition(self, costs: Sequence[int]) -> list[list[int]]:
+        """Which pieces of work with these costs each rank does: about as much each."""
+        dearest = sorted(range(len(costs)), key=lambda piece: -costs[piece])
+        return [sorted(dearest[rank :: self.world_size]) for rank in range(self.world_size)]
 
-    def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
-        """work(model, part) for one part each of `hands`, at the same time; `work` is a function of a module."""
+    def map_ranks(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
+        """work(model, part) of every part, one a rank, at the same time; `work` is a function of a module."""
         return [work(self, part) for part in parts]
 
-    def everywhere(self, holds: bool) -> bool:
+    def all_ranks(self, holds: bool) -> bool:
         """Whether it holds in each of the processes."""
         return holds
 

@@ -80,7 +80,7 @@ class OffsetLosses:
     def _of(self, cached: CachedPrompts, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
         batch = padded(self.tails, cached.members)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
-        move = mover(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
+        move = offset_hook(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
         once = self.below.read_once(cached.members, batch.lengths.tolist())
         with torch.enable_grad(), hooks({self.module: move}), once:
             logits = self.model.extend(cached, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
@@ -121,7 +121,7 @@ class OffsetLosses:
         return len(order)
 
 
-def mover(
+def offset_hook(
     at: Tensor,  # (B,)
     offsets: Tensor,  # (B, d_v)
     shape: torch.Size,  # (B, T)

@@ -16,9 +16,9 @@ from data.batches import PADDING, compute_batches
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
-from model.offsets import OffsetLosses, mover
+from model.offsets import OffsetLosses, offset_hook
 from model.text import TextModel
-from model.tracing import head_sees, hooks, require_ran
+from model.tracing import hooks, require_ran, select_head_rows
 
 Seen = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(inputs, output) of a module -> the one to be read, (B, L, d) or (B L, d)."""
@@ -45,7 +45,7 @@ class PositionModel(TextModel):
         at = (batch.rows.to(self.device), batch.positions.to(self.device))
         lengths = batch.lengths.tolist()
         texts = [tuple(ids[:length]) for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
-        with head_sees(self.model, *at), self.below.read_once(texts, lengths):
+        with select_head_rows(self.model, *at), self.below.read_once(texts, lengths):
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
         return logits[0].to(self.device)
@@ -162,7 +162,7 @@ class PositionModel(TextModel):
         offset = torch.full((1, self.edited[name].shape[1]), 100.0, dtype=self.precise, device=self.device)
         found: list[Tensor] = []
         for some in (torch.zeros_like(offset), offset):
-            move = mover(torch.tensor([3]), some, ids.shape, replace=False)
+            move = offset_hook(torch.tensor([3]), some, ids.shape, replace=False)
             with hooks({module: move, block: _reader(name, _output, lambda _, tensor: found.append(tensor[:, 3]))}):
                 self.model(input_ids=ids, use_cache=False)
         moved = (found[1] - found[0]).to(offset)

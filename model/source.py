@@ -77,7 +77,7 @@ class Outline:
 
     @property
     def traced_layers(self) -> int:
-        """Layers from that one on: those above are in a capture's graph, it for what a forward holds while it runs."""
+        """Layers from the lowest edited one to the top, whose activations a capture holds."""
         return self.layers - self.lowest
 
 
@@ -333,6 +333,12 @@ def _config(source: ModelSource) -> Any:
 def context_length_of(config: Any) -> int | None:
     """Tokens that a model of this configuration can look back on; None where it sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether some layer keeps states of what it has read, as convolutions and recurrences do, and not its keys."""
+    layers = transformers.DynamicCache(config=config).layers
+    return any(isinstance(layer, transformers.cache_utils.LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def _model_class(source: ModelSource) -> Any:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from data.batches import PADDING
-from model.source import context_length_of, ends_of
-from model.tracing import count_within, head_sees
+from model.source import context_length_of, ends_of, keeps_states
+from model.tracing import count_within, select_head_rows
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
 KEPT = 4
@@ -199,7 +198,7 @@ class TextModel:
             options["position_ids"] = (cached.mask.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :]
         if at is None:
             at = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
-        with head_sees(self.model, at[0].to(self.device), at[1].to(self.device)):
+        with select_head_rows(self.model, at[0].to(self.device), at[1].to(self.device)):
             output = self.model(
                 input_ids=ids, attention_mask=cached.mask, past_key_values=cached.cache, use_cache=True, **options
             )
@@ -215,11 +214,8 @@ class TextModel:
         own make up for the padding, but a window does not see it, and convolutions and recurrences read it.
         """
         config = self.model.config.get_text_config(decoder=True)
-        layers = DynamicCache(config=config).layers
-        if not self._takes_positions or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
-            return False
         window = getattr(config, "sliding_window", None)
-        return window is None or length <= window
+        return self._takes_positions and not keeps_states(config) and (window is None or length <= window)
 
     def _shared_length(self, prompts: Sequence[Sequence[int]], to_come: int) -> int:
         """How many tokens all prompts begin with and need be read once only; 0 where it does not pay, or cannot be."""

@@ -52,7 +52,7 @@ class Tracer:
 
 
 @contextlib.contextmanager
-def head_sees(
+def select_head_rows(
     model: Any,  # of transformers
     rows: Tensor,  # (M,)
     positions: Tensor,  # (M,)

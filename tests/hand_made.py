@@ -20,10 +20,10 @@ class StandIn:
 
     device = torch.device("cpu")
     compute_tokens = 8  # padded tokens of its batches
-    hands = LanguageModel.hands
-    shares = LanguageModel.shares
-    each = LanguageModel.each
-    everywhere = LanguageModel.everywhere
+    world_size = LanguageModel.world_size
+    partition = LanguageModel.partition
+    map_ranks = LanguageModel.map_ranks
+    all_ranks = LanguageModel.all_ranks
 
 
 def counting_model(vocabulary: int, context_length: int = 512) -> transformers.LlamaForCausalLM:

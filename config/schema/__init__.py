@@ -7,8 +7,8 @@ users type, and fields carry the names that users type.
 """
 
 from config.schema.checks import ConfigError, quoted
+from config.schema.convert import register, to_run_config
 from config.schema.dataset import AnswerEnd, AnswerTokens, PromptForm, SyntheticConfig
-from config.schema.door import register, to_run_config
 from config.schema.editor import (
     ClosedFormConfig,
     FactToken,

@@ -11,7 +11,7 @@ from config.compose import choices_of, compose_config
 from config.schema import quoted, to_run_config
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
 from harness.job import build_editor, editor_inputs, load_model, make_plan
-from harness.ranks import joined
+from harness.ranks import init_ranks
 from harness.watch import turn_bar
 
 FACTS_A_TURN = 100  # as published
@@ -38,7 +38,7 @@ def edit(
         path = Path(folder) / "facts.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         cfg = to_run_config(compose_config([*_choices(model, editor, path, len(rows)), *settings]))
-        plan = make_plan(cfg, joined())
+        plan = make_plan(cfg, init_ranks())
         if len(plan.stream.edited()) < len(rows):
             raise ValueError(
                 f"facts: {len(rows)} are not full turns of dataset.n_edits={cfg.dataset.n_edits}; "

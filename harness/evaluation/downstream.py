@@ -35,11 +35,11 @@ class Downstream:
 
     def base(self, model: LanguageModel, tracker: Tracker, fingerprint: str) -> None:
         """Score the base model, or take its scores from the cache: a sweep pays for them once."""
-        if not self.tasks or model.everywhere(tracker.folder.has_downstream(0)):
+        if not self.tasks or model.all_ranks(tracker.folder.has_downstream(0)):
             return
         key = digest_of({"model": fingerprint, **self.identity}, "identity of the base model's scores")
         cache = places.CACHE / "glue" / f"{key[:16]}.json"
-        if model.everywhere(cache.is_file()):
+        if model.all_ranks(cache.is_file()):
             tracker.downstream(0, json.loads(cache.read_text(encoding="utf-8")))
         elif model.fingerprint() == fingerprint:
             self(model, tracker, 0, keep=cache)
@@ -48,7 +48,7 @@ class Downstream:
 
     def __call__(self, model: LanguageModel, tracker: Tracker, done: int, keep: Path | None = None) -> None:
         """Score the model as `done` turns have left it; what a resumed run has behind it is not scored again."""
-        if not self.tasks or model.everywhere(tracker.folder.has_downstream(done)):
+        if not self.tasks or model.all_ranks(tracker.folder.has_downstream(done)):
             return
         rows = sum(len(task.prompts) for task in self.tasks)
         what = f"GLUE after turn {done}" if done else "GLUE, base model"

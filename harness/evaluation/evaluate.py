@@ -165,7 +165,7 @@ def score_records(
         for field, question in questions_of(record).items()
         if field in protocols and (field == "locality" or place not in locality_only)
     )
-    for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.hands):
+    for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.world_size):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
         advance(sum(probe.field == "edit" for probe in probes))
@@ -208,8 +208,8 @@ def _teacher_forced(
     places, lengths = [probes[i].place for i in local], [sequences[i].answer_length for i in local]
     base = locality.base(places, lengths) if locality and local else None
     tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
-    shares = model.shares([len(sequence.ids) for sequence in sequences])
-    answered = model.each(_answer, [_asked(share, sequences, tokens, base) for share in shares])
+    shares = model.partition([len(sequence.ids) for sequence in sequences])
+    answered = model.map_ranks(_answer, [_asked(share, sequences, tokens, base) for share in shares])
     if broken := sum(part.broken for part in answered):
         asked = sum(sequence.answer_length for sequence in sequences)
         raise FloatingPointError(f"the logits are not finite at {broken} of {asked} answer tokens: nothing to score")
@@ -346,7 +346,7 @@ class Evaluation:
         if cache is None:
             scores = self._score(upto, self._base, advance)
         else:
-            scores = kept_scores(cache, partial(self._score_base, advance), self.model.everywhere)
+            scores = kept_scores(cache, partial(self._score_base, advance), self.model.all_ranks)
         summary = summarize(_watched(scores, watch), self.resamples, self.seed)
         if cache is not None:
             self._base = BaseReader(cache / "locality")
@@ -357,7 +357,7 @@ class Evaluation:
 
     def compare_with_base(self, cache: Path) -> None:
         """As after `run` with `cache`, for a resumed run: a cache that is gone is made again, without the edits."""
-        if not self.model.everywhere(cache.is_dir()):
+        if not self.model.all_ranks(cache.is_dir()):
             with self.model.unedited():
                 self.run(None, lambda _: None, cache)
         self._base = BaseReader(cache / "locality")
@@ -455,13 +455,13 @@ def among(places: Sequence[int], size: int | None, seed: int) -> Container[int]:
 
 
 def kept_scores(
-    folder: Path, compute: Callable[[Path], Iterator[RecordScore]], everywhere: Callable[[bool], bool] = bool
+    folder: Path, compute: Callable[[Path], Iterator[RecordScore]], all_ranks: Callable[[bool], bool] = bool
 ) -> Iterator[RecordScore]:
     """The scores kept in `folder`, or those of `compute(new folder)`, which becomes `folder` once all of them are.
 
-    `everywhere(holds)`: whether that holds in each process that shares the computation.
+    `all_ranks(holds)`: whether that holds in each process that shares the computation.
     """
-    if everywhere(folder.is_dir()):
+    if all_ranks(folder.is_dir()):
         with (folder / "scores.jsonl").open(encoding="utf-8") as lines:
             yield from (RecordScore(**json.loads(line)) for line in lines)
         return

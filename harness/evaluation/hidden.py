@@ -40,7 +40,7 @@ class HiddenStates:
     def keep(self, moment: Literal["base", "edited"]) -> None:
         """Add the states of the model as it is now; those of the base model stay as they are once they are there."""
         kept = load_file(self.path) if self.path.is_file() else {}
-        if not self.places or (moment == "base" and self.model.everywhere(bool(kept))):
+        if not self.places or (moment == "base" and self.model.all_ranks(bool(kept))):
             return
         chosen = [self.records[place] for place in self.places]
         for field in QUESTIONS:

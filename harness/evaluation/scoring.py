@@ -145,8 +145,8 @@ class Scoring:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-class Answering(Scoring):
-    """The part of a process in evaluations that another one keeps: it answers its share of the questions."""
+class ScoringWithoutRecord(Scoring):
+    """Scoring on ranks other than 0: each computes its share and records nothing."""
 
     def base(self, begun: bool, cache: Path) -> Mapping[str, Any]:
         if begun:

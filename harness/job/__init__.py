@@ -5,8 +5,8 @@ from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.loading import load_model
 from harness.job.networks import network_keeper
-from harness.job.others import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
-from harness.job.outputs import asked_too_late, check_export, export_folder, is_saved
+from harness.job.other_ranks import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
+from harness.job.outputs import check_export, export_folder, is_saved, missing_outputs
 from harness.job.plan import Plan, capture_memory, make_plan, source_of, wandb_settings
 from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
 from harness.job.training import MetaTraining

@@ -8,7 +8,7 @@ from typing import Any
 from config.schema import RunConfig
 from harness.job.evaluation import base_cache, make_evaluation
 from harness.job.loading import load_model
-from harness.job.others import make_scoring, new_record
+from harness.job.other_ranks import make_scoring, new_record
 from harness.job.plan import Plan, wandb_settings
 from harness.job.resume import require_model
 from harness.run import places

@@ -58,7 +58,7 @@ def _moments_over(
     folder = places.CACHE / "moments"
     files = {name: folder / f"{_key(cfg, plan, corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
     kept = {name: _read(file) for name, file in files.items()}
-    if not model.everywhere(all(found is not None for found in kept.values())):
+    if not model.all_ranks(all(found is not None for found in kept.values())):
         part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
         sums = MomentSums(model, part, writes=plan.ranks.is_first)
         windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)

@@ -32,7 +32,7 @@ def check_export(cfg: RunConfig, saved: str | None) -> None:
     require_writable(target, f"model_cache_dir={cfg.model_cache_dir}", "choose another folder")
 
 
-def asked_too_late(cfg: RunConfig, run_folder: Path) -> list[str]:
+def missing_outputs(cfg: RunConfig, run_folder: Path) -> list[str]:
     """What the settings ask to be kept of a run that has ended without keeping it, and how to have it, a line each."""
     if cfg.evaluate is not None:
         return []

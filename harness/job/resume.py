@@ -21,7 +21,17 @@ from harness.job.loading import load_model
 from harness.job.plan import Plan
 from harness.ranks import Ranks
 from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
-from harness.run.folder import PLACES, NoRecord, RunFolder, git_state, leave_out, leaves, read_run, run_id, versions
+from harness.run.folder import (
+    NOT_IN_RUN_ID,
+    NoRecord,
+    RunFolder,
+    git_state,
+    leave_out,
+    leaves,
+    read_run,
+    run_id,
+    versions,
+)
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from model.source import ModelSource
@@ -113,7 +123,7 @@ def _runs_below(roots: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys of two configurations that differ and can change a number, with both values."""
-    old, new = (dict(leaves(leave_out(config, PLACES), ".")) for config in (before, now))
+    old, new = (dict(leaves(leave_out(config, NOT_IN_RUN_ID), ".")) for config in (before, now))
     keys = [key for key in {**new, **old} if (key in old, old.get(key)) != (key in new, new.get(key))]
     return [f"{key}={_shown(old, key)} there and {_shown(new, key)} here" for key in keys]
 

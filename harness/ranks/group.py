@@ -234,7 +234,7 @@ def _bytes(tensor: Tensor) -> Tensor:  # contiguous; any type travels, also wher
 
 
 @functools.cache
-def joined() -> Ranks:
+def init_ranks() -> Ranks:
     """The processes that torchrun or accelerate started, or this one alone; ValueError where the others do not come."""
     if any(name not in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
@@ -253,7 +253,7 @@ def joined() -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), group)
 
 
-def program_of(ranks: Ranks) -> list[str]:
+def launch_command(ranks: Ranks) -> list[str]:
     """How main.py is started for these processes, up to its settings."""
     if ranks.size == 1:
         return ["python", "main.py"]

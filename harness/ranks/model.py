@@ -39,18 +39,18 @@ class SharedModel(LanguageModel):
     def __init__(self, model: LanguageModel, ranks: Ranks) -> None:
         """`model`, which is not to be used by itself any more."""
         vars(self).update(vars(model))
-        self.ranks, self.hands = ranks, ranks.size
+        self.ranks, self.world_size = ranks, ranks.size
 
-    def each(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
+    def map_ranks(self, work: Callable[[LanguageModel, P], R], parts: Sequence[P]) -> list[R]:
         return self.ranks.all_gather(lambda: work(self, parts[self.ranks.rank]))
 
-    def everywhere(self, holds: bool) -> bool:
+    def all_ranks(self, holds: bool) -> bool:
         return all(self.ranks.all_gather(lambda: holds))
 
     # -- capture
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
-        shares = self.shares([len(sequence.ids) for sequence in turn.sequences])
+        shares = self.partition([len(sequence.ids) for sequence in turn.sequences])
         first_row = first_rows(turn.sequences, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
         losses: list[tuple[float, float]] = []  # and what each counts for
@@ -97,7 +97,7 @@ class SharedModel(LanguageModel):
         write = super().generate
         costs = [len(prompt) + max_new_tokens for prompt in prompts]
         written = self._in_order(lambda mine: write(mine, max_new_tokens, watch), prompts, costs)
-        watch((len(prompts) - len(self.shares(costs)[self.ranks.rank])) * max_new_tokens)  # what the others wrote
+        watch((len(prompts) - len(self.partition(costs)[self.ranks.rank])) * max_new_tokens)  # what the others wrote
         return written
 
     def label_log_probs(
@@ -111,7 +111,7 @@ class SharedModel(LanguageModel):
 
     def _in_order(self, work: Callable[[list[P]], list[R]], items: Sequence[P], costs: Sequence[int]) -> list[R]:
         """What `work` makes of each item."""
-        shares = self.shares(costs)
+        shares = self.partition(costs)
         found = self.ranks.all_gather(lambda: work([items[place] for place in shares[self.ranks.rank]]))
         by_place = dict(zip(chain(*shares), chain(*found), strict=True))
         return [by_place[place] for place in range(len(items))]
@@ -149,12 +149,12 @@ class SharedModel(LanguageModel):
 
     def _shares_of_terms(self, terms: Sequence[LossTerm]) -> list[list[tuple[int, LossTerm]]]:
         """For each rank its part of each term, with the term's place; weighed so that the parts sum to the whole."""
-        parts: list[list[tuple[int, LossTerm]]] = [[] for _ in range(self.hands)]
+        parts: list[list[tuple[int, LossTerm]]] = [[] for _ in range(self.world_size)]
         for place, term in enumerate(terms):
-            shares = self.shares([len(sequence.ids) for sequence in term.sequences])
+            shares = self.partition([len(sequence.ids) for sequence in term.sequences])
             for offset, share in enumerate(shares):
                 if share:  # terms of a single sequence go round
-                    parts[(place + offset) % self.hands].append((place, _share_of_term(term, share)))
+                    parts[(place + offset) % self.world_size].append((place, _share_of_term(term, share)))
         return parts
 
     # -- weights

@@ -30,7 +30,7 @@ Stage = Literal["base", "eval", "final", "retention"]
 
 # Settings that say where output goes, or from where the same bytes are read (the data's hashes are in the run id
 # already): two runs that differ only in these are the same run.
-PLACES: Final = (
+NOT_IN_RUN_ID: Final = (
     "tracker",
     "diagnostics.report",
     "checkpoint_every",
@@ -84,8 +84,8 @@ def _check(value: Any, key: str) -> None:
 
 
 def run_id(config: Mapping[str, Any], inputs: Mapping[str, str], revision: str | None) -> str:
-    """What was run, in 16 hex digits: SHA-256 over config without `PLACES`, hashes of the data, model revision."""
-    identity = {"config": leave_out(config, PLACES), "inputs": dict(inputs), "revision": revision}
+    """What was run, in 16 hex digits: SHA-256 of config but for `NOT_IN_RUN_ID`, hashes of the data, model revision."""
+    identity = {"config": leave_out(config, NOT_IN_RUN_ID), "inputs": dict(inputs), "revision": revision}
     return digest_of(identity, "config")[:16]
 
 

@@ -13,7 +13,7 @@ from data.records import FactContexts, LossTerm, Phase, TokenSequence, Turn
 from editor import linalg
 from editor.alphaedit import AlphaEdit, AlphaEditSettings
 from editor.base import LocateInputs
-from editor.located import NullSpace, Whitening, mean_keys, mean_values
+from editor.located import NullSpace, SecondMomentFactor, mean_keys, mean_values
 from editor.memit import MEMIT, MEMITSettings
 from editor.rome import ROME, ROMESettings
 from editor.target_vectors import TargetSettings, target_vectors
@@ -200,7 +200,7 @@ def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float
 
 def test_whitened_second_moments_are_the_identity() -> None:
     moments = second_moments(LLAMA[0])
-    whitening = Whitening("m", moments, 0.0, CPU)
+    whitening = SecondMomentFactor("m", moments, 0.0, CPU)
     torch.testing.assert_close(
         whitening.enter(whitening.enter(moments).T), torch.eye(40, dtype=torch.float64), rtol=1e-8, atol=1e-8
     )

@@ -23,7 +23,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import main
-from harness.ranks.group import Ranks, program_of
+from harness.ranks.group import Ranks, launch_command
 from harness.report import write_report
 from harness.run import checkpoint
 from harness.run.checkpoint import FORMAT, STATE, TENSORS
@@ -339,9 +339,9 @@ def test_a_folder_that_hydra_has_to_be_told_in_quotes(run: Commands, capfd: pyte
 
 def test_the_command_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert shlex.join(program_of(Ranks())) == "python main.py"
-    assert shlex.join(program_of(Ranks(0, 4))) == "torchrun --shutdown-timeout 600 --nproc-per-node 4 main.py"
-    assert "--nnodes 2 --node-rank N --master-addr HOST --nproc-per-node 4" in shlex.join(program_of(Ranks(0, 8)))
+    assert shlex.join(launch_command(Ranks())) == "python main.py"
+    assert shlex.join(launch_command(Ranks(0, 4))) == "torchrun --shutdown-timeout 600 --nproc-per-node 4 main.py"
+    assert "--nnodes 2 --node-rank N --master-addr HOST --nproc-per-node 4" in shlex.join(launch_command(Ranks(0, 8)))
 
 
 def test_what_was_saved_just_before_the_stop_is_the_runs_own(run: Commands) -> None:

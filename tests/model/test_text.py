@@ -144,7 +144,7 @@ def test_a_label_may_fill_the_context_and_no_more(make: Any) -> None:
     with pytest.raises(ValueError, match="prompt 1 has 257 tokens, more than the model's context of 256"):
         model.label_log_probs([[1], long], [[[1]], [[4, 5, 6, 7]]])
     shared = SharedModel(model, Ranks())
-    shared.hands = 2  # for the second of two processes it would be the first prompt
+    shared.world_size = 2  # for the second of two processes it would be the first prompt
     with pytest.raises(ValueError, match="prompt 1 has 257 tokens"):
         shared.label_log_probs([[1], long], [[[1]], [[4, 5, 6, 7]]])
 

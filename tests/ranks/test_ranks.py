@@ -497,7 +497,7 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks_module, "ARRIVAL", timedelta(seconds=1))
     with pytest.raises(LostRankError, match="the 2 processes of the run did not meet"):
-        ranks_module.joined.__wrapped__()
+        ranks_module.init_ranks.__wrapped__()
 
 
 def test_by_itself_a_process_does_all() -> None:
@@ -508,10 +508,10 @@ def test_by_itself_a_process_does_all() -> None:
 
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 6))
-def test_work_is_dealt_out_whole_and_evenly(costs: list[int], hands: int) -> None:
+def test_work_is_dealt_out_whole_and_evenly(costs: list[int], world_size: int) -> None:
     model = LanguageModel(tiny_llama(), None, {})
-    model.hands = hands
-    shares = model.shares(costs)
+    model.world_size = world_size
+    shares = model.partition(costs)
     assert sorted(place for share in shares for place in share) == list(range(len(costs)))
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[place] for place in share) for share in shares]

@@ -700,7 +700,7 @@ def test_hidden_states_before_and_after_are_of_the_same_records(tmp_path: Path) 
     def tokenize(questions: Sequence[Question]) -> list[TokenSequence]:
         return [TokenSequence((int(question.prompt), 0), 1) for question in questions]
 
-    model: Any = SimpleNamespace(hidden_states=states, everywhere=bool)
+    model: Any = SimpleNamespace(hidden_states=states, all_ranks=bool)
     HiddenStates(model, records, tokenize, tmp_path, 8, seed=3).keep("base")
     factor = -1.0
     resumed = HiddenStates(model, records, tokenize, tmp_path, 8, seed=3)
@@ -722,6 +722,6 @@ def test_no_hidden_states_where_none_are_wanted(tmp_path: Path) -> None:
     def never(_: Any) -> Any:
         raise AssertionError
 
-    model: Any = SimpleNamespace(hidden_states=never, everywhere=bool)
+    model: Any = SimpleNamespace(hidden_states=never, all_ranks=bool)
     HiddenStates(model, [], never, tmp_path, 0, seed=3).keep("base")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""From what Hydra composed to plain, checked dataclasses, once."""
+"""Turns what Hydra composed into checked dataclasses; registers the schemas."""
 
 from __future__ import annotations
 

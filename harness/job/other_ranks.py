@@ -16,7 +16,7 @@ from typing import Any
 
 from config.schema import HyperNetworkConfig, RunConfig, Wandb
 from harness.evaluation.evaluate import Evaluation
-from harness.evaluation.scoring import Answering, Scoring
+from harness.evaluation.scoring import Scoring, ScoringWithoutRecord
 from harness.job.resume import DATA, differences
 from harness.ranks import Ranks
 from harness.run.folder import NoRecord, RunFolder, versions
@@ -82,4 +82,4 @@ def new_record(ranks: Ranks, folder: Path, about: Mapping[str, Any]) -> RunFolde
 
 
 def make_scoring(ranks: Ranks, evaluation: Evaluation, tracker: Tracker, seconds: dict[str, float]) -> Scoring:
-    return (Scoring if ranks.is_first else Answering)(evaluation, tracker, seconds)
+    return (Scoring if ranks.is_first else ScoringWithoutRecord)(evaluation, tracker, seconds)
