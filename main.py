@@ -232,6 +232,8 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                     with interruption.held():
                         with model.reading_once():
                             outcome = editor.edit(model, turn)
+                        if not outcome.updates:  # what the turn changed is in the editor
+                            model.require_same(editor.state_dict())
                         line = state.diagnostics.line(turn, outcome, editor)
                         tracker.turn(line)
                         state.done = turn.index + 1

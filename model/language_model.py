@@ -116,6 +116,9 @@ class LanguageModel(PositionModel):
         """Whether it holds in each of the processes."""
         return holds
 
+    def require_same(self, state: Mapping[str, Tensor]) -> None:
+        """ValueError where a rank holds other bits of a tensor than the first one."""
+
     # -- capture
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:

@@ -6,10 +6,11 @@ much to do, and every rank has all answers, in the order of the questions.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from data.records import (
 )
 from harness.ranks.group import Ranks
 from model import LanguageModel
+from model.below import BlocksBelow
+from model.edited import checksum
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -46,6 +49,30 @@ class SharedModel(LanguageModel):
 
     def all_ranks(self, holds: bool) -> bool:
         return all(self.ranks.all_gather(lambda: holds))
+
+    def require_same(self, state: Mapping[str, Tensor]) -> None:
+        _require_alike(self.ranks.all_gather(lambda: {name: checksum(tensor) for name, tensor in state.items()}))
+
+    # -- what all ranks read whole
+
+    _below_alike = BlocksBelow(())
+
+    @contextlib.contextmanager
+    def reading_once(self) -> Iterator[None]:
+        self._below_alike = self._below(*self.edited)
+        try:
+            with super().reading_once():
+                yield
+        finally:
+            self._below_alike = BlocksBelow(())
+
+    def _read_in(self, *arguments: Any) -> None:
+        """From what all ranks have kept alike: what each has kept of its share has other bits, by other batches."""
+        of_share, self.below = self.below, self._below_alike
+        try:
+            super()._read_in(*arguments)
+        finally:
+            self.below = of_share
 
     # -- capture
 

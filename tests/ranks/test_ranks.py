@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from editor.grace import GRACE
 from harness.job import require_alike
 from harness.ranks import Ranks, SharedModel
 from harness.ranks import group as ranks_module
@@ -160,7 +161,7 @@ def test_facts_are_located_and_second_moments_made_as_by_one(place: Commands, fo
         path.unlink()
     assert together(forks, 2, place.line(*line, run="located_many")) == [0, 0], forks.stderr()
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == moments
-    assert len(moments) == 2
+    assert len(moments) == 4  # of two modules, over text and over questions
     require_close(one, many, 4, tolerance=1e-5)
 
 
@@ -454,6 +455,26 @@ def round_otherwise() -> None:
         return changes
 
     LanguageModel.apply = apply  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_memories_that_drift_apart_are_noticed_at_once(place: Commands, forks: Forks) -> None:
+    before = len(forks.stderr())
+    line = place.line("editor=grace", f"model.edit_modules=[{MODULES[0]}]", "editor.num_steps=1", run="beside")
+    change = {"before": "tests.ranks.test_ranks:remember_otherwise"}
+    assert together(forks, 2, line, rank1=change) == [1, 0]
+    assert "rank 1 holds other bits of values than rank 0" in forks.stderr()[before:]
+    assert not (place.folder / "beside" / "turns.jsonl").exists()
+
+
+def remember_otherwise() -> None:
+    original = GRACE.state_dict
+
+    def state_dict(self: GRACE) -> dict[str, torch.Tensor]:
+        state = original(self)
+        return {**state, "values": state["values"].nextafter(torch.tensor(9.0))}
+
+    GRACE.state_dict = state_dict  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
