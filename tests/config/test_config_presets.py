@@ -174,9 +174,16 @@ def test_every_experiment_is_the_published_arithmetic(name: str) -> None:
     turns = {"wikibigedit": 170, "wikibigedit_500k": 5000, "ultraeditbench_2m": 20000}.get(dataset, 200)
     warm_up = {"wikibigedit_500k": 170, "ultraeditbench_2m": 200}.get(dataset, 20)
     assert (run.num_seq, run.dataset.num_warm_up) == (turns, None if ultraedit else warm_up)
+    assert run.evaluation.sample == (20_000 if dataset.endswith(("_2m", "_500k")) else None)
     layers = [int(part) for module in run.model.edit_modules for part in module.split(".") if part.isdigit()]
     assert len(layers) == len(run.model.edit_modules)
     assert max(layers) < LAYERS[model]
+
+
+@pytest.mark.parametrize("name", ["mistral-7b_ultraeditbench_2m", "gpt-j_wikibigedit_500k", "mistral-7b_zsre"])
+def test_whoever_sets_the_sample_decides_on_a_published_row_too(name: str) -> None:
+    assert run_config("evaluation.sample=7", f"experiment={name}").evaluation.sample == 7
+    assert run_config("evaluation.sample=null", f"experiment={name}").evaluation.sample is None
 
 
 def modules(name: str) -> list[str]:
