@@ -146,11 +146,11 @@ def test_what_is_not_finite_or_was_not_learned_is_told() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_are_those_of_the_presets(name: str) -> None:
-    """But for what a covariance's root needs in order to be followed, and two keys that other places keep."""
+    """But for the solver, which auto chooses by the device."""
     cfg = to_run_config(compose_config([f"editor={name}", "model=mistral-7b"]))
     wanted: dict[str, Any] = asdict(settings_of(EDITORS[name].Settings, cfg))
     if METHODS[name].warms_up:
-        wanted |= {"whitening_floor_mode": "shift", "whitening_solver": "newton"}
+        wanted["whitening_solver"] = "newton"
     assert asdict(METHODS[name].settings(SHAPES["mistral-7b"])) == wanted
     assert METHODS[name].warms_up == cfg.warms_up()
     meta = METHODS[name].meta

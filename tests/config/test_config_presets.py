@@ -95,6 +95,22 @@ def test_passes_suit_the_embedded_model_and_give_way_to_whoever_says_otherwise()
     assert run_config("model.lr=2e-3").editor.lr == 2e-3
 
 
+@pytest.mark.parametrize("model", LAYERS)
+@pytest.mark.parametrize("editor", ["stableedit", "stableedit_plus"])
+def test_a_wide_model_has_a_covariance_whose_root_can_be_followed(editor: str, model: str) -> None:
+    """Unless its user or the released arithmetic says otherwise; the embedded model's is decomposed."""
+
+    def floor_mode(*more: str) -> WhiteningFloorMode:
+        chosen = run_config(f"editor={editor}", *more).editor
+        assert isinstance(chosen, ClosedFormConfig)
+        return chosen.whitening_floor_mode
+
+    assert floor_mode(f"model={model}") is WhiteningFloorMode.shift
+    assert floor_mode(f"model={model}", "editor.whitening_floor_mode=relative") is WhiteningFloorMode.relative
+    assert floor_mode(f"model={model}", "arithmetic=released") is WhiteningFloorMode.absolute
+    assert floor_mode("model=smollm2-135m") is WhiteningFloorMode.relative
+
+
 @pytest.mark.parametrize("model", ["smollm2-135m", "tiny", "mistral-7b"])
 def test_what_goes_beyond_the_paper_is_the_paper_again_with_the_released_arithmetic(model: str) -> None:
     plus, paper = (run_config(f"editor={name}", f"model={model}") for name in ("stableedit_plus", "stableedit"))
