@@ -1,7 +1,7 @@
 """Where a language model comes from, and what it is before its weights are read.
 
 `locate` finds its files, `outline` builds it without memory, so that a mistake in the configuration shows in seconds,
-and `read_weights` gives it whole, for model.py to work with.
+and `read_weights` gives it whole, for `LanguageModel` to work with.
 """
 
 from __future__ import annotations

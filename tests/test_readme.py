@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from config.compose import check_command_line
 from data.records import Capture, Phase
 from editor import linalg
+from editor.registry import EDITORS
 from tests.commands import MODULES, Commands
 from tests.conftest import ROOT
 
@@ -50,15 +52,43 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in found}
 
 
-def test_the_editor_of_the_readme_edits() -> None:
-    """Its step is the descent step it claims to be, and it composes from the YAML beside it."""
+def shown_editor() -> dict[str, Any]:
+    """The names in the file that the README shows."""
     code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[0]
-    room: dict[str, type] = {}
+    room: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), room)
+    return room
+
+
+@pytest.fixture
+def shown_preset(tmp_path: Path) -> str:
+    """A folder for --config-dir that has the YAML beside it."""
+    yaml = re.findall(r"```yaml\n(.*?)```", EDITOR, flags=re.S)[0]
+    path = tmp_path / "presets" / "editor" / "plain.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml, encoding="utf-8")
+    return str(path.parent.parent)
+
+
+def test_the_editor_of_the_readme_steps_down_the_gradient() -> None:
+    room = shown_editor()
     keys, grads = torch.randn(5, 4), torch.randn(5, 3)
     editor = room["Plain"]({"m": (4, 3)}, room["PlainSettings"](lr=0.1), torch.device("cpu"))
     update = editor.update({"m": Capture(keys, grads)}, Phase.EDIT)["m"]
     torch.testing.assert_close(linalg.dense((update.left, update.right)), -0.1 * keys.T @ grads)
+
+
+def test_the_editor_of_the_readme_edits_with_main(
+    run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class in the table, its YAML in a folder of the user's."""
+    monkeypatch.setitem(EDITORS, "plain", shown_editor()["Plain"])
+    done = run(f"--config-dir={shown_preset}", "editor=plain", "num_seq=2")
+    assert done.phases() == "ee"
+    norms = [module["update_norm"] for line in done.turns() for module in line["modules"].values()]
+    assert len(norms) == 2 * len(MODULES)
+    assert min(norms) > 0
+    assert done.scores()["final"]["ES"]["n"] == 6
 
 
 def test_the_table_of_editors_is_the_one_shown() -> None:
@@ -92,9 +122,5 @@ def test_the_facts_of_the_readme_are_edited(run: Commands, capsys: pytest.Captur
     assert "question='Who is the mayor of Nordhaven?', base=" in capsys.readouterr().out
 
 
-def test_a_new_editor_composes(tmp_path: Path) -> None:
-    yaml = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)[0]
-    folder = tmp_path / "editor"
-    folder.mkdir()
-    (folder / "plain.yaml").write_text(yaml, encoding="utf-8")
-    check_command_line(["--config-dir", str(tmp_path), "editor=plain"])
+def test_a_new_editor_composes(shown_preset: str) -> None:
+    check_command_line(["--config-dir", shown_preset, "editor=plain"])

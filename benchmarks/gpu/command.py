@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu [--device cuda] [--shape mistral-7b] [--turns 20] [--facts 100] [--out FILE.json]
 
-No data and no model's files are read, and of the packages it asks for torch, transformers, numpy, safetensors, psutil,
-rich, tqdm and xxhash alone. Each editor makes three runs: one with a checkpoint in the middle, one that is timed, one
-from that checkpoint on. Milliseconds an edit are medians over the turns of edits, the device synchronised at both ends
-of each part; ratios are medians too, of a turn to the bare work on it (benchmarks/bare.py), done right after it. Where
-a check fails, the exit code is 1. Targets are judged on the card that they are for, and decide nothing.
+No data and no model's files are read, and of the packages it asks for torch, transformers, tokenizers, numpy,
+safetensors, psutil, rich, tqdm and xxhash alone. Each editor makes three runs: one with a checkpoint in the middle, one
+that is timed, one from that checkpoint on. Milliseconds an edit are medians over the turns of edits, the device
+synchronised at both ends of each part; ratios are medians too, of a turn to the bare work on it (benchmarks/bare.py),
+done right after it. Where a check fails, the exit code is 1. Targets are judged on the card that they are for, on the
+mean turn, which those that decompose count in, and decide nothing.
 """
 
 from __future__ import annotations

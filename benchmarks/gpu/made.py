@@ -32,7 +32,7 @@ TRAINING_TURNS, TURNS_A_PASS = 4, 2  # of meta-training: two trajectories, at wh
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted on one card in bf16: milliseconds a fact of an editor, and the forward's share of the peak."""
+    """What is wanted on one card in bf16: an editor's mean milliseconds a fact, the forward's share of the peak."""
 
     card: str  # of benchmarks.gpu.peak
     editor: str

@@ -37,8 +37,7 @@ class Method:
 
 
 METHODS = {
-    # a covariance whose root can be followed (newton), for on a GPU a decomposition a turn costs more than the model;
-    # on CPUs too, where auto would decompose, so that both compute the same
+    # the root is followed (newton) on CPUs too, where auto would decompose, so that both compute the same
     "stableedit": Method(
         lambda shape: StableEditSettings(shape.lr, 10.0, 512, "stable", "shape", 0.01, "shift", 0.0, "newton"),
         warms_up=True,

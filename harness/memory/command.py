@@ -3,7 +3,10 @@
     python -m harness.memory model=mistral-7b editor=stableedit --gib 24
 
 Settings are those of main.py. Of the model only its config.json is read: with model.name_or_path=FOLDER, a folder that
-holds that file alone will do. Activations are estimated from sizes; everything else is counted.
+holds that file alone will do. Weights, the editor's state, captures and kept updates are counted. Activations are
+estimated from sizes, and how many copies of a covariance and of logits there are at a time is assumed (COPIES_OF_SIGMA,
+FLOATS_OF_LOGITS, SCORED_FLOATS in items.py). Left out is what is there for a while only: text generation, perplexity,
+GLUE-style tasks, second moments while they are made, the losses of meta-training. No GPU has been asked yet.
 """
 
 from __future__ import annotations
@@ -106,5 +109,5 @@ def as_table(found: Sequence[Item], needed: int, together: bool) -> Table:
     for one in found:
         where = "" if together or not one.of_editor else ", where the editor is"
         table.add_row(one.name, f"{one.bytes / GIB:.3f}", one.while_in or "always", one.about + where)
-    table.add_row("at most", f"{needed / GIB:.3f}", "", "always, and in the most crowded part of a turn")
+    table.add_row("at most", f"{needed / GIB:.3f}", "", "always, and in the most crowded part of a run")
     return table

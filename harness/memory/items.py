@@ -26,10 +26,16 @@ SINGLE, DOUBLE = 4, 8  # bytes of a float32, of a float64
 # Numbers that autograd keeps for a token and traced layer, in widths of the hidden states and of the MLP's inside:
 # two norms and their inputs, queries, keys, values, attention's output twice, residuals; gate, up, their product twice.
 KEPT_WIDTHS, KEPT_INSIDES = 12, 4
+# The most of these that one layer has at one time where autograd keeps nothing: the stream, its norm and what attention
+# put out; gate, up and their product.
+LAYER_WIDTHS, LAYER_INSIDES = 5, 3
 # Copies of Sigma that whitening and the changes of the moments have at one time.
 COPIES_OF_SIGMA = 6
-# Of the logits: themselves, in float32, their log-softmax and its gradient.
+# Of the logits of a capture: themselves, in float32, their log-softmax and its gradient.
 FLOATS_OF_LOGITS = 3
+# Of those that are scored: themselves and those of locality questions, as the model has them; and in float32 their
+# log-softmax or exponentials, and what these are made of (harness/evaluation/locality.py).
+SCORED_LOGITS, SCORED_FLOATS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def items(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) 
         Item("kept updates", captured * (cfg.diagnostics.previous + 1), "factors that later turns are compared with"),
         *_of_capture(cfg, outline, facts, captured, device),
         Item("set aside", aside, "edited weights, while the original ones answer", while_in="evaluation"),
+        *_of_scoring(cfg, outline, facts, device),
     ]
     return [one for one in found if one.bytes]
 
@@ -122,18 +129,37 @@ class _WithoutNumbers(TorchFunctionMode):
 
 def _of_capture(cfg: RunConfig, outline: Outline, facts: Facts, captured: int, device: torch.device) -> Iterator[Item]:
     number = DTYPES[cfg.model.half].itemsize
-    asked = cfg.model.compute_tokens or COMPUTE_TOKENS.get(device.type, COMPUTE_TOKENS["cpu"])
-    tokens = max(facts.tokens, min(asked, _facts(cfg) * facts.tokens))
-    answers = tokens // facts.tokens * facts.answer_tokens
+    batch = min(_batch(cfg, facts, device), _facts(cfg))
+    tokens, answers = batch * facts.tokens, batch * facts.answer_tokens
     kept = min(KEPT_TOKENS, _facts(cfg) * facts.tokens) * outline.width * number
     yield Item("read once", kept, "what the blocks below the edits put out for a turn's texts")
     if cfg.editor.cache_dir is None:
         yield Item("captures", captured, "keys and value gradients of a turn", while_in="capture")
-    inside = max(max(shape) for shape in outline.shapes.values())
-    a_token = (KEPT_WIDTHS * outline.width + KEPT_INSIDES * inside) * outline.traced_layers
+    a_token = (KEPT_WIDTHS * outline.width + KEPT_INSIDES * _inside(outline)) * outline.traced_layers
     yield Item("activations", tokens * a_token * number, f"{tokens} tokens, estimated", while_in="capture")
     logits = answers * outline.vocabulary * (number + FLOATS_OF_LOGITS * SINGLE)
     yield Item("logits", logits, f"{answers} answer tokens", while_in="capture")
+
+
+def _of_scoring(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) -> Iterator[Item]:
+    """Of one compute batch of questions; as if all were locality questions, whose logits are looked at closely."""
+    number, batch = DTYPES[cfg.model.half].itemsize, _batch(cfg, facts, device)
+    tokens, answers = batch * facts.tokens, batch * facts.answer_tokens
+    a_token = LAYER_WIDTHS * outline.width + LAYER_INSIDES * _inside(outline)
+    yield Item("a layer", tokens * a_token * number, f"{tokens} tokens, estimated", while_in="evaluation")
+    logits = answers * outline.vocabulary * (SCORED_LOGITS * number + SCORED_FLOATS * SINGLE)
+    yield Item("scored logits", logits, f"{answers} answer tokens", while_in="evaluation")
+
+
+def _batch(cfg: RunConfig, facts: Facts, device: torch.device) -> int:
+    """Questions that fill a compute batch."""
+    tokens = cfg.model.compute_tokens or COMPUTE_TOKENS.get(device.type, COMPUTE_TOKENS["cpu"])
+    return max(1, tokens // facts.tokens)
+
+
+def _inside(outline: Outline) -> int:
+    """The width of an MLP's inside."""
+    return max(max(shape) for shape in outline.shapes.values())
 
 
 def highest(found: list[Item], model_and_editor: bool) -> int:

@@ -21,6 +21,7 @@ from config.schema import (
     RunConfig,
     RunningMeanStdMode,
     Token,
+    WhiteningFloorMode,
     quoted,
     settings_without_effect,
     to_run_config,
@@ -61,6 +62,7 @@ def test_the_long_quick_start_command_resolves_to_what_it_says() -> None:
         cache_dir="cache",
         alpha=10.0,
         RunningMeanStd_mode=RunningMeanStdMode.stable,
+        whitening_floor_mode=WhiteningFloorMode.shift,
     )
 
 

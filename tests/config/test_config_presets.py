@@ -95,6 +95,22 @@ def test_passes_suit_the_embedded_model_and_give_way_to_whoever_says_otherwise()
     assert run_config("model.lr=2e-3").editor.lr == 2e-3
 
 
+@pytest.mark.parametrize("model", LAYERS)
+@pytest.mark.parametrize("editor", ["stableedit", "stableedit_plus"])
+def test_a_wide_model_has_a_covariance_whose_root_can_be_followed(editor: str, model: str) -> None:
+    """Unless its user or the released arithmetic says otherwise; the embedded model's is decomposed."""
+
+    def floor_mode(*more: str) -> WhiteningFloorMode:
+        chosen = run_config(f"editor={editor}", *more).editor
+        assert isinstance(chosen, ClosedFormConfig)
+        return chosen.whitening_floor_mode
+
+    assert floor_mode(f"model={model}") is WhiteningFloorMode.shift
+    assert floor_mode(f"model={model}", "editor.whitening_floor_mode=relative") is WhiteningFloorMode.relative
+    assert floor_mode(f"model={model}", "arithmetic=released") is WhiteningFloorMode.absolute
+    assert floor_mode("model=smollm2-135m") is WhiteningFloorMode.relative
+
+
 @pytest.mark.parametrize("model", ["smollm2-135m", "tiny", "mistral-7b"])
 def test_what_goes_beyond_the_paper_is_the_paper_again_with_the_released_arithmetic(model: str) -> None:
     plus, paper = (run_config(f"editor={name}", f"model={model}") for name in ("stableedit_plus", "stableedit"))
@@ -174,9 +190,16 @@ def test_every_experiment_is_the_published_arithmetic(name: str) -> None:
     turns = {"wikibigedit": 170, "wikibigedit_500k": 5000, "ultraeditbench_2m": 20000}.get(dataset, 200)
     warm_up = {"wikibigedit_500k": 170, "ultraeditbench_2m": 200}.get(dataset, 20)
     assert (run.num_seq, run.dataset.num_warm_up) == (turns, None if ultraedit else warm_up)
+    assert run.evaluation.sample == (20_000 if dataset.endswith(("_2m", "_500k")) else None)
     layers = [int(part) for module in run.model.edit_modules for part in module.split(".") if part.isdigit()]
     assert len(layers) == len(run.model.edit_modules)
     assert max(layers) < LAYERS[model]
+
+
+@pytest.mark.parametrize("name", ["mistral-7b_ultraeditbench_2m", "gpt-j_wikibigedit_500k", "mistral-7b_zsre"])
+def test_whoever_sets_the_sample_decides_on_a_published_row_too(name: str) -> None:
+    assert run_config("evaluation.sample=7", f"experiment={name}").evaluation.sample == 7
+    assert run_config("evaluation.sample=null", f"experiment={name}").evaluation.sample is None
 
 
 def modules(name: str) -> list[str]:

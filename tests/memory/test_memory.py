@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,21 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from config.compose import compose_config
 from config.schema import RunConfig, to_run_config
+from editor.registry import EDITORS
+from harness.evaluation.locality import Distributions, Shift, look
 from harness.job import build_editor, source_of
 from harness.job.devices import DTYPES
 from harness.memory.command import main
-from harness.memory.items import Facts, Item, items
+from harness.memory.items import LAYER_INSIDES, LAYER_WIDTHS, SCORED_FLOATS, SCORED_LOGITS, Facts, Item, items
 from model import LanguageModel
 from model.source import Outline, outline
 from tests.commands import MODULES, save_tiny_model
+from tests.conftest import ROOT
 
 CPU, FACTS = torch.device("cpu"), Facts(tokens=10, answer_tokens=3)
 
@@ -110,18 +117,72 @@ def bytes_kept(layers: int, inside: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("inside", [224, 512])
+def test_a_layer_is_about_what_it_has_at_a_time(inside: int) -> None:
+    """Where autograd keeps nothing, the most of any layer, or up to a quarter more."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=inside, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).base_model
+    texts = torch.zeros(50, 10, dtype=torch.int64)
+    with torch.inference_mode():
+        most = most_bytes(lambda: model(input_ids=texts, use_cache=False))
+    estimated = texts.numel() * (LAYER_WIDTHS * 64 + LAYER_INSIDES * inside) * 4
+    assert 1 <= estimated / most < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scored_logits_are_as_many_copies_as_are_made(dtype: torch.dtype) -> None:
+    """At most, of the base model's answers and of an edited model's, all of them to locality questions."""
+    rows, vocabulary = 8, 32768
+
+    def scored(base: Distributions | None) -> Distributions | Shift:
+        logits = torch.randn(rows, vocabulary, dtype=dtype)
+        first, here = logits.argmax(-1), torch.ones(rows, dtype=torch.bool)
+        return look(logits[here], first[here], base)
+
+    kept = scored(None)
+    assert isinstance(kept, Distributions)
+    most = max(most_bytes(lambda: scored(None)), most_bytes(lambda: scored(kept)))
+    counted = rows * vocabulary * (SCORED_LOGITS * dtype.itemsize + SCORED_FLOATS * 4)
+    assert counted == pytest.approx(most, rel=0.05)
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """Allocated at one time, beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    assert kept is not None
+    changes = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return max(accumulate(one.nbytes() for one in sorted(changes, key=lambda one: one.start_ns())))
+
+
 def mistral(folder: Path) -> list[str]:
     """The folder of Mistral-7B v0.3 as far as its sizes go, without weights."""
     transformers.MistralConfig(vocab_size=32768, sliding_window=None).save_pretrained(folder)
-    modules = ",".join(f"model.layers.{layer}.mlp.down_proj" for layer in (28, 29, 30, 31))
-    return ["model=mistral-7b", f"model.name_or_path={folder}", f"model.edit_modules=[{modules}]"]
+    return ["model=mistral-7b", f"model.name_or_path={folder}"]
 
 
 def test_stableedit_on_mistral_7b_fits_24_gib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([*mistral(tmp_path), "editor=stableedit", "--gib", "24"])
+    """Also with four modules, as a published row has them; what docs/runs.md says is what its command prints."""
+    four = ",".join(f"model.layers.{layer}.mlp.down_proj" for layer in (28, 29, 30, 31))
+    main([*mistral(tmp_path), f"model.edit_modules=[{four}]", "editor=stableedit", "--gib", "24"])
+    assert "fits a GPU of 24 GiB" in capsys.readouterr().out
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    shown = re.search(r"`python -m harness.memory model=mistral-7b (.+?)`", page)
+    said = re.search(r"([0-9.]+) GiB for StableEdit on three\nmodules of Mistral-7B", page)
+    assert shown
+    assert said
+    main([*mistral(tmp_path), *shown[1].split()])
     printed = capsys.readouterr().out
-    assert "fits a GPU of 24 GiB" in printed
+    assert f"{said[1]} GiB at most: fits a GPU of 24 GiB" in printed
     assert "7.25e+09 numbers in bf16" in printed
+
+
+@pytest.mark.parametrize("editor", [name for name, kind in EDITORS.items() if not hasattr(kind, "update")])
+def test_every_editor_that_is_no_rule_is_refused(folder: Path, editor: str) -> None:
+    with pytest.raises(ValueError, match=f"editor={editor}: works on the loaded model, so what it keeps"):
+        planned(folder, f"editor={editor}")
 
 
 def test_what_does_not_fit_names_what_makes_it_fit(tmp_path: Path) -> None:

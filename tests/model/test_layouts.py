@@ -27,13 +27,28 @@ WIDTHS = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
+
+
+def whole_gemma3(**sizes: Any) -> transformers.Gemma3Config:
+    """The whole of Gemma 3, as AutoModelForCausalLM makes it of the published configuration."""
+    ends = {name: sizes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    return transformers.Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=1, **ends)
+
+
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt-j": (transformers.GPTJConfig, {"n_embd": 24, "n_layer": 3, "n_head": 2, "rotary_dim": 4}),
+    "gemma": (transformers.GemmaConfig, {**WIDTHS, "head_dim": 12}),
     "gemma2": (transformers.Gemma2Config, {**WIDTHS, "head_dim": 12}),
     "gemma3": (transformers.Gemma3TextConfig, {**WIDTHS, "head_dim": 12, "sliding_window": 8}),
+    "gemma3 with images": (whole_gemma3, {**WIDTHS, "head_dim": 12, "sliding_window": 8}),
     "phi": (transformers.PhiConfig, {**WIDTHS, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
     "phi3": (transformers.Phi3Config, WIDTHS),  # of Phi-4
     "qwen2": (transformers.Qwen2Config, WIDTHS),
+    "qwen3": (transformers.Qwen3Config, {**WIDTHS, "head_dim": 12}),
     "mistral": (transformers.MistralConfig, {**WIDTHS, "sliding_window": 8}),
     "llama": (transformers.LlamaConfig, WIDTHS),
     "lfm2": (transformers.Lfm2Config, {**WIDTHS, "layer_types": ["conv", "full_attention", "conv"]}),
@@ -84,6 +99,13 @@ def test_a_layout_goes_through_everything(
     assert model.capture(turn).loss == pytest.approx(losses[0], rel=1e-6)
 
 
+def test_modules_of_the_whole_gemma3_have_the_names_that_its_presets_give(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    names = model_of("gemma3 with images", torch.float32, byte_tokenizer).shapes
+    assert list(names) == [f"model.language_model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_a_norm_stands_before_the_hidden_state(
@@ -91,7 +113,7 @@ def test_where_a_norm_stands_before_the_hidden_state(
 ) -> None:
     """Editors that move the hidden state by what a module puts out are refused there, and nowhere else."""
     model = model_of(layout, dtype, byte_tokenizer)
-    normed = layout.startswith("gemma")
+    normed = layout.startswith(("gemma2", "gemma3"))
     assert [model.adds_to_stream(name) for name in model.shapes] == [not normed] * 2
     targets = TargetSettings(1, 0.5, 0.5, 0.0625, 0.75, 0.05)
     given = LocateInputs(lambda _: (), lambda _: torch.eye(40))
