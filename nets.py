@@ -5,7 +5,7 @@ Letters: n rows seen so far, b rows of a chunk, d_k key size, d_v value size, r 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -47,8 +47,8 @@ class FollowedRoot(nn.Module):
     """
 
     basis: Tensor  # Q (d_v, d_v)
-    root: Tensor  # (d_v, d_v) of Sigma / (its mean eigenvalue), in that basis; zero before the first
-    rows: Tensor  # () that Sigma had when the basis was made
+    root: Tensor  # (d_v, d_v) of Sigma / (its mean eigenvalue), in that basis
+    rows: Tensor  # () that Sigma had when the basis was made; zero before the first
 
     def __init__(self, d_v: int) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class FollowedRoot(nn.Module):
     def find(
         self,
         covariance: Tensor,  # Sigma (d_v, d_v) float64
-        rows: float,  # that it has been estimated from
+        count: Tensor,  # () rows that it has been estimated from
         floor: float,
     ) -> Whitening:
         """`details` hold whether Sigma was decomposed, steps, products of (d_v, d_v) matrices that they took, and the
         residual; None where none was tried.
         """
-        mean = float(covariance.diagonal().mean())
+        mean, rows, rows_then = torch.stack([covariance.diagonal().mean(), count, self.rows]).tolist()
         steps, products, residual = 0, 0, None
-        if bool(self.root.any()) and rows < RENEWED_AT * float(self.rows):
+        if rows < RENEWED_AT * rows_then:
             basis = self.basis.double()
             turned = (basis.T @ covariance @ basis).div_(mean)
             turned.diagonal().add_(floor)
@@ -125,19 +125,20 @@ class LifelongNormalizer(nn.Module):
     @torch.no_grad()
     def observe(
         self,
-        keys: Tensor,  # (b, d_k)
-        value_grads: Tensor,  # (b, d_v)
+        sides: Iterable[tuple[Tensor, Tensor]],  # keys (b, d_k) and value gradients (b, d_v), of each module
         chunk: int | None = None,
     ) -> None:
-        """Merge the rows into the statistics, `chunk` of them at a time or, with None, at once.
+        """Merge the rows into the statistics, `chunk` of them at a time or, with None, each module's at once.
 
         That bounds memory: the order and the size of the chunks do not matter beyond rounding.
         """
-        for rows in linalg.row_chunks(keys.shape[0], chunk):
-            seen = float(self.count)
-            self._merge(self.key_mean, self.key_scatter, keys[rows], seen)
-            self._merge(self.value_mean, self.value_scatter, value_grads[rows], seen)
-            self.count += rows.stop - rows.start
+        seen = float(self.count)
+        for keys, value_grads in sides:
+            for rows in linalg.row_chunks(keys.shape[0], chunk):
+                self._merge(self.key_mean, self.key_scatter, keys[rows], seen)
+                self._merge(self.value_mean, self.value_scatter, value_grads[rows], seen)
+                seen += rows.stop - rows.start
+        self.count.fill_(seen)
 
     @staticmethod
     def _merge(
@@ -196,7 +197,7 @@ class LifelongNormalizer(nn.Module):
     def can_whiten(self, mode: linalg.FloorMode) -> bool:
         """Whether there is a covariance that is not zero: its posterior mean needs n > d_v + 1, shrinkage n > 1."""
         least = 1 if mode == "shrinkage" else self.value_mean.numel() + 1
-        return self.full and float(self.count) > least and bool(self.value_scatter.diagonal().any())
+        return self.full and bool((self.count > least) & self.value_scatter.diagonal().any())
 
     def whitening(self, prior: float, floor: float, mode: linalg.FloorMode) -> Whitening:
         """Sigma^(-1/2) (d_v, d_v), Sigma = (eps0 I + S_g)/(n - d_v - 1), its eigenvalues kept from zero by the floor.
@@ -213,7 +214,7 @@ class LifelongNormalizer(nn.Module):
         covariance /= self.count - self.value_mean.numel() - 1
         if self.followed is not None:
             assert mode == "shift", "only the root of a shifted covariance can be followed"
-            return self.followed.find(covariance, float(self.count), floor)
+            return self.followed.find(covariance, self.count, floor)
         root, floored, spectrum = linalg.inverse_square_root(covariance, floor, mode)
         return Whitening((root,), floored, spectrum)
 
@@ -226,20 +227,17 @@ class LifelongNormalizer(nn.Module):
 
     def changes_since(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
         """||x - x_before|| / ||x_before|| of each of the `moments`; None where there was nothing to change."""
-        changes: dict[str, float | None] = {}
-        for name, now in self.moments().items():
-            scale = float(torch.linalg.vector_norm(before[name]))
-            moved = float(torch.linalg.vector_norm(now - before[name]))
-            changes[f"{name}_change"] = moved / scale if scale > 0 else None
-        return changes
+        norm, after = torch.linalg.vector_norm, self.moments()
+        norms = [torch.stack([norm(now - before[name]), norm(before[name])]) for name, now in after.items()]
+        return {
+            f"{name}_change": moved / scale if scale > 0 else None
+            for name, (moved, scale) in zip(after, torch.stack(norms).tolist(), strict=True)
+        }
 
     def summary(self) -> dict[str, float | None]:
         """Rows seen, mean |mu| and mean sigma of the value gradients."""
-        return {
-            "n": float(self.count),
-            "mean_abs": float(self.value_mean.abs().mean()),
-            "std_mean": float(self.value_std.mean()),
-        }
+        found = torch.stack([self.count, self.value_mean.abs().mean(), self.value_std.mean()])
+        return dict(zip(("n", "mean_abs", "std_mean"), found.tolist(), strict=True))
 
     def reset(self) -> None:
         """Forget every row."""

@@ -81,7 +81,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"newton": [], "eigh": []}
     for turn, rows in enumerate((captured if arguments.data else made)(arguments, device)):
         for normalizer in (followed, plain):
-            normalizer.observe(torch.zeros(len(rows), 1, device=device), rows, 512)
+            normalizer.observe([(torch.zeros(len(rows), 1, device=device), rows)], 512)
         if turn < arguments.warm_up:
             continue
         here, seen = turn - arguments.warm_up, seen + len(rows)

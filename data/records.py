@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,3 +210,8 @@ def rows_of(places: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:
     """The rows of these places, in their order, where `first_row` (of `first_rows`) says where those of each begin."""
     own = [torch.arange(int(first_row[place]), int(first_row[place + 1])) for place in places]
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[Any]:
+    """The numbers in tensors of one shape and type, wherever these lie: a GPU is waited for once, not for each."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []

@@ -114,7 +114,7 @@ class HyperNetworkEditor(nn.Module):
         """The rows enter the statistics."""
         for name, capture in captures.items():
             normalizer = self.network(name).normalizer(self._number[name])
-            normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
+            normalizer.observe([(capture.keys, capture.value_grads)], self.settings.batch_size)
 
     def propose(self, name: str, capture: Capture) -> Proposal:
         """The update of one module from rows that are in the statistics already."""

@@ -292,7 +292,7 @@ def _norm_a_row(matrix: Tensor) -> float:  # (d, d)
     return float(torch.linalg.vector_norm(matrix)) / len(matrix) ** 0.5
 
 
-def inner_product(first: Factors, second: Factors) -> float:
+def inner_product(first: Factors, second: Factors) -> Tensor:  # () float64
     """<DeltaW_1, DeltaW_2> of two updates from their factors, at a cost of r_1 r_2 (d_k + d_v).
 
     <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed. Left and right
@@ -300,12 +300,12 @@ def inner_product(first: Factors, second: Factors) -> float:
     """
     (left, right), (other_left, other_right) = first, second
     if left is None and other_left is None:
-        return float((right * other_right).sum(dtype=torch.float64))
+        return (right * other_right).sum(dtype=torch.float64)
     if left is None:
         return inner_product(second, first)
     if other_left is None:
-        return float(((left.T.to(right.device) @ other_right) * right).sum(dtype=torch.float64))
-    return float(((left.T @ other_left).to(right.device) * (right @ other_right.T)).sum(dtype=torch.float64))
+        return ((left.T.to(right.device) @ other_right) * right).sum(dtype=torch.float64)
+    return ((left.T @ other_left).to(right.device) * (right @ other_right.T)).sum(dtype=torch.float64)
 
 
 def dense(update: Factors) -> Tensor:

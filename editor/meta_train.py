@@ -192,7 +192,7 @@ class MetaTrainer:
         if self.horizon.reg_coef == 0:
             return 0.0
         factors = [(update.left, update.right) for update in updates.values()]
-        return self.horizon.reg_coef * sum(linalg.inner_product(one, one) for one in factors)
+        return self.horizon.reg_coef * float(sum(linalg.inner_product(one, one) for one in factors))
 
     def _penalised(
         self,

@@ -116,15 +116,19 @@ class StableEdit(nn.Module):
 
     def _observe(self, captures: Mapping[str, Capture], phase: Phase) -> None:
         mode = self.settings.RunningMeanStd_mode
-        if mode == "none" or (mode == "frozen" and phase is Phase.EDIT):
+        if mode == "none":
+            return
+        if mode == "frozen" and phase is Phase.EDIT:
+            seen = all(self._normalizer(group).count > 0 for group in self.normalizers)
+            assert seen, "frozen statistics come from warm-up turns, and there were none"
             return
         for group in self.normalizers:
             normalizer = self._normalizer(group)
             before = normalizer.moments()
             if mode == "batch":
                 normalizer.reset()
-            for capture in (capture for name, capture in captures.items() if self.groups[name] == group):
-                normalizer.observe(capture.keys, capture.value_grads, self.settings.batch_size)
+            own = [capture for name, capture in captures.items() if self.groups[name] == group]
+            normalizer.observe([(capture.keys, capture.value_grads) for capture in own], self.settings.batch_size)
             self._turn_statistics[group] |= normalizer.changes_since(before)
         if self.warm_up is not None and phase is Phase.WARM_UP:
             self.warm_up.count([found["value_covariance_change"] for found in self._turn_statistics.values()])
@@ -191,7 +195,6 @@ class StableEdit(nn.Module):
         if self.settings.RunningMeanStd_mode == "none":
             normal_keys, normal_values = keys.to(self.device).double(), value_grads.to(self.device).double()
         else:
-            assert normalizer.count > 0, "frozen statistics come from warm-up turns, and there were none"
             normal_keys = normalizer.normalize_keys(keys)
             whitening = whitenings.get(group)
             normal_values = (

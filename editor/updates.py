@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from data.records import LowRankUpdate, WeightChange
+from data.records import LowRankUpdate, WeightChange, read_together
 from editor import linalg
 
 
@@ -20,9 +20,11 @@ def summed(
     if len(changes) < 2:
         return total, dict(*changes)
     by_name = {name: [each[name] for each in changes if name in each] for name in names}
+    factors = [(update.left, update.right) for update in total.values()]
+    squares = read_together([linalg.inner_product(one, one) for one in factors])
     return total, {
-        name: WeightChange(_norm(total[name]), max(change.largest for change in own), own[-1].drift)
-        for name, own in by_name.items()
+        name: WeightChange(max(0.0, square) ** 0.5, max(change.largest for change in own), own[-1].drift)
+        for (name, own), square in zip(by_name.items(), squares, strict=True)
     }
 
 
@@ -34,8 +36,3 @@ def _sum(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     if len(lefts) == len(updates):
         return LowRankUpdate(torch.cat(lefts, dim=1), torch.cat([update.right for update in updates]))
     return LowRankUpdate(None, torch.stack([linalg.dense((update.left, update.right)) for update in updates]).sum(0))
-
-
-def _norm(update: LowRankUpdate) -> float:
-    factors = (update.left, update.right)
-    return max(0.0, linalg.inner_product(factors, factors)) ** 0.5

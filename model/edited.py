@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from data.records import LowRankUpdate, WeightChange
+from data.records import LowRankUpdate
 from model.source import is_transposed, shape_of
 
 # No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
@@ -39,17 +39,21 @@ class EditModule:
         self.master = weight.detach().to(precise)  # no copy where it is precise already
 
     @torch.no_grad()
-    def can_add(self, update: LowRankUpdate) -> bool:
-        """Whether DeltaW is finite. It is formed only where the norms of its factors do not vouch for that."""
-        factors = self._factors(update)
-        bound = math.prod(float(_norm(factor)) for factor in factors)
-        return bound < SAFELY_FINITE or math.isfinite(_norm(reduce(torch.matmul, factors)))
+    def bound(self, update: LowRankUpdate) -> Tensor:  # () float64
+        """The product of the norms of its factors."""
+        return reduce(torch.mul, map(_norm, self._factors(update)))
 
     @torch.no_grad()
-    def add(self, update: LowRankUpdate) -> WeightChange:
+    def can_add(self, update: LowRankUpdate, bound: float) -> bool:
+        """Whether DeltaW is finite. It is formed only where its `bound` does not vouch for that."""
+        return bound < SAFELY_FINITE or math.isfinite(_norm(reduce(torch.matmul, self._factors(update))))
+
+    @torch.no_grad()
+    def add(self, update: LowRankUpdate) -> Tensor:  # (4,) float64
         """W += DeltaW in the master, then round into the weight the model computes with.
 
         By rows of the module's own layout, so that no second tensor of W's size is there and each row is fetched once.
+        Returns ||DeltaW||, ||W_t - W_0||, the largest |entry| of DeltaW and ||W_0||, for `read_together`.
         """
         factors = self._factors(update)
         first, *others = [factor.T for factor in reversed(factors)] if self.transposed else factors
@@ -62,9 +66,7 @@ class EditModule:
             least, most = (extreme.double() for extreme in torch.aminmax(delta))
             sizes.append(torch.stack([_norm(delta), _norm(master - self.original[rows]), -least, most]))
         norms, extremes = torch.stack(sizes).split(2, dim=1)
-        whole = torch.cat([torch.linalg.vector_norm(norms, dim=0), extremes.max()[None], self.original_norm[None]])
-        norm, moved, largest, start = whole.tolist()
-        return WeightChange(norm, largest, moved / start if start else None)
+        return torch.cat([torch.linalg.vector_norm(norms, dim=0), extremes.max()[None], self.original_norm[None]])
 
     def _factors(self, update: LowRankUpdate) -> list[Tensor]:
         """Those that there are, where the master is: keys may come from a memory-mapped file."""
@@ -96,7 +98,7 @@ def sha256_of_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> Tensor:  # () int64
     """Sum of all entries' bits, each times an odd number drawn from its place, modulo 2^64."""
     bits = tensor.view(INTEGERS[tensor.itemsize]).reshape(-1)
     places = torch.arange(1, min(len(bits), TOGETHER) + 1, device=bits.device) * 0x1E3779B97F4A7C15
@@ -106,4 +108,4 @@ def checksum(tensor: Tensor) -> int:
     for first in range(0, len(bits), TOGETHER):
         piece = bits[first : first + TOGETHER].to(torch.int64)
         total = total * 0x2545F4914F6CDD1D + piece.mul_(places[: len(piece)]).sum()
-    return int(total) % 2**64
+    return total

@@ -36,6 +36,7 @@ from data.records import (
     TurnCapture,
     WeightChange,
     first_rows,
+    read_together,
 )
 from model.edited import EditModule, checksum, sha256_of_tensor
 from model.positions import PositionModel
@@ -148,8 +149,9 @@ class LanguageModel(PositionModel):
         mean = float(loss) / mini_batches
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean}")
-        for name, capture in captures.items():
-            if not bool(torch.isfinite(capture.keys).all() & torch.isfinite(capture.value_grads).all()):
+        finite = [torch.isfinite(c.keys).all() & torch.isfinite(c.value_grads).all() for c in captures.values()]
+        for name, is_finite in zip(captures, read_together(finite), strict=True):
+            if not is_finite:
                 raise FloatingPointError(f"the keys or value gradients of {name} are not finite")
         return TurnCapture(captures, mean, tuple((wrong == 0).tolist()), tuple(worst.tolist()))
 
@@ -178,7 +180,7 @@ class LanguageModel(PositionModel):
             losses = functional.cross_entropy(logits.to(self.precise), targets, reduction="none")
             loss = (losses * weights.to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
-        target = first_row[batch.members[at[0]]] + count_within(at[0])
+        target = (first_row[batch.members[at[0]]] + count_within(at[0])).to(self.device)
         for name, grad in zip(trace.outputs, grads, strict=True):
             into = captures[name]
             there = target.to(into.keys.device)
@@ -270,13 +272,18 @@ class LanguageModel(PositionModel):
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
         """Add the updates to the weights: all of them, or, with a FloatingPointError, none."""
-        for name, update in updates.items():
-            if not self.edited[name].can_add(update):
+        bounds = read_together([self.edited[name].bound(update) for name, update in updates.items()])
+        for (name, update), bound in zip(updates.items(), bounds, strict=True):
+            if not self.edited[name].can_add(update, bound):
                 raise FloatingPointError(
                     f"the update of {name} is not finite; smaller steps may keep it finite: editor.lr, where a network "
                     "learns it editor.meta_lr, for rome, memit and alphaedit editor.clamp_norm_factor"
                 )
-        return {name: self.edited[name].add(update) for name, update in updates.items()}
+        sizes = read_together([self.edited[name].add(update) for name, update in updates.items()])
+        return {
+            name: WeightChange(norm, largest, moved / start if start else None)
+            for name, (norm, moved, largest, start) in zip(updates, sizes, strict=True)
+        }
 
     def wrap(self, name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
         """From now on `forward(inputs, outputs)` is what an edit module puts out, but for the `unedited` model."""
@@ -318,7 +325,8 @@ class LanguageModel(PositionModel):
 
     def checksums(self) -> dict[str, int]:
         """A number for each edited weight, of all its bits in their places, in which two copies that differ differ."""
-        return {name: checksum(edited.master) for name, edited in self.edited.items()}
+        totals = read_together([checksum(edited.master) for edited in self.edited.values()])
+        return {name: total % 2**64 for name, total in zip(self.edited, totals, strict=True)}
 
     def fingerprint(self) -> str:
         """A hash of all weights, which names a model: the same on every device and for any number of threads.

@@ -7,7 +7,7 @@ import math
 import random
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from data.records import LowRankUpdate, Phase, Turn, WeightChange
+from data.records import LowRankUpdate, Phase, Turn, WeightChange, read_together
 from editor import linalg
 from editor.base import Edit, Editor
 
@@ -60,8 +60,8 @@ class TurnDiagnostics:
         if turn.phase is Phase.EDIT:
             self.edits_total += len(turn.records)
         now = PastUpdate(turn.index, edit.updates, {name: change.norm for name, change in edit.changes.items()})
-        cosines = [_cosines(now, before) for before in self._window]
-        earlier = _cosines(now, self._earlier) if self._earlier else {}
+        cosines = _cosines(now, self._kept())
+        earlier = cosines.pop() if self._earlier else {}
         earlier_turn = self._earlier.turn if self._earlier else None
         self._remember(now)
         self._warn(turn.index, edit.changes)
@@ -117,9 +117,12 @@ class TurnDiagnostics:
             if self.previous and random.Random(f"earlier {self.seed} {gone.turn}").random() * (gone.turn + 1) < 1:
                 self._earlier = gone
 
+    def _kept(self) -> list[PastUpdate]:
+        return [*self._window, *([self._earlier] if self._earlier else [])]
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resumed run needs to write the same lines: contiguous tensors by flat names, and a JSON object."""
-        kept = [*self._window, *([self._earlier] if self._earlier else [])]
+        kept = self._kept()
         tensors: dict[str, Tensor] = {}
         for past in kept:
             for name, update in past.updates.items():
@@ -162,17 +165,26 @@ def _update_state(prefix: str, update: LowRankUpdate) -> dict[str, Tensor]:
     return tensors
 
 
-def _cosines(now: PastUpdate, before: PastUpdate) -> dict[str, float | None]:
-    """<DeltaW_t, DeltaW_s> / (||.|| ||.||) of each module; None where one is zero, or it is no finite number."""
-    return {name: _cosine(name, now, before) for name in now.updates}
+def _cosines(now: PastUpdate, kept: Sequence[PastUpdate]) -> list[dict[str, float | None]]:
+    """<DeltaW_t, DeltaW_s> / (||.|| ||.||) with each of those kept, by module.
+
+    None where one is zero, or it is no finite number.
+    """
+    scales = [{name: now.norms[name] * before.norms.get(name, 0.0) for name in now.updates} for before in kept]
+    pairs = [
+        (now.updates[name], before.updates[name])
+        for before, of_turn in zip(kept, scales, strict=True)
+        for name, scale in of_turn.items()
+        if scale != 0
+    ]
+    products = iter(read_together([linalg.inner_product((a.left, a.right), (b.left, b.right)) for a, b in pairs]))
+    return [
+        {name: _finite(next(products) / scale) if scale != 0 else None for name, scale in of_turn.items()}
+        for of_turn in scales
+    ]
 
 
-def _cosine(name: str, now: PastUpdate, before: PastUpdate) -> float | None:
-    scale = now.norms[name] * before.norms.get(name, 0.0)
-    if scale == 0:
-        return None
-    update, other = now.updates[name], before.updates[name]
-    cosine = linalg.inner_product((update.left, update.right), (other.left, other.right)) / scale
+def _finite(cosine: float) -> float | None:
     return cosine if math.isfinite(cosine) else None
 
 

@@ -41,7 +41,7 @@ def test_a_followed_root_whitens_as_decompositions_do() -> None:
     decomposed: list[float | None] = []
     steps: list[float] = []
     for turn, rows in enumerate(value_grads(200)):
-        normalizer.observe(torch.zeros(ROWS, 1), rows)
+        normalizer.observe([(torch.zeros(ROWS, 1), rows)])
         scatter += rows.double().T @ rows.double()
         mean, seen = (mean * seen + rows.double().sum(0)) / (seen + ROWS), seen + ROWS
         if seen <= D_V + 1:
@@ -69,7 +69,7 @@ def test_a_leap_of_the_covariance_is_decomposed_and_said() -> None:
     for seed in (0, 0, 1):
         square = torch.randn(24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         sigma = square @ square.T
-        found = root.find(sigma, 100.0, FLOOR)
+        found = root.find(sigma, torch.tensor(100.0).double(), FLOOR)
         whole = found.factors[0] @ found.factors[1] @ found.factors[2]
         shifted = sigma + FLOOR * sigma.diagonal().mean() * torch.eye(24)
         torch.testing.assert_close(whole.double() @ shifted @ whole.double(), torch.eye(24).double(), atol=1e-3, rtol=0)

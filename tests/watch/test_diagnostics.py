@@ -164,9 +164,9 @@ def test_changes_are_those_of_the_moments_themselves() -> None:
     """Against moments of all rows computed at once, before and after the second batch."""
     (keys, grads), (more_keys, more_grads) = rows(30, 0), rows(20, 1)
     normalizer = LifelongNormalizer(7, 5, full=True)
-    normalizer.observe(keys, grads)
+    normalizer.observe([(keys, grads)])
     before = normalizer.moments()
-    normalizer.observe(more_keys, more_grads)
+    normalizer.observe([(more_keys, more_grads)])
     changes = normalizer.changes_since(before)
 
     def expected(first: Tensor, second: Tensor) -> Any:
@@ -187,7 +187,7 @@ def test_changes_are_those_of_the_moments_themselves() -> None:
 def test_before_the_first_row_nothing_can_change() -> None:
     normalizer = LifelongNormalizer(7, 5, full=False)
     before = normalizer.moments()
-    normalizer.observe(*rows(10, 0))
+    normalizer.observe([rows(10, 0)])
     assert set(normalizer.changes_since(before).values()) == {None}
 
 
@@ -197,7 +197,7 @@ def test_changes_of_a_stationary_stream_fall_like_one_over_n() -> None:
     changes = []
     for batch in range(400):
         before = normalizer.moments()
-        normalizer.observe(*rows(20, batch))
+        normalizer.observe([rows(20, batch)])
         changes.append(normalizer.changes_since(before)["value_covariance_change"])
     early, late = (sum(filter(None, changes[part])) for part in (slice(20, 40), slice(200, 400)))
     assert late / 200 < 0.2 * early / 20
