@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from data.records import LowRankUpdate
+from data.records import LowRankUpdate, read_together
 from model.source import is_transposed, shape_of
 
 # No entry of L R, nor any sum on the way to it, is larger than ||L|| ||R||: up to this, no float32 overflows.
@@ -96,6 +97,12 @@ def _norm(tensor: Tensor) -> Tensor:  # () float64
 
 def sha256_of_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A number for each, of all its bits in their places, in which two copies that differ differ."""
+    totals = read_together([checksum(tensor) for tensor in tensors.values()])
+    return {name: total % 2**64 for name, total in zip(tensors, totals, strict=True)}
 
 
 def checksum(tensor: Tensor) -> Tensor:  # () int64

@@ -38,7 +38,7 @@ from data.records import (
     first_rows,
     read_together,
 )
-from model.edited import EditModule, checksum, sha256_of_tensor
+from model.edited import EditModule, checksums, sha256_of_tensor
 from model.positions import PositionModel
 from model.source import ModelSource, read_weights
 from model.tracing import Tracer, count_within, hooks, places, require_ran, same_bits
@@ -324,9 +324,8 @@ class LanguageModel(PositionModel):
         return all(edited.is_original() for edited in self.edited.values())
 
     def checksums(self) -> dict[str, int]:
-        """A number for each edited weight, of all its bits in their places, in which two copies that differ differ."""
-        totals = read_together([checksum(edited.master) for edited in self.edited.values()])
-        return {name: total % 2**64 for name, total in zip(self.edited, totals, strict=True)}
+        """Of each edited weight."""
+        return checksums({name: edited.master for name, edited in self.edited.items()})
 
     def fingerprint(self) -> str:
         """A hash of all weights, which names a model: the same on every device and for any number of threads.

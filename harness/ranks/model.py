@@ -30,7 +30,7 @@ from data.records import (
 from harness.ranks.group import Ranks
 from model import LanguageModel
 from model.below import BlocksBelow
-from model.edited import checksum
+from model.edited import checksums
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -51,7 +51,7 @@ class SharedModel(LanguageModel):
         return all(self.ranks.all_gather(lambda: holds))
 
     def require_same(self, state: Mapping[str, Tensor]) -> None:
-        _require_alike(self.ranks.all_gather(lambda: {name: checksum(tensor) for name, tensor in state.items()}))
+        _require_alike(self.ranks.all_gather(lambda: checksums(state)))
 
     # -- what all ranks read whole
 
@@ -199,8 +199,8 @@ class SharedModel(LanguageModel):
 
 
 def _require_alike(found: Sequence[Mapping[str, int]]) -> None:
-    for rank, checksums in enumerate(found):
-        for name in (name for name in checksums if checksums[name] != found[0][name]):
+    for rank, sums in enumerate(found):
+        for name in (name for name in sums if sums[name] != found[0][name]):
             raise ValueError(
                 f"rank {rank} holds other bits of {name} than rank 0 after the same update: these machines compute "
                 "differently; use machines with the same processors, GPUs and thread counts"
