@@ -76,7 +76,7 @@ def test_edits_that_outweigh_the_weights_are_told_once(caplog: pytest.LogCapture
         line_of(diagnostics, index, by_module)
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
-    for words in ("turn 1", "moved b by 2.25 times", "a smaller editor.lr"):
+    for words in ("turn 1", "moved b by 2.25 times", "take smaller steps"):
         assert words in warning.getMessage()
 
 
