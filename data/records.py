@@ -173,8 +173,8 @@ class TurnCapture:
 
     modules: Mapping[str, Capture]
     loss: float  # nats a token, the mean over the turn's mini-batches
-    right: tuple[bool, ...]  # of each fact: whether every answer token is the model's first choice already
-    worst: tuple[float, ...]  # of each fact: the largest -log p of its answer tokens, nats
+    all_correct: tuple[bool, ...]  # of each fact: whether every answer token is the model's first choice already
+    max_token_loss: tuple[float, ...]  # of each fact: the largest -log p of its answer tokens, nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class WeightChange:
     drift: float | None  # ||W_t - W_0|| / ||W_0||; None where W_0 is zero
 
 
-def first_rows(sequences: Sequence[TokenSequence], every_token: bool = False) -> Tensor:  # (sequences + 1,)
+def row_offsets(sequences: Sequence[TokenSequence], every_token: bool = False) -> Tensor:  # (sequences + 1,)
     """Where each sequence's answer tokens begin when all are counted in order; at the end, their number.
 
     With `every_token`, not only those of the answer: all that something predicts.
@@ -206,8 +206,8 @@ def first_rows(sequences: Sequence[TokenSequence], every_token: bool = False) ->
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def rows_of(places: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
-    """The rows of these places, in their order, where `first_row` (of `first_rows`) says where those of each begin."""
+def row_indices(places: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
+    """The rows of these places, in their order, where `first_row` (of `row_offsets`) says where those of each begin."""
     own = [torch.arange(int(first_row[place]), int(first_row[place + 1])) for place in places]
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, WeightChange, first_rows, rows_of
+from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, WeightChange, row_indices, row_offsets
 from editor.base import AdaptiveWarmUp, Edit, EditableModel, UpdateRule
 from editor.stopwatch import Stopwatch
 from editor.updates import summed
@@ -64,11 +64,11 @@ class CaptureEditor:
         pushed_anyway = 0 if done.losses else done.new
         with watch.measure("capture"):
             captured = model.capture(todo, every_token, self.settings.allocate)
-            said = captured.right if limit is None else [worst < limit for worst in captured.worst]
+            said = captured.all_correct if limit is None else [loss < limit for loss in captured.max_token_loss]
             unsaid = [place for place, is_said in enumerate(said) if place < pushed_anyway or not is_said]
             modules = captured.modules
             if len(unsaid) < len(said):
-                rows = rows_of(unsaid, first_rows(todo.sequences, every_token))
+                rows = row_indices(unsaid, row_offsets(todo.sequences, every_token))
                 modules = {name: Capture(each.keys[rows], each.value_grads[rows]) for name, each in modules.items()}
             todo = todo.part(unsaid)
         if todo.sequences:

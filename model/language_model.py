@@ -35,8 +35,8 @@ from data.records import (
     Turn,
     TurnCapture,
     WeightChange,
-    first_rows,
     read_together,
+    row_offsets,
 )
 from model.edited import EditModule, checksums, sha256_of_tensor
 from model.positions import PositionModel
@@ -130,7 +130,7 @@ class LanguageModel(PositionModel):
         compute batches changes no result.
         Raises FloatingPointError where the loss, a key or a gradient is not finite.
         """
-        first_row = first_rows(turn.sequences, every_token)
+        first_row = row_offsets(turn.sequences, every_token)
         captures = self.empty_captures(int(first_row[-1]), allocate)
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -168,7 +168,7 @@ class LanguageModel(PositionModel):
         batch: TokenBatch,
         at: tuple[Tensor, Tensor],  # rows and positions to capture
         weights: Tensor,  # (M,) of each answer token's loss
-        first_row: Tensor,  # of `first_rows`: where each sequence's rows begin in the captures
+        first_row: Tensor,  # of `row_offsets`: where each sequence's rows begin in the captures
         captures: Mapping[str, Capture],
     ) -> tuple[Tensor, Tensor]:  # (M,), (M,) bool
         """Fill the batch's rows of the captures; the losses of its answer tokens, and which it would not choose."""
@@ -216,7 +216,7 @@ class LanguageModel(PositionModel):
     @torch.no_grad()
     def reference_logits(self, sequences: Sequence[TokenSequence]) -> Tensor:  # (M, V)
         """The logits that predict each answer token, in the order of the sequences: a `LossTerm`'s reference."""
-        first_row = first_rows(sequences)
+        first_row = row_offsets(sequences)
         reference: Tensor | None = None
         for batch in self.batches(sequences):
             logits = self._logits(batch)
@@ -258,7 +258,7 @@ class LanguageModel(PositionModel):
 
     def _batch_losses(self, term: LossTerm) -> Iterator[Tensor]:
         """Each compute batch's share of the term's mean."""
-        first_row = first_rows(term.sequences)
+        first_row = row_offsets(term.sequences)
         for batch in self.batches(term.sequences):
             logits = self._logits(batch).to(self.precise)
             if term.reference is None:

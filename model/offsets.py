@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.batches import padded
-from data.records import TokenBatch, TokenSequence, first_rows
+from data.records import TokenBatch, TokenSequence, row_offsets
 from model.below import BlocksBelow
 from model.text import KEPT, CachedPrompts, TextModel
 from model.tracing import hooks, places, require_ran, same_bits
@@ -46,7 +46,7 @@ class OffsetLosses:
         self.model, self.name, self.module, self.below = model, name, module, below
         self.precise, self.replace = precise, replace
         self.expected = None if reference is None else reference.to(precise).log_softmax(-1)
-        self.first_row = first_rows(sequences)
+        self.first_row = row_offsets(sequences)
         keeps = model.can_extend(max((len(s.ids) for s in sequences), default=0))
         self.cuts = [at if keeps else 0 for at in positions]
         self.tails = [

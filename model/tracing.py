@@ -73,7 +73,7 @@ def count_within(
 
 def places(
     batch: TokenBatch,
-    first_row: Tensor,  # of `first_rows`
+    first_row: Tensor,  # of `row_offsets`
 ) -> Tensor:  # (M,)
     """Where the batch's answer tokens stand when those of all sequences are counted in order."""
     return first_row[batch.members][batch.rows] + count_within(batch.rows)

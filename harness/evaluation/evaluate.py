@@ -24,7 +24,16 @@ from data.progress import progress_bar
 from data.records import EditRecord, Question, TokenSequence
 from data.stream import EditStream, questions_of
 from harness.evaluation.generation import Generation, matches
-from harness.evaluation.locality import BaseReader, BaseWriter, Distributions, Locality, RecordShift, Seen, cat, look
+from harness.evaluation.locality import (
+    BaseReader,
+    BaseWriter,
+    Compared,
+    Distributions,
+    Locality,
+    RecordShift,
+    cat,
+    compare_with,
+)
 from harness.evaluation.perplexity import Passage, perplexity
 from harness.evaluation.retention import RetentionPlan
 from model import LanguageModel
@@ -218,13 +227,13 @@ def _teacher_forced(
     if locality and local:
         order = torch.cat([tokens[i] for share in shares for i in share if i in tokens])
         seen = [part.local for part in answered if part.local is not None]
-        moved = locality.close(places, lengths, cat(seen)[order.argsort()])
+        moved = locality.finish_block(places, lengths, cat(seen)[order.argsort()])
     said = {i: {"agree": m.agree, "kl": m.kl, "kl_error": m.error} for i, m in zip(local, moved, strict=True) if m}
     return [hits[i] for i in range(len(probes))], said
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ShareInput:
     """Questions for one of the processes that share an evaluation."""
 
     sequences: list[TokenSequence]
@@ -233,30 +242,30 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Answered:
+class _ShareScores:
     hits: list[list[bool]]  # of each sequence's answer tokens, whether they are the first choice
-    local: Seen | None  # at the answer tokens of locality questions; None where there were none
+    local: Compared | None  # at the answer tokens of locality questions; None where there were none
     broken: int = 0  # answer tokens whose logits are not finite
 
 
 def _asked(
     share: Sequence[int], sequences: Sequence[TokenSequence], tokens: Mapping[int, Tensor], base: Distributions | None
-) -> _Asked:
+) -> _ShareInput:
     """The questions at the places of the share; `tokens` says where in `base` each locality question's answer lies."""
     local = [place for place, i in enumerate(share) if i in tokens]
     mine = [tokens[share[place]] for place in local]
-    return _Asked([sequences[i] for i in share], local, base[torch.cat(mine)] if base and mine else None)
+    return _ShareInput([sequences[i] for i in share], local, base[torch.cat(mine)] if base and mine else None)
 
 
-def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
+def _answer(model: LanguageModel, asked: _ShareInput) -> _ShareScores:
     if not asked.sequences:  # there are more processes than questions
-        return _Answered([], None)
+        return _ShareScores([], None)
     lengths = [sequence.answer_length for sequence in asked.sequences]
     rows = _rows_of(asked.local, lengths)
     base = asked.base and asked.base.to(model.device)
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
     broken = torch.zeros((), dtype=torch.int64, device=model.device)  # stays there: read once, not every batch
-    seen: list[tuple[Tensor, Seen]] = []
+    seen: list[tuple[Tensor, Compared]] = []
     for at, logits, targets in _answer_logits(model, asked.sequences):
         first = logits.argmax(-1)  # of a row with a nan, that one
         broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
@@ -264,13 +273,13 @@ def _answer(model: LanguageModel, asked: _Asked) -> _Answered:
         ours = rows[at] >= 0
         if ours.any():
             mine, here = rows[at[ours]], ours.to(model.device)
-            found = look(logits[here], first[here], base and base[mine.to(model.device)])
+            found = compare_with(logits[here], first[here], base and base[mine.to(model.device)])
             seen.append((mine, found.to(torch.device("cpu"))))
     by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:
-        return _Answered(by_sequence, None, int(broken))
+        return _ShareScores(by_sequence, None, int(broken))
     order = torch.cat([mine for mine, _ in seen]).argsort()
-    return _Answered(by_sequence, cat([found for _, found in seen])[order], int(broken))
+    return _ShareScores(by_sequence, cat([found for _, found in seen])[order], int(broken))
 
 
 def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -114,14 +114,14 @@ class Locality(Protocol):
     def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions | None:
         """The base model's distributions at a block's answers, laid end to end; None where this model is the base."""
 
-    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
-        """What was `look`ed at in the block, in the same order; what is to be said of each of its records."""
+    def finish_block(self, places: Sequence[int], lengths: Sequence[int], seen: Compared) -> list[RecordShift | None]:
+        """What was compared in the block, in the same order; what is to be said of each of its records."""
 
 
-Seen = Distributions | Shift
+Compared = Distributions | Shift
 
 
-def look(logits: Tensor, first: Tensor, base: Distributions | None) -> Seen:  # (N, V); (N,) their argmax
+def compare_with(logits: Tensor, first: Tensor, base: Distributions | None) -> Compared:  # (N, V); (N,) their argmax
     """The distributions, or where there are others to compare them with, how far they are from these."""
     return Distributions.of(logits, first) if base is None else shift(base, logits, first)
 
@@ -139,7 +139,7 @@ class BaseWriter:
     def base(self, places: Sequence[int], lengths: Sequence[int]) -> None:
         return None
 
-    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
+    def finish_block(self, places: Sequence[int], lengths: Sequence[int], seen: Compared) -> list[RecordShift | None]:
         assert isinstance(seen, Distributions)
         self._places += places
         self._lengths += lengths
@@ -174,7 +174,7 @@ class BaseReader:
         assert cut == list(lengths), "the base model's answers were cut into other tokens"
         return cat(kept)
 
-    def close(self, places: Sequence[int], lengths: Sequence[int], seen: Seen) -> list[RecordShift | None]:
+    def finish_block(self, places: Sequence[int], lengths: Sequence[int], seen: Compared) -> list[RecordShift | None]:
         assert isinstance(seen, Shift)
         parts = zip(*(part.split(list(lengths)) for part in (seen.agree, seen.kl, seen.error)), strict=True)
         return [RecordShift(int(agree.sum()), float(kl.mean()), float(error.mean())) for agree, kl, error in parts]

@@ -24,13 +24,11 @@ from data.records import (
     Turn,
     TurnCapture,
     WeightChange,
-    first_rows,
-    rows_of,
+    row_indices,
+    row_offsets,
 )
 from harness.ranks.group import Ranks
-from model import LanguageModel
-from model.below import BlocksBelow
-from model.edited import checksums
+from model import LanguageModel, checksums
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -55,7 +53,7 @@ class SharedModel(LanguageModel):
 
     # -- what all ranks read whole
 
-    _below_alike = BlocksBelow(())
+    _below_alike = LanguageModel.below
 
     @contextlib.contextmanager
     def reading_once(self) -> Iterator[None]:
@@ -64,7 +62,7 @@ class SharedModel(LanguageModel):
             with super().reading_once():
                 yield
         finally:
-            self._below_alike = BlocksBelow(())
+            self._below_alike = LanguageModel.below
 
     def _read_in(self, *arguments: Any) -> None:
         """From what all ranks have kept alike: what each has kept of its share has other bits, by other batches."""
@@ -78,10 +76,10 @@ class SharedModel(LanguageModel):
 
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         shares = self.partition([len(sequence.ids) for sequence in turn.sequences])
-        first_row = first_rows(turn.sequences, every_token).tolist()
+        first_row = row_offsets(turn.sequences, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
         losses: list[tuple[float, float]] = []  # and what each counts for
-        right, worst = [False] * len(turn.sequences), [0.0] * len(turn.sequences)
+        all_correct, max_loss = [False] * len(turn.sequences), [0.0] * len(turn.sequences)
         capture = super().capture
 
         def own() -> tuple[tuple[float, float, list[tuple[bool, float]]], list[Tensor]]:
@@ -90,19 +88,21 @@ class SharedModel(LanguageModel):
                 return (0.0, 0.0, []), []
             found = capture(part, every_token)
             weight = sum(w * s.answer_length for w, s in zip(part.loss_weights, part.sequences, strict=True))
-            return (found.loss, weight, list(zip(found.right, found.worst, strict=True))), _sides(found.modules)
+            return (found.loss, weight, list(zip(found.all_correct, found.max_token_loss, strict=True))), _sides(
+                found.modules
+            )
 
         def take(rank: int, said: tuple[float, float, list[tuple[bool, float]]], tensors: Sequence[Tensor]) -> None:
-            rows = rows_of(shares[rank], first_row)
+            rows = row_indices(shares[rank], first_row)
             for into, tensor in zip(_sides(captures), tensors, strict=False):  # a rank without a share has none
                 into[rows.to(into.device)] = tensor.to(into.device)
             losses.append(said[:2])
             for place, found in zip(shares[rank], said[2], strict=True):
-                right[place], worst[place] = found
+                all_correct[place], max_loss[place] = found
 
         self.ranks.all_gather_tensors(own, take)
         mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
-        return TurnCapture(captures, mean, tuple(right), tuple(worst))
+        return TurnCapture(captures, mean, tuple(all_correct), tuple(max_loss))
 
     # -- scoring and text
 

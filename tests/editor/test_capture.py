@@ -108,7 +108,7 @@ def test_a_turn_ends_when_the_model_says_all_of_it() -> None:
     assert facts[-1] == 0
     assert len(facts) < 40
     assert len(rule.seen) == len(facts) - 1
-    assert all(model.capture(turn).right) or facts.count(3) < len(facts) - 1  # one may have been unsettled by another
+    assert all(model.capture(turn).all_correct) or facts.count(3) < len(facts) - 1  # one may have been unsettled by another
 
 
 @pytest.mark.parametrize("limit", [None, 5.0])
@@ -155,5 +155,5 @@ def test_a_fact_is_right_when_all_its_tokens_are_the_first_choice() -> None:
         chosen = logits.argmax(-1)[sequence.answer_start - 1 : -1]
         right.append(chosen.tolist() == list(sequence.ids[sequence.answer_start :]))
     said = replace(turn, sequences=turn.sequences[:2] * 8 + turn.sequences[2:3])
-    assert model.capture(turn).right == tuple(right)
-    assert model.capture(said).right == tuple(right[:2] * 8 + right[2:3])
+    assert model.capture(turn).all_correct == tuple(right)
+    assert model.capture(said).all_correct == tuple(right[:2] * 8 + right[2:3])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from config.compose import compose_config
 from config.schema import RunConfig, to_run_config
 from editor.registry import EDITORS
-from harness.evaluation.locality import Distributions, Shift, look
+from harness.evaluation.locality import Distributions, Shift, compare_with
 from harness.job import build_editor, source_of
 from harness.job.devices import DTYPES
 from harness.memory.command import main
@@ -139,7 +139,7 @@ def test_scored_logits_are_as_many_copies_as_are_made(dtype: torch.dtype) -> Non
     def scored(base: Distributions | None) -> Distributions | Shift:
         logits = torch.randn(rows, vocabulary, dtype=dtype)
         first, here = logits.argmax(-1), torch.ones(rows, dtype=torch.bool)
-        return look(logits[here], first[here], base)
+        return compare_with(logits[here], first[here], base)
 
     kept = scored(None)
     assert isinstance(kept, Distributions)
