@@ -4,7 +4,7 @@ from harness.job.build import build_editor, editor_inputs, settings_of
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream
 from harness.job.loading import load_model
-from harness.job.networks import network_keeper
+from harness.job.networks import check_rank, network_keeper
 from harness.job.other_ranks import make_scoring, new_record, quiet_unless_first, rank_settings, require_alike
 from harness.job.outputs import check_export, export_folder, is_saved, missing_outputs
 from harness.job.plan import Plan, capture_memory, make_plan, source_of, wandb_settings

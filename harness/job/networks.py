@@ -62,18 +62,23 @@ def plan_network(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> Train
     editor = cfg.editor
     if cfg.evaluate is not None or not isinstance(editor, HyperNetworkConfig):
         return None
-    for d_k, d_v in shapes.values():
-        if editor.rank > d_k + d_v:
-            raise ValueError(
-                f"editor.rank={editor.rank}: more than the {d_k + d_v} inputs of the network of a {d_k}x{d_v} module; "
-                f"set {d_k + d_v} or less"
-            )
+    check_rank(editor, shapes)
     if editor.load_checkpoint is None:
         return None
     network = open_network(editor.load_checkpoint)
     network.require(identity_of(editor, shapes))
     log.info("editor.load_checkpoint: step sizes and ridges are those it learned; settings of training do not count")
     return network
+
+
+def check_rank(editor: HyperNetworkConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """ValueError for a rank beyond what a map of that size has."""
+    for d_k, d_v in shapes.values():
+        if editor.rank > d_k + d_v:
+            raise ValueError(
+                f"editor.rank={editor.rank}: more than the {d_k + d_v} inputs of the network of a {d_k}x{d_v} module; "
+                f"set {d_k + d_v} or less"
+            )
 
 
 def network_keeper(

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from config.compose import check_command_line, compose_config
-from config.schema import RunConfig, to_run_config
-from harness.job import source_of
+from config.schema import HyperNetworkConfig, RunConfig, to_run_config
+from harness.job import check_rank, source_of
 from harness.memory.items import Facts, Item, highest, items, what_fits
 from harness.run.command import Parser
 from model.source import outline
@@ -65,6 +65,8 @@ def work(chosen: argparse.Namespace) -> None:
     device, room, about = device_of(cfg, chosen.gib)
     facts = Facts(chosen.tokens, chosen.answer_tokens)
     sketch = outline(source_of(cfg), cfg.model.edit_modules, cfg.model.auto_layers)
+    if isinstance(cfg.editor, HyperNetworkConfig):
+        check_rank(cfg.editor, sketch.shapes)
 
     def size(other: RunConfig) -> int:
         return highest(items(other, sketch, facts, device), on_one_device(other, device))

@@ -202,6 +202,7 @@ def test_what_does_not_fit_names_what_makes_it_fit(tmp_path: Path) -> None:
         (["editor.alhpa=1"], "did you mean editor.alpha?"),
         (["--gib", "24", "editor.alhpa=1"], "did you mean editor.alpha?"),
         (["--gb", "1"], "see python -m harness.memory --help"),
+        (["model=tiny", "editor=malmen", "editor.rank=1920"], "editor.rank=1920: more than the "),
     ],
 )
 def test_mistakes_are_one_line(line: list[str], words: str) -> None:
