@@ -406,10 +406,10 @@ def test_a_rank_with_other_versions(place: Commands, forks: Forks) -> None:
 
 
 def be_of_another_version() -> None:
-    from harness.job import others
+    from harness.job import other_ranks
 
-    original = others.versions
-    others.versions = lambda: original() | {"torch": "1.0"}
+    original = other_ranks.versions
+    other_ranks.versions = lambda: original() | {"torch": "1.0"}
 
 
 @pytest.mark.slow
