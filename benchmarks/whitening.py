@@ -97,6 +97,7 @@ def main() -> None:
                 _, theirs = whitened(plain, floor, rows)
             agreement.append(float((ours - theirs).norm() / theirs.norm()))
             seconds["eigh"].append(watch.seconds["eigh"])
+            print(f"turn {here + 1} of {arguments.turns}: g_tilde differs by {agreement[-1]:.1e}", flush=True)
         if not found.details["whitening_decomposed"]:
             seconds["newton"].append(watch.seconds["newton"])
     a_turn = seen / arguments.turns
