@@ -233,7 +233,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                         with model.reading_once():
                             outcome = editor.edit(model, turn)
                         if not outcome.updates:  # what the turn changed is in the editor
-                            model.require_same(editor.state_dict())
+                            model.require_same(editor.state_dict)
                         line = state.diagnostics.line(turn, outcome, editor)
                         tracker.turn(line)
                         state.done = turn.index + 1

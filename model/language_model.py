@@ -117,8 +117,8 @@ class LanguageModel(PositionModel):
         """Whether it holds in each of the processes."""
         return holds
 
-    def require_same(self, state: Mapping[str, Tensor]) -> None:
-        """ValueError where a rank holds other bits of a tensor than the first one."""
+    def require_same(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """ValueError where a rank holds other bits of a tensor than the first one. One process asks for no state."""
 
     # -- capture
 

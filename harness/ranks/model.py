@@ -48,8 +48,8 @@ class SharedModel(LanguageModel):
     def all_ranks(self, holds: bool) -> bool:
         return all(self.ranks.all_gather(lambda: holds))
 
-    def require_same(self, state: Mapping[str, Tensor]) -> None:
-        _require_alike(self.ranks.all_gather(lambda: checksums(state)))
+    def require_same(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        _require_alike(self.ranks.all_gather(lambda: checksums(state())))
 
     # -- what all ranks read whole
 
@@ -88,9 +88,8 @@ class SharedModel(LanguageModel):
                 return (0.0, 0.0, []), []
             found = capture(part, every_token)
             weight = sum(w * s.answer_length for w, s in zip(part.loss_weights, part.sequences, strict=True))
-            return (found.loss, weight, list(zip(found.all_correct, found.max_token_loss, strict=True))), _sides(
-                found.modules
-            )
+            facts = list(zip(found.all_correct, found.max_token_loss, strict=True))
+            return (found.loss, weight, facts), _sides(found.modules)
 
         def take(rank: int, said: tuple[float, float, list[tuple[bool, float]]], tensors: Sequence[Tensor]) -> None:
             rows = row_indices(shares[rank], first_row)
