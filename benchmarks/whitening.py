@@ -9,7 +9,7 @@ first rows, as many as --warm-up turns bring and d_v + 2 at least, enter the sta
 Agreement is ||g_tilde (newton) - g_tilde (eigh)|| / ||g_tilde (eigh)|| of a turn's rows, eigh in float64. Flops are
 counted: a product of d x d matrices as 2 d^3, of N rows with one as 2 N d^2, a decomposition with eigenvectors as 9 d^3
 (Golub and Van Loan, Matrix Computations, section 8.3: 4/3 to make it tridiagonal, the rest for vectors). Seconds
-are medians over the turns in which both were timed.
+are medians over the turns in which both were timed. With --state FILE a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,48 +73,79 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--facts", type=int, default=10, help="of a turn of real rows")
     parser.add_argument("--compared", type=int, default=10, help="every so many turns eigh is computed and timed too")
+    parser.add_argument("--state", type=Path, help="kept here every --compared turns, and gone on from")
     arguments = parser.parse_args()
     device, d_v, floor = torch.device(arguments.device), arguments.d_v, arguments.floor
     followed = LifelongNormalizer(1, d_v, full=True, follow=True).to(device)
     plain = LifelongNormalizer(1, d_v, full=True).to(device)
+    so_far = Measured()
+    if arguments.state and arguments.state.exists():
+        kept = torch.load(arguments.state, map_location=device)
+        followed.load_state_dict(kept["normalizer"])
+        so_far = Measured(**kept["measured"])
 
-    agreement, decomposed, steps, flops, seen = [], [], [], [], 0
-    seconds: dict[str, list[float]] = {"newton": [], "eigh": []}
     for turn, rows in enumerate((captured if arguments.data else made)(arguments, device)):
-        for normalizer in (followed, plain):
-            normalizer.observe([(torch.zeros(len(rows), 1, device=device), rows)], 512)
+        if turn < so_far.turns:
+            continue
+        followed.observe([(torch.zeros(len(rows), 1, device=device), rows)], 512)
+        so_far.turns += 1
         if turn < arguments.warm_up:
             continue
-        here, seen = turn - arguments.warm_up, seen + len(rows)
+        here = turn - arguments.warm_up
+        so_far.rows += len(rows)
         watch = Stopwatch(device)
         with watch.measure("newton"):
             found, ours = whitened(followed, floor, rows)
-        flops.append(newton_flops(found, d_v, len(rows)))
-        decomposed.append(here) if found.details["whitening_decomposed"] else steps.append(
-            found.details["whitening_steps"] or 0
-        )
+        so_far.flops.append(newton_flops(found, d_v, len(rows)))
+        if found.details["whitening_decomposed"]:
+            so_far.decomposed.append(here)
+        else:
+            so_far.steps.append(found.details["whitening_steps"] or 0)
+            so_far.newton.append(watch.seconds["newton"])
         if here % arguments.compared == 0 or here == arguments.turns - 1:
+            plain.load_state_dict({name: followed.state_dict()[name] for name in plain.state_dict()})
             with watch.measure("eigh"):
                 _, theirs = whitened(plain, floor, rows)
-            agreement.append(float((ours - theirs).norm() / theirs.norm()))
-            seconds["eigh"].append(watch.seconds["eigh"])
-            print(f"turn {here + 1} of {arguments.turns}: g_tilde differs by {agreement[-1]:.1e}", flush=True)
-        if not found.details["whitening_decomposed"]:
-            seconds["newton"].append(watch.seconds["newton"])
-    a_turn = seen / arguments.turns
+            so_far.agreement.append(float((ours - theirs).norm() / theirs.norm()))
+            so_far.eigh.append(watch.seconds["eigh"])
+            print(f"turn {here + 1} of {arguments.turns}: g_tilde differs by {so_far.agreement[-1]:.1e}", flush=True)
+            if arguments.state:
+                new = arguments.state.with_name(f"{arguments.state.name}.new")
+                torch.save({"normalizer": followed.state_dict(), "measured": vars(so_far)}, new)
+                new.replace(arguments.state)
+    report(so_far, arguments, decay(followed))
+
+
+@dataclass
+class Measured:
+    """What a run has found so far; seconds in the last two."""
+
+    turns: int = 0  # of warm-up too
+    rows: int = 0  # after warm-up
+    agreement: list[float] = field(default_factory=list)
+    decomposed: list[int] = field(default_factory=list)  # turns, counted from the first after warm-up
+    steps: list[float] = field(default_factory=list)  # in all others
+    flops: list[float] = field(default_factory=list)
+    newton: list[float] = field(default_factory=list)  # where nothing was decomposed
+    eigh: list[float] = field(default_factory=list)
+
+
+def report(found: Measured, arguments: argparse.Namespace, decay: float) -> None:
+    d_v, steps = arguments.d_v, found.steps
+    a_turn = found.rows / arguments.turns
     eigh = 11.0 * d_v**3 + 2.0 * a_turn * d_v**2
-    print(f"d_v = {d_v}, {a_turn:.0f} rows a turn, shift {floor}, {device}")
-    print(f"  Sigma's eigenvalues fall as  {f'i^-{decay(plain):.2f}':>8}")
-    print(f"  g_tilde differs by at most   {max(agreement):8.1e} in {len(agreement)} turns")
-    print(f"  decomposed after all in      {len(decomposed):8d} of {arguments.turns} turns: {decomposed}")
+    print(f"d_v = {d_v}, {a_turn:.0f} rows a turn, shift {arguments.floor}, {arguments.device}")
+    print(f"  Sigma's eigenvalues fall as  {f'i^-{decay:.2f}':>8}")
+    print(f"  g_tilde differs by at most   {max(found.agreement):8.1e} in {len(found.agreement)} turns")
+    print(f"  decomposed after all in      {len(found.decomposed):8d} of {arguments.turns} turns: {found.decomposed}")
     if steps:
         print(f"  steps in all others          {statistics.mean(steps):8.2f} on average, {max(steps):.0f} at most")
         quarters = [steps[len(steps) * n // 4 : len(steps) * (n + 1) // 4] for n in range(4)]
         said = ", ".join(f"{statistics.mean(each):.1f} ({max(each):.0f} at most)" for each in quarters if each)
         print(f"  in each quarter of these     {said}")
-        print(f"  seconds a turn, newton       {statistics.median(seconds['newton']):8.3f}")
-    print(f"  seconds a turn, eigh         {statistics.median(seconds['eigh']):8.3f}")
-    print(f"  flops a turn, newton         {statistics.mean(flops):8.2e} on average, in products")
+        print(f"  seconds a turn, newton       {statistics.median(found.newton):8.3f}")
+    print(f"  seconds a turn, eigh         {statistics.median(found.eigh):8.3f}")
+    print(f"  flops a turn, newton         {statistics.mean(found.flops):8.2e} on average, in products")
     print(f"  flops a turn, eigh           {eigh:8.2e}, most of them not in products")
 
 

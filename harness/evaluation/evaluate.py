@@ -47,10 +47,10 @@ FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
 # of about one length, few enough to forget.
 BLOCK = 32
 TOKENIZED_TOGETHER = 128  # questions
-# What another compute batch costs beside its tokens, as a share of its budget (on a CPU at least 12 of 512, measured).
-OVERHEAD = 1 / 32
+# Tokens that take as long as what another compute batch costs beside its own: 12 to 40 on CPUs, not measured on a GPU.
+OVERHEAD = {"cpu": 32, "cuda": 256}
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 6
+SCORES_FORMAT = 7
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -286,9 +286,10 @@ def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> 
     """Batch by batch: which answer tokens (M,), of all answers laid end to end; their logits (M, V); their ids (M,)."""
     lengths = torch.tensor([sequence.answer_length for sequence in sequences])
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
+    overhead = OVERHEAD.get(model.device.type, OVERHEAD["cpu"])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
     with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
-        for batch in compute_batches(sequences, model.compute_tokens, int(OVERHEAD * model.compute_tokens)):
+        for batch in compute_batches(sequences, model.compute_tokens, overhead):
             yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
             bar.advance(len(batch.members))
 

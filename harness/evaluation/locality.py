@@ -63,14 +63,12 @@ class Distributions(_Columns):
     others: Tensor  # (N,) float32, log mass of all other tokens; -inf where there are none
 
     @classmethod
-    def of(cls, logits: Tensor, first: Tensor) -> Distributions:  # (N, V); (N,) their argmax
+    def of(cls, logits: Tensor, first: Tensor) -> Distributions:  # (N, V), overwritten; (N,) their argmax
         logits = _at_least_float32(logits)
         top, ids = logits.topk(min(TOP, logits.shape[1]))
-        masses = (logits - top[:, :1]).exp_()
-        total = masses.sum(-1)
-        others = masses.scatter_(1, ids, 0).sum(-1)
-        log_total = total.log()
-        return cls(first.int(), ids.int(), top - top[:, :1] - log_total[:, None], others.log() - log_total)
+        log_others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1)
+        log_total = torch.logaddexp(top.logsumexp(-1), log_others)
+        return cls(first.int(), ids.int(), top - log_total[:, None], log_others - log_total)
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,14 @@ class Shift(_Columns):
 
 
 def shift(base: Distributions, logits: Tensor, first: Tensor) -> Shift:
-    """Of logits (N, V) of the edited model at the same tokens, and their argmax (N,)."""
-    log_q, ids = _at_least_float32(logits).log_softmax(-1), base.ids.long()
-    kl = (base.log_probs.exp() * (base.log_probs - log_q.gather(1, ids))).sum(-1)
-    others = log_q.scatter_(1, ids, -torch.inf)
-    ratio = base.others - others.logsumexp(-1)  # log(r / s)
-    least = others.masked_fill_(others == -torch.inf, torch.inf).amin(-1)
+    """Of logits (N, V) of the edited model at the same tokens, which are overwritten, and their argmax (N,)."""
+    logits, ids = _at_least_float32(logits), base.ids.long()
+    top = logits.gather(1, ids)
+    log_others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1)
+    log_total = torch.logaddexp(top.logsumexp(-1), log_others)
+    least = logits.scatter_(1, ids, torch.inf).amin(-1) - log_total  # log min_others q
+    kl = (base.log_probs.exp() * (base.log_probs - top + log_total[:, None])).sum(-1)
+    ratio = base.others - log_others + log_total  # log(r / s)
     some = base.others > -torch.inf
     kl = kl + torch.where(some, base.others.exp() * ratio, 0)
     error = torch.where(some, base.others.exp() * (base.log_probs[:, -1] - least - ratio), 0)
@@ -122,7 +122,7 @@ Compared = Distributions | Shift
 
 
 def compare_with(logits: Tensor, first: Tensor, base: Distributions | None) -> Compared:  # (N, V); (N,) their argmax
-    """The distributions, or where there are others to compare them with, how far they are from these."""
+    """The distributions, or where there are others to compare them with, how far they are from these. Overwrites."""
     return Distributions.of(logits, first) if base is None else shift(base, logits, first)
 
 

@@ -5,7 +5,7 @@
 Settings are those of main.py. Of the model only its config.json is read: with model.name_or_path=FOLDER, a folder that
 holds that file alone will do. Weights, the editor's state, captures and kept updates are counted. Activations are
 estimated from sizes, and how many copies of a covariance and of logits there are at a time is assumed (COPIES_OF_SIGMA,
-FLOATS_OF_LOGITS, SCORED_FLOATS in items.py). Left out is what is there for a while only: text generation, perplexity,
+FLOATS_OF_LOGITS, scored_bytes in items.py). Left out is what is there for a while only: text generation, perplexity,
 GLUE-style tasks, second moments while they are made, the losses of meta-training. No GPU has been asked yet.
 """
 

@@ -33,9 +33,6 @@ LAYER_WIDTHS, LAYER_INSIDES = 5, 3
 COPIES_OF_SIGMA = 6
 # Of the logits of a capture: themselves, in float32, their log-softmax and its gradient.
 FLOATS_OF_LOGITS = 3
-# Of those that are scored: themselves and those of locality questions, as the model has them; and in float32 their
-# log-softmax or exponentials, and what these are made of (harness/evaluation/locality.py).
-SCORED_LOGITS, SCORED_FLOATS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -141,13 +138,19 @@ def _of_capture(cfg: RunConfig, outline: Outline, facts: Facts, captured: int, d
     yield Item("logits", logits, f"{answers} answer tokens", while_in="capture")
 
 
+def scored_bytes(number: int) -> int:
+    """A scored logit: as the model has it, twice where it is of locality; in float32, and its exponential."""
+    as_float32 = SINGLE if number < SINGLE else 0
+    return 2 * number + as_float32 + SINGLE
+
+
 def _of_scoring(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) -> Iterator[Item]:
     """Of one compute batch of questions; as if all were locality questions, whose logits are looked at closely."""
     number, batch = DTYPES[cfg.model.half].itemsize, _batch(cfg, facts, device)
     tokens, answers = batch * facts.tokens, batch * facts.answer_tokens
     a_token = LAYER_WIDTHS * outline.width + LAYER_INSIDES * _inside(outline)
     yield Item("a layer", tokens * a_token * number, f"{tokens} tokens, estimated", while_in="evaluation")
-    logits = answers * outline.vocabulary * (SCORED_LOGITS * number + SCORED_FLOATS * SINGLE)
+    logits = answers * outline.vocabulary * scored_bytes(number)
     yield Item("scored logits", logits, f"{answers} answer tokens", while_in="evaluation")
 
 

@@ -22,7 +22,7 @@ from tests.hand_made import StandIn
 
 
 def moved_by(base: torch.Tensor, edited: torch.Tensor) -> Shift:
-    return shift(Distributions.of(base, base.argmax(-1)), edited, edited.argmax(-1))
+    return shift(Distributions.of(base.clone(), base.argmax(-1)), edited.clone(), edited.argmax(-1))
 
 
 def both(p: list[list[float]], q: list[list[float]]) -> tuple[list[bool], list[float], list[float]]:

@@ -22,7 +22,7 @@ from harness.evaluation.locality import Distributions, Shift, compare_with
 from harness.job import build_editor, source_of
 from harness.job.devices import DTYPES
 from harness.memory.command import main
-from harness.memory.items import LAYER_INSIDES, LAYER_WIDTHS, SCORED_FLOATS, SCORED_LOGITS, Facts, Item, items
+from harness.memory.items import LAYER_INSIDES, LAYER_WIDTHS, Facts, Item, items, scored_bytes
 from model import LanguageModel
 from model.source import Outline, outline
 from tests.commands import MODULES, save_tiny_model
@@ -144,7 +144,7 @@ def test_scored_logits_are_as_many_copies_as_are_made(dtype: torch.dtype) -> Non
     kept = scored(None)
     assert isinstance(kept, Distributions)
     most = max(most_bytes(lambda: scored(None)), most_bytes(lambda: scored(kept)))
-    counted = rows * vocabulary * (SCORED_LOGITS * dtype.itemsize + SCORED_FLOATS * 4)
+    counted = rows * vocabulary * scored_bytes(dtype.itemsize)
     assert counted == pytest.approx(most, rel=0.05)
 
 
