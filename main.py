@@ -38,6 +38,7 @@ from harness.export import form_note
 from harness.job import LoopState, Plan
 from harness.ranks import init_ranks, launch_command
 from harness.run import (
+    CACHE,
     MODEL,
     Interrupted,
     Interruption,
@@ -47,11 +48,10 @@ from harness.run import (
     end_on,
     last_lines,
     launcher_errors,
+    prepare_libraries,
     requeued_after_checkpoint,
     share_terminal,
 )
-from harness.run.places import CACHE
-from harness.run.same_bits import prepare_libraries
 from harness.watch import Tracker, TurnDiagnostics, show_results, turn_bar
 from model import BESIDE_WEIGHTS
 from model.source import stamp

@@ -296,16 +296,32 @@ def inner_product(first: Factors, second: Factors) -> Tensor:  # () float64
     """<DeltaW_1, DeltaW_2> of two updates from their factors, at a cost of r_1 r_2 (d_k + d_v).
 
     <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed. Left and right
-    factors may lie on different devices, as keys in memory-mapped files do.
+    factors may lie on different devices, as keys in memory-mapped files do. Factors are brought near 1 first: those
+    of a huge step have products that overflow float32.
     """
-    (left, right), (other_left, other_right) = first, second
+    left, right, scale = _near_one(first)
+    other_left, other_right, other_scale = _near_one(second)
     if left is None and other_left is None:
-        return (right * other_right).sum(dtype=torch.float64)
-    if left is None:
-        return inner_product(second, first)
-    if other_left is None:
-        return ((left.T.to(right.device) @ other_right) * right).sum(dtype=torch.float64)
-    return ((left.T @ other_left).to(right.device) * (right @ other_right.T)).sum(dtype=torch.float64)
+        products = right * other_right
+    elif other_left is None:
+        assert left is not None
+        products = (left.T.to(right.device) @ other_right) * right
+    elif left is None:
+        products = (other_left.T.to(right.device) @ right) * other_right
+    else:
+        products = (left.T @ other_left).to(right.device) * (right @ other_right.T)
+    return products.sum(dtype=torch.float64) * scale * other_scale
+
+
+def _near_one(update: Factors) -> tuple[Tensor | None, Tensor, Tensor]:  # the last () float64
+    """The factors divided by powers of two, which rounds nothing, and what the product is to be multiplied by."""
+    left, right = update
+    exponent = torch.frexp(right.abs().amax()).exponent
+    right = torch.ldexp(right, -exponent)
+    if left is not None:
+        own = torch.frexp(left.abs().amax()).exponent
+        left, exponent = torch.ldexp(left, -own), exponent + own.to(right.device)
+    return left, right, torch.exp2(exponent.double())
 
 
 def dense(update: Factors) -> Tensor:

@@ -23,7 +23,7 @@ def summed(
     factors = [(update.left, update.right) for update in total.values()]
     squares = read_together([linalg.inner_product(one, one) for one in factors])
     return total, {
-        name: WeightChange(max(0.0, square) ** 0.5, max(change.largest for change in own), own[-1].drift)
+        name: WeightChange(max(square, 0.0) ** 0.5, max(change.largest for change in own), own[-1].drift)
         for (name, own), square in zip(by_name.items(), squares, strict=True)
     }
 

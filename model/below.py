@@ -29,6 +29,11 @@ class BlocksBelow:
         self._room = KEPT_TOKENS
         self._beside: tuple[Any, ...] | None = None  # what a block puts out beside the stream; None = no tuple
 
+    @property
+    def in_use(self) -> bool:
+        """Not in inference mode, whose tensors no graph takes."""
+        return bool(self.blocks) and not torch.is_inference_mode_enabled()
+
     @contextlib.contextmanager
     def read_once(
         self,
@@ -37,9 +42,9 @@ class BlocksBelow:
     ) -> Iterator[None]:
         """Around a forward on these texts, padded on the right: the blocks take part where a text is new.
 
-        Not in inference mode, whose tensors no graph takes.
+        Where it is not `in_use`, texts are not looked at.
         """
-        if not self.blocks or torch.is_inference_mode_enabled():
+        if not self.in_use:
             yield
             return
         known = all(text in self._kept for text in texts)

@@ -270,16 +270,16 @@ def _answer(model: LanguageModel, asked: _ShareInput) -> _ShareScores:
         first = logits.argmax(-1)  # of a row with a nan, that one
         broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
         hits[at.to(model.device)] = first == targets.to(model.device)
-        ours = rows[at] >= 0
-        if ours.any():
+        ours = (rows[at] >= 0).nonzero()[:, 0]
+        if len(ours):
             mine, here = rows[at[ours]], ours.to(model.device)
-            found = compare_with(logits[here], first[here], base and base[mine.to(model.device)])
-            seen.append((mine, found.to(torch.device("cpu"))))
+            seen.append((mine, compare_with(logits[here], first[here], base and base[mine.to(model.device)])))
     by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:
         return _ShareScores(by_sequence, None, int(broken))
     order = torch.cat([mine for mine, _ in seen]).argsort()
-    return _ShareScores(by_sequence, cat([found for _, found in seen])[order], int(broken))
+    local = cat([found for _, found in seen]).to(torch.device("cpu"))[order]
+    return _ShareScores(by_sequence, local, int(broken))
 
 
 def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -86,7 +86,7 @@ def shift(base: Distributions, logits: Tensor, first: Tensor) -> Shift:
     top = logits.gather(1, ids)
     log_others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1)
     log_total = torch.logaddexp(top.logsumexp(-1), log_others)
-    least = logits.scatter_(1, ids, torch.inf).amin(-1) - log_total  # log min_others q
+    least = logits.masked_fill_(logits == -torch.inf, torch.inf).amin(-1) - log_total  # log min_others q
     kl = (base.log_probs.exp() * (base.log_probs - top + log_total[:, None])).sum(-1)
     ratio = base.others - log_others + log_total  # log(r / s)
     some = base.others > -torch.inf

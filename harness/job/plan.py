@@ -237,12 +237,13 @@ def warn_of_repeats(stream: EditStream, file: Path) -> None:
     facts = stream.edited()
     found = find_repeats(facts)
     if found.repeats or found.contradictions:
+        harm = ", and of two that contradict each other only one can hold" if found.contradictions else ""
         log.warning(
-            "file %s: of the %s facts to edit, %s; each counts in the scores, and of two that contradict each other "
-            "only one can hold: take one of them out",
+            "file %s: of the %s facts to edit, %s; each counts in the scores%s: take one of them out",
             file,
             f"{len(facts):,}",
             found,
+            harm,
         )
 
 

@@ -10,8 +10,10 @@ import torch
 def prepare_libraries() -> None:
     """What cuBLAS needs for it, and MKL, whose sums otherwise hang on where in memory a matrix begins.
 
-    To be called before either has computed anything.
+    Products of float32 are those of float32: the environment of some containers has GPUs round them to TF32, in which a
+    root of a covariance cannot be followed. To be called before either library has computed anything.
     """
+    torch.set_float32_matmul_precision("highest")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("MKL_CBWR", "AUTO")
 

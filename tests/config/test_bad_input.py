@@ -392,13 +392,14 @@ def test_an_edited_model_whose_logits_are_not_finite(commands: Commands, monkeyp
         assert not (done.folder / "results.json").exists()
 
 
-def test_edits_that_outweigh_the_weights_are_told(commands: Commands) -> None:
+@pytest.mark.parametrize("passes", [1, 3])
+def test_edits_that_outweigh_the_weights_are_told(commands: Commands, passes: int) -> None:
     """Also where the logits stay finite, because a normalisation swallows what overflows."""
 
     def told(done: Run) -> list[str]:
         return [line for line in (done.folder / "main.log").read_text().splitlines() if "times the norm" in line]
 
-    (warning,) = told(commands("editor.lr=1e30", run="huge"))
+    (warning,) = told(commands("editor.lr=1e30", f"editor.passes={passes}", run="huge"))
     check(warning, "WARNING", "turn 0", "mlp.down_proj", "take smaller steps (editor.lr")
     assert told(commands("editor.lr=1e-3")) == []
 

@@ -140,6 +140,14 @@ def test_inner_product_equals_that_of_the_dense_updates(seed: int, first_dense: 
     assert float(linalg.inner_product(first, second)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_inner_product_of_updates_whose_products_leave_float32(scale: float) -> None:
+    first, second = (rows(1, 7, 3), rows(2, 3, 5)), (rows(3, 7, 2), rows(4, 2, 5))
+    scaled = [(left, right * scale) for left, right in (first, second)]
+    expected = float(linalg.inner_product(first, second)) * scale**2
+    assert float(linalg.inner_product(*scaled)) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_left_and_right_factors_may_lie_on_different_devices(dense: bool) -> None:
     """As keys in memory-mapped files and solutions on a GPU do; the meta device refuses what a GPU would refuse."""

@@ -30,6 +30,17 @@ def both(p: list[list[float]], q: list[list[float]]) -> tuple[list[bool], list[f
     return moved.agree.tolist(), moved.kl.tolist(), moved.error.tolist()
 
 
+def test_tokens_that_a_model_never_chooses_leave_the_bound_finite() -> None:
+    """As those that fill up a vocabulary, which some models put at -inf."""
+    base, edited = torch.randn(2, 1, 400, generator=torch.Generator().manual_seed(0)).unbind()
+    found = moved_by(base, edited)
+    padding = torch.full((1, 8), -torch.inf)
+    padded = moved_by(torch.cat([base, padding], 1), torch.cat([edited, padding], 1))
+    assert padded.error.isfinite().all()
+    torch.testing.assert_close(padded.kl, found.kl)
+    torch.testing.assert_close(padded.error, found.error)
+
+
 def test_values_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """p = 1/2 1/4 1/8 1/8 against q = 1/4 1/2 1/16 3/16; of p two tokens are kept, the others' mass is 1/4 in both."""
     p, q = [[0.5, 0.25, 0.125, 0.125]], [[0.25, 0.5, 0.0625, 0.1875]]
