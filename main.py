@@ -38,7 +38,6 @@ from harness.export import form_note
 from harness.job import LoopState, Plan
 from harness.ranks import init_ranks, launch_command
 from harness.run import (
-    CACHE,
     MODEL,
     Interrupted,
     Interruption,
@@ -52,6 +51,7 @@ from harness.run import (
     requeued_after_checkpoint,
     share_terminal,
 )
+from harness.run.places import CACHE
 from harness.watch import Tracker, TurnDiagnostics, show_results, turn_bar
 from model import BESIDE_WEIGHTS
 from model.source import stamp

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from config.schema import EditPrecision, Half, HyperNetworkConfig, RunConfig
+from config.schema import EditPrecision, Half, HyperNetworkConfig, RunConfig, Token
 from editor.registry import EDITORS
 from harness.job import settings_of
 from harness.job.devices import DTYPES
@@ -56,19 +56,27 @@ def items(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) 
     number = DTYPES[cfg.model.half].itemsize
     mastered = cfg.model.edit_precision is EditPrecision.master and number < SINGLE
     aside = entries * (SINGLE if mastered else number)
-    rows = _facts(cfg) * facts.answer_tokens
+    rows = _facts(cfg) * (facts.tokens - 1 if cfg.editor.token is Token.all else facts.answer_tokens)
     captured = sum(rows * (d_k + d_v) for d_k, d_v in outline.shapes.values()) * SINGLE
     found = [
         Item("weights", outline.weights * number, f"{outline.weights:.3g} numbers in {cfg.model.half.name}"),
         Item("originals", entries * number, "edited weights as they were loaded"),
         Item("masters", entries * SINGLE * mastered, "edited weights in float32"),
         *_of_editor(cfg, outline.shapes, device),
-        Item("kept updates", captured * (cfg.diagnostics.previous + 1), "factors that later turns are compared with"),
+        *_of_updates(cfg, captured),
         *_of_capture(cfg, outline, facts, captured, device),
         Item("set aside", aside, "edited weights, while the original ones answer", while_in="evaluation"),
         *_of_scoring(cfg, outline, facts, device),
     ]
     return [one for one in found if one.bytes]
+
+
+def _of_updates(cfg: RunConfig, captured: int) -> Iterator[Item]:
+    """As if every fact needed every pass: the factors of a turn are then those of all passes, end to end."""
+    factors = captured * cfg.editor.passes
+    yield Item("kept updates", factors * (cfg.diagnostics.previous + 1), "factors that later turns are compared with")
+    if cfg.editor.passes > 1:
+        yield Item("passes", factors, "factors of each pass, before they are one update", while_in="update")
 
 
 def _of_editor(cfg: RunConfig, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Iterator[Item]:

@@ -65,6 +65,17 @@ def test_weights_are_those_of_the_loaded_model(folder: Path, half: str, precisio
     assert found["captures"].bytes == size(*(side for one in captures for side in (one.keys, one.value_grads)))
 
 
+def test_more_passes_and_more_tokens_are_more_memory(folder: Path) -> None:
+    once = planned(folder, "editor=stableedit", "editor.passes=1")[2]
+    five = planned(folder, "editor=stableedit", "editor.passes=5")[2]
+    everywhere = planned(folder, "editor=stableedit", "editor.passes=1", "editor.token=all")[2]
+    assert five["kept updates"].bytes == 5 * once["kept updates"].bytes
+    assert five["passes"].bytes == 5 * once["captures"].bytes
+    assert "passes" not in once
+    for name in ("captures", "kept updates"):
+        assert everywhere[name].bytes * FACTS.answer_tokens == once[name].bytes * (FACTS.tokens - 1)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
