@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.common import parser_with
 from benchmarks.turn import build, parser_of
+from data.disk import whole_or_absent
 from editor.stopwatch import Stopwatch
 from nets import LifelongNormalizer, Whitening
 
@@ -110,9 +111,8 @@ def main() -> None:
             so_far.eigh.append(watch.seconds["eigh"])
             print(f"turn {here + 1} of {arguments.turns}: g_tilde differs by {so_far.agreement[-1]:.1e}", flush=True)
             if arguments.state:
-                new = arguments.state.with_name(f"{arguments.state.name}.new")
-                torch.save({"normalizer": followed.state_dict(), "measured": vars(so_far)}, new)
-                new.replace(arguments.state)
+                with whole_or_absent(arguments.state) as part:
+                    torch.save({"normalizer": followed.state_dict(), "measured": vars(so_far)}, part)
     report(so_far, arguments, decay(followed))
 
 

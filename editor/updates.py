@@ -22,7 +22,7 @@ def summed(
     by_name = {name: [each[name] for each in changes if name in each] for name in names}
     factors = [(update.left, update.right) for update in total.values()]
     squares = read_together([linalg.inner_product(one, one) for one in factors])
-    return total, {
+    return total, {  # of max, a nan that comes first stays
         name: WeightChange(max(square, 0.0) ** 0.5, max(change.largest for change in own), own[-1].drift)
         for (name, own), square in zip(by_name.items(), squares, strict=True)
     }

@@ -44,8 +44,9 @@ class PositionModel(TextModel):
         """
         at = (batch.rows.to(self.device), batch.positions.to(self.device))
         lengths = batch.lengths.tolist()
-        ids = batch.input_ids.tolist() if self.below.in_use else []
-        texts = [tuple(row[:length]) for row, length in zip(ids, lengths, strict=False)]
+        texts: list[tuple[int, ...]] = []
+        if self.below.in_use:
+            texts = [tuple(ids[:length]) for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
         with select_head_rows(self.model, *at), self.below.read_once(texts, lengths):
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
