@@ -43,14 +43,15 @@ PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", 
 # What is said of a probe beside its token accuracy: all tokens right; these and the end after them; the generated text
 # is the answer, contains it; first choices as the base model's, and KL(base || edited) in nats.
 FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
-# Compute batches that the questions of a block fill, which a process scores together: enough for batches of sequences
-# of about one length, few enough to forget.
-BLOCK = 32
+# What the questions of a block fill at least, which a process scores together: enough for batches of sequences of about
+# one length, little enough to forget.
+BLOCK_BATCHES = 32
+BLOCK_TOKENS = 1 << 16
 TOKENIZED_TOGETHER = 128  # questions
 # Tokens that take as long as what another compute batch costs beside its own: 12 to 40 on CPUs, not measured on a GPU.
 OVERHEAD = {"cpu": 32, "cuda": 256}
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 7
+SCORES_FORMAT = 8
 
 Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
@@ -174,7 +175,8 @@ def score_records(
         for field, question in questions_of(record).items()
         if field in protocols and (field == "locality" or place not in locality_only)
     )
-    for probes, sequences in _blocks(asked, tokenize, BLOCK * model.compute_tokens * model.world_size):
+    block = max(BLOCK_BATCHES * model.compute_tokens, BLOCK_TOKENS) * model.world_size
+    for probes, sequences in _blocks(asked, tokenize, block):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)
         advance(sum(probe.field == "edit" for probe in probes))

@@ -97,7 +97,8 @@ def test_what_shares_a_batch_or_a_block_changes_no_score(monkeypatch: pytest.Mon
 
     def correct(budget: int, together: int, block: int) -> list[int]:
         monkeypatch.setattr(evaluate, "TOKENIZED_TOGETHER", together)
-        monkeypatch.setattr(evaluate, "BLOCK", block)
+        monkeypatch.setattr(evaluate, "BLOCK_BATCHES", block)
+        monkeypatch.setattr(evaluate, "BLOCK_TOKENS", 0)
         model = LanguageModel(plain, None, {}, compute_tokens=budget)
         cut = lambda questions: [sequences[int(question.prompt)] for question in questions]  # noqa: E731
         return [score.correct for score in score_records(model, enumerate(records), cut)]

@@ -101,7 +101,8 @@ def record(i: int) -> EditRecord:
 def test_each_record_is_compared_with_its_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through batches, blocks and shards, for some of the records kept, against the two tables directly."""
     monkeypatch.setattr(evaluate, "TOKENIZED_TOGETHER", 8)
-    monkeypatch.setattr(evaluate, "BLOCK", 2)
+    monkeypatch.setattr(evaluate, "BLOCK_BATCHES", 2)
+    monkeypatch.setattr(evaluate, "BLOCK_TOKENS", 0)
     monkeypatch.setattr(locality, "SHARD_TOKENS", 20)
     base, edited = Table(0), Table(1)
     edited.logits[::3] = base.logits[::3]
