@@ -7,8 +7,8 @@ about the world. Locality comes in two kinds, as in the data sets whose formats 
   resemble no edit's;
 - counterfact asks for the neighbourhood: the edit's own relation and sentence, another subject. It is the harder kind.
 
-A subject marked `*` in a table is held out: its facts are never edited, in any file, so that neighbours, second hops
-and known facts stay true while the edits accumulate. Train and eval files share no subject.
+A subject marked `*` in a table is held out: its facts are never edited, in any file, so that neighbours and
+second hops stay true while the edits accumulate. Train and eval files share no subject.
 """
 
 from __future__ import annotations
@@ -126,10 +126,6 @@ def editable(split: str) -> list[Fact]:
 def held_out() -> tuple[Fact, ...]:
     """The facts about the world that no file edits and that have one answer only."""
     return tuple(fact for fact in facts_of(RELATIONS) if fact.held_out and len(fact.answers) == 1)
-
-
-def known_facts() -> list[Fact]:
-    return [fact for fact in held_out() if fact.relation.easy]
 
 
 def shuffled_forever(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
@@ -271,21 +267,6 @@ def counterfact_row(edit: Edit) -> Row:
     }
 
 
-def knowns_rows() -> list[Row]:
-    """Known facts as sentences to complete, each after a complete one of its kind: what editing should keep."""
-    return [
-        {
-            "subject": fact.name,
-            "attribute": fact.truth,
-            "prediction": f" {fact.truth}.",
-            "prompt": f"{claim(cloze, shown.subject, shown.truth)} {fill(cloze, fact.subject)}",
-        }
-        for fact in known_facts()
-        for rng in [random.Random(f"example {fact.relation.name} {fact.subject}")]
-        for cloze, [shown] in [(fact.relation.clozes[0], examples(fact, known_facts(), 1, rng))]
-    ]
-
-
 ROWS: Mapping[str, Callable[[Edit], Row]] = {
     "zsre": zsre_row,
     "fever": fever_row,
@@ -306,7 +287,6 @@ def build(folder: Path = FOLDER) -> None:
     for dataset, row in ROWS.items():
         for split, size in zip(("train", "eval"), SIZES[dataset], strict=True):
             write_rows(folder / f"{dataset}_{split}.json", map(row, edits(dataset, split, size)))
-    write_rows(folder / "knowns.json", knowns_rows())
     logger.info("wrote the samples into %s", folder)
 
 

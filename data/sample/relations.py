@@ -25,7 +25,6 @@ class Relation:
     table: str  # the file in facts/, without .csv
     questions: tuple[str, ...]  # at least three; two where nothing is edited
     clozes: tuple[str, ...]  # at least three, each ending where the answer begins; one where nothing is edited
-    easy: bool = True  # a small model may know it: its held-out subjects serve as known facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +43,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def _relations(table: str) -> tuple[Relation, ...]:
     return tuple(
-        Relation(
-            row["name"],
-            row["table"],
-            tuple(row["questions"].split("|")),
-            tuple(row["clozes"].split("|")),
-            easy=row.get("easy") != "no",
-        )
+        Relation(row["name"], row["table"], tuple(row["questions"].split("|")), tuple(row["clozes"].split("|")))
         for row in read_table(FOLDER / f"{table}.csv")
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data import DATASETS, files, knowns
+from data import DATASETS, files
 from data.files import RecordFile, open_records, resolve_file
 from data.records import EditRecord, Question
 
@@ -186,7 +186,7 @@ class TestWhichFile:
         assert self.resolve(tmp_path) == preferred
         assert not caplog.records
 
-    @pytest.mark.parametrize("dataset", [d for d in (*DATASETS.values(), knowns.DATASET) if d.sample_files])
+    @pytest.mark.parametrize("dataset", [d for d in DATASETS.values() if d.sample_files])
     def test_the_sample_is_there_and_said_to_serve(self, tmp_path: Path, caplog: Any, dataset: Any) -> None:
         for split in dataset.sample_files:
             caplog.clear()
@@ -249,11 +249,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         ("wikibigedit/wikibigedit_eval.json", 500),
         ("counterfact/counterfact_zsre_fields.json", 10_000),
         ("ultraeditbench/counterfact_ultraeditbench_fields.json", 10_000),
-        ("knowns/known_1000.json", 1209),
     ],
 )
 def test_real_files(tmp_path: Path, name: str, count: int) -> None:
-    dataset = {**DATASETS, "knowns": knowns.DATASET}[name.split("/")[0]]
+    dataset = DATASETS[name.split("/")[0]]
     records = list(open_records(REAL_DATA / name, dataset, cache_dir=tmp_path, seed=0))
     assert [record.index for record in records] == list(range(count))
     if dataset.name == "wikibigedit":

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DATASETS, knowns, prepare
+from data import DATASETS, prepare
 from data.dataset import Dataset
 from data.records import EditRecord, Question
 
@@ -66,7 +66,6 @@ CASES: dict[str, tuple[Dataset, dict[str, Any]]] = {
     "counterfact, zsRE": (DATASETS["counterfact"], ZSRE),
     "counterfact, ROME": (DATASETS["counterfact"], ROME),
     "jsonl": (DATASETS["jsonl"].with_fields(OWN_NAMES), OWN),
-    "knowns": (knowns.DATASET, {"prompt": "A lies in", "attribute": "B"}),
 }
 
 
@@ -126,11 +125,6 @@ class TestFields:
         assert record.edit == Question("A lies in", "B")
         assert record.rephrase in [Question(p, "B") for p in ROME["paraphrase_prompts"]]  # type: ignore[attr-defined]
         assert record.locality in [Question(p, "D") for p in ROME["neighborhood_prompts"]]  # type: ignore[attr-defined]
-
-    def test_knowns_prefers_the_object_to_the_continuation(self) -> None:
-        prediction = {"prediction": " B. It is the largest"}
-        assert read("knowns", **prediction).edit == Question("A lies in", "B")
-        assert read("knowns", attribute=None, **prediction).edit == Question("A lies in", "B. It is the largest")
 
     def test_whitespace_around_an_answer_goes_and_a_prompts_stays(self) -> None:
         record = read("ultraeditbench", ans=" B\n", prompt="Where is A?\n")
@@ -280,7 +274,7 @@ def test_any_row_is_a_record_or_a_one_line_mistake(row: dict[str, Any]) -> None:
 def test_data_sets_go_by_their_names_and_prepare_fetches_what_they_read() -> None:
     assert {name: dataset.name for name, dataset in DATASETS.items()} == {name: name for name in DATASETS}
     fetched = {file.path for file in prepare.FILES}
-    for dataset in (*DATASETS.values(), knowns.DATASET):
+    for dataset in DATASETS.values():
         wanted = {name for names in dataset.raw_files.values() for name in names}
         assert not dataset.fetchable or wanted <= fetched
         assert dataset.fetchable == (dataset.name in {file.dataset for file in prepare.FILES})
