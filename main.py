@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from config.compose import check_command_line, waiting_for_choices
 from config.schema import RunConfig, to_run_config
+from data.progress import progress_bar
 from data.records import Allocate
 from data.stream import EditStream
 from editor.capture import CaptureEditor
@@ -52,7 +53,7 @@ from harness.run import (
     share_terminal,
 )
 from harness.run.places import CACHE
-from harness.watch import Tracker, TurnDiagnostics, show_results, turn_bar
+from harness.watch import Tracker, TurnDiagnostics, show_results
 from model import BESIDE_WEIGHTS
 from model.source import stamp
 
@@ -222,7 +223,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                 hidden.keep("base")
             train(cfg, plan, state, tracker, interruption)
 
-            with turn_bar(len(stream), done=state.done) as bar:
+            with progress_bar("editing", len(stream), "turns", done=state.done, keep=True) as bar:
                 for turn in stream.from_turn(state.done):
                     score.retention(state.done)
                     if is_due(cfg.evaluation.every, state.done, stream):
@@ -238,7 +239,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                         tracker.turn(line)
                         state.done = turn.index + 1
                         state.save_if_due(cfg.checkpoint_every, len(stream))
-                    bar.advance(edits_total=line["edits_total"], phase=line["phase"])
+                    bar.advance(1, f"{line['edits_total']:,} edits, {turn.phase.value.replace('_', '-')}")
 
             final = score("final", state.done)
             retained = score.retained()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from config.compose import choices_of, compose_config
 from config.schema import quoted, to_run_config
+from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
 from harness.job import build_editor, editor_inputs, load_model, make_plan
 from harness.ranks import init_ranks
-from harness.watch import turn_bar
 
 FACTS_A_TURN = 100  # as published
 
@@ -46,11 +46,12 @@ def edit(
             )
         edited = load_model(cfg, plan)
         chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
-        with turn_bar(len(plan.stream)) as bar:
+        with progress_bar("editing", len(plan.stream), "turns", keep=True) as bar:
             for turn in plan.stream.from_turn(0):
                 with edited.reading_once():
                     chosen.edit(edited, turn)
-                bar.advance(edits_total=len(plan.stream.edited(turn.index + 1)), phase=turn.phase.value)
+                edits = len(plan.stream.edited(turn.index + 1))
+                bar.advance(1, f"{edits:,} edits, {turn.phase.value.replace('_', '-')}")
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 

@@ -2,5 +2,4 @@
 
 from harness.watch.console import show_results
 from harness.watch.diagnostics import TurnDiagnostics
-from harness.watch.progress import turn_bar
 from harness.watch.tracking import Tracker

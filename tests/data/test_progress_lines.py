@@ -8,7 +8,6 @@ import pytest
 
 from data import progress as bars
 from data.progress import progress_bar
-from harness.watch.progress import turn_bar
 
 
 @pytest.fixture
@@ -23,30 +22,30 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 def test_without_a_terminal_progress_is_a_few_clean_log_lines(
     clock: list[float], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with turn_bar(200) as bar:
+    with progress_bar("editing", 200, "turns", keep=True) as bar:
         for turn in range(200):
             clock[0] += 2.0
-            bar.advance(edits_total=100 * (turn + 1), phase="warm_up" if turn < 20 else "edit")
+            bar.advance(1, f"{100 * (turn + 1):,} edits")
     lines = caplog.messages
     assert capsys.readouterr() == ("", "")
-    assert lines[0] == "editing: 1 of 200 turns, 100 edits, warm-up, 6 min 38 s left"  # 199 turns of 2 s
-    assert lines[-1] == "editing: 200 of 200 turns, 20,000 edits, edit, done in 6 min 40 s"
+    assert lines[0] == "editing: 1 of 200 turns, 100 edits, 6 min 38 s left"  # 199 turns of 2 s
+    assert lines[-1] == "editing: 200 of 200 turns, 20,000 edits, done in 6 min 40 s"
     assert 10 <= len(lines) <= 13
 
 
 def test_slow_turns_are_reported_by_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    with turn_bar(20_000) as bar:
-        for turn in range(100):
+    with progress_bar("editing", 20_000, "turns", keep=True) as bar:
+        for _ in range(100):
             clock[0] += 30.0
-            bar.advance(edits_total=turn, phase="edit")
+            bar.advance()
     assert 45 <= len(caplog.messages) <= 55
 
 
 def test_a_resumed_run_judges_its_speed_by_its_own_turns(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    with turn_bar(100, done=90) as bar:
+    with progress_bar("editing", 100, "turns", done=90, keep=True) as bar:
         clock[0] += 3.0
-        bar.advance(edits_total=9100, phase="edit")
-    assert caplog.messages == ["editing: 91 of 100 turns, 9,100 edits, edit, 27 s left"]
+        bar.advance()
+    assert caplog.messages == ["editing: 91 of 100 turns, 27 s left"]
 
 
 def test_an_evaluation_and_a_training_are_called_what_they_are(
