@@ -6,10 +6,10 @@ L tokens of its longest sequence, M answer tokens of the batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -195,6 +195,45 @@ class WeightChange:
     norm: float  # ||DeltaW||, Frobenius, as the editor gave it
     largest: float  # largest |entry| of DeltaW
     drift: float | None  # ||W_t - W_0|| / ||W_0||; None where W_0 is zero
+
+
+@dataclass(frozen=True, slots=True)
+class RecordScore:
+    """One line of records.jsonl: what the model makes of one probe of one record. None is left out of the line."""
+
+    place: int  # of the record among those that edit turns write
+    index: int  # row of the data file
+    protocol: str  # ES, GS, ...
+    correct: int  # answer tokens that are the model's first choice, teacher-forced
+    tokens: int  # without the end of the answer
+    ended: bool | None = None  # all of them are right, and then the end; None where answers have none
+    agree: int | None = None  # of locality: answer tokens at which the base model's first choice is this model's too
+    kl: float | None = None  # mean over answer tokens of KL(base || edited), which lies in [kl, kl + kl_error]
+    kl_error: float | None = None
+    text: str | None = None  # what the model wrote
+    exact: bool | None = None  # it is the answer
+    contains: bool | None = None
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Self:
+        """What stands in a line beside the score, as the stage, is left aside."""
+        return cls(**{name: line[name] for name in cls.__slots__ if name in line})
+
+    def line(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def forms(self) -> Iterator[tuple[str, float]]:
+        """Each form of the score that this probe has, as names have it behind the protocol, and its value."""
+        yield "", self.correct / self.tokens
+        yield "_seq", float(self.correct == self.tokens)
+        if self.ended is not None:
+            yield "_end", float(self.ended)
+        if self.exact is not None and self.contains is not None:
+            yield "_gen", float(self.exact)
+            yield "_contains", float(self.contains)
+        if self.agree is not None and self.kl is not None:
+            yield "_agree", self.agree / self.tokens
+            yield "_kl", self.kl
 
 
 def row_offsets(sequences: Sequence[TokenSequence], every_token: bool = False) -> Tensor:  # (sequences + 1,)

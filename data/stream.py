@@ -5,7 +5,6 @@ Nothing here keeps a place in the data: turn i is a function of the seed and i, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,8 @@ import numpy as np
 from data.prompts import RAW, PromptForm, Tokenizer
 from data.records import EditRecord, Phase, Question, TokenSequence, Turn
 
-logger = logging.getLogger(__name__)
-
 AnswerTokens = Literal["joint", "separate"]
-Tokenize = Callable[[list[Question]], list[TokenSequence]]
+Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 
 DEFAULT_WARM_UP_TURNS = 20  # the papers' number; what `num_seq_zsre: null` means where the data holds as many
 

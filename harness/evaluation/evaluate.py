@@ -7,7 +7,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,8 +21,8 @@ from data.batches import compute_batches
 from data.disk import sync
 from data.intervals import bootstrap_interval
 from data.progress import progress_bar
-from data.records import EditRecord, Question, TokenSequence
-from data.stream import EditStream, questions_of
+from data.records import EditRecord, Question, RecordScore, TokenSequence
+from data.stream import EditStream, Tokenize, questions_of
 from harness.evaluation.generation import Generation, matches
 from harness.evaluation.locality import (
     BaseReader,
@@ -53,45 +53,10 @@ OVERHEAD = {"cpu": 32, "cuda": 256}
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
 SCORES_FORMAT = 8
 
-Tokenize = Callable[[Sequence[Question]], list[TokenSequence]]
 Score = dict[str, float | int]  # mean, low, high, n
 Summary = dict[str, Score | float]  # perplexity has no interval
-Watch = Callable[["RecordScore"], None]
+Watch = Callable[[RecordScore], None]
 Advance = Callable[[int], object]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordScore:
-    """One line of records.jsonl: what the model makes of one probe of one record. None is left out of the line."""
-
-    place: int  # of the record among those that edit turns write
-    index: int  # row of the data file
-    protocol: str  # ES, GS, ...
-    correct: int  # answer tokens that are the model's first choice, teacher-forced
-    tokens: int  # without the end of the answer
-    ended: bool | None = None  # all of them are right, and then the end; None where answers have none
-    agree: int | None = None  # of locality: answer tokens at which the base model's first choice is this model's too
-    kl: float | None = None  # mean over answer tokens of KL(base || edited), which lies in [kl, kl + kl_error]
-    kl_error: float | None = None
-    text: str | None = None  # what the model wrote
-    exact: bool | None = None  # it is the answer
-    contains: bool | None = None
-
-    def line(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def forms(self) -> Iterator[tuple[str, float]]:
-        """Each of `FORMS` that this probe has, and its value."""
-        yield "", self.correct / self.tokens
-        yield "_seq", float(self.correct == self.tokens)
-        if self.ended is not None:
-            yield "_end", float(self.ended)
-        if self.exact is not None and self.contains is not None:
-            yield "_gen", float(self.exact)
-            yield "_contains", float(self.contains)
-        if self.agree is not None and self.kl is not None:
-            yield "_agree", self.agree / self.tokens
-            yield "_kl", self.kl
 
 
 class Tally:
@@ -118,18 +83,19 @@ class Tally:
 
 def summarize(scores: Iterable[RecordScore], resamples: int, seed: int) -> Summary:
     """Each protocol's `FORMS`. `LS_kl` also says, as `error`, by how much at most its mean is too small."""
-    tallies: dict[str, Tally] = {}
-    kl_error = Tally(3)
-    for score in scores:
-        for form, value in score.forms():
-            tallies.setdefault(score.protocol + form, Tally(3 if form == "_kl" else None)).add(value)
-        if score.kl_error is not None:
-            kl_error.add(score.kl_error)
-    order = [name + form for form in FORMS for name in PROTOCOLS.values()]
-    summary = {name: tallies[name].summary(resamples, seed) for name in order if name in tallies}
+    kl_error = 0.0
+
+    def values() -> Iterator[tuple[str, float]]:
+        nonlocal kl_error
+        for score in scores:
+            yield from ((score.protocol + form, value) for form, value in score.forms())
+            kl_error += score.kl_error or 0.0
+
+    found = summarize_values(values(), resamples, seed)
+    summary = {name: found[name] for form in FORMS for name in (p + form for p in PROTOCOLS.values()) if name in found}
     for name in summary:
         if name.endswith("_kl"):
-            summary[name]["error"] = kl_error.total / kl_error.counts.total()
+            summary[name]["error"] = kl_error / summary[name]["n"]
     return {**summary}
 
 
@@ -137,7 +103,7 @@ def summarize_values(values: Iterable[tuple[str, float]], resamples: int, seed: 
     """The values of each name, in the order in which the names come up."""
     tallies: dict[str, Tally] = {}
     for name, value in values:
-        tallies.setdefault(name, Tally()).add(value)
+        tallies.setdefault(name, Tally(3 if name.endswith("_kl") else None)).add(value)
     return {name: tally.summary(resamples, seed) for name, tally in tallies.items()}
 
 

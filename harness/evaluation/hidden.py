@@ -9,8 +9,8 @@ from typing import Final, Literal
 from safetensors.torch import load_file
 
 from data.records import EditRecord
-from data.stream import questions_of
-from harness.evaluation.evaluate import Tokenize, sample_places
+from data.stream import Tokenize, questions_of
+from harness.evaluation.evaluate import sample_places
 from harness.run.checkpoint import write_safetensors
 from model import LanguageModel
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.progress import Bar, progress_bar
-from harness.evaluation.evaluate import PROTOCOLS, Evaluation, RecordScore, Score, Summary, summarize_values
+from data.records import RecordScore
+from harness.evaluation.evaluate import PROTOCOLS, Evaluation, Score, Summary, summarize_values
 from harness.evaluation.examples import Examples
 from harness.run.folder import Stage
 from harness.watch.diagnostics import SMALLER_STEPS
@@ -108,10 +108,9 @@ class Scoring:
 
     def _asked(self) -> Iterator[tuple[int, RecordScore]]:
         """What `retention` wrote so far, also before this run was resumed: age and score."""
-        names = {entry.name for entry in fields(RecordScore)}
         for line in self.tracker.folder.lines("records.jsonl"):
             if line["stage"] == "retention":
-                yield line["age"], RecordScore(**{name: line[name] for name in names & line.keys()})
+                yield line["age"], RecordScore.of_line(line)
 
     def _kept(
         self, stage: str, done: int, scores: Iterable[RecordScore], bar: Bar | None = None

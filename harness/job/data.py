@@ -20,8 +20,9 @@ SAMPLES = places.ROOT / "data" / "sample"
 def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
     """The files of a run by split: those to edit and, where something is done with them first, those to train on."""
     dataset = DATASETS[cfg.dataset.name].with_fields(cfg.dataset.field_map())
+    has_training_file = cfg.dataset.train_path or cfg.dataset.made_facts("train") or "train" in dataset.sample_files
     paths = {"eval": cfg.dataset.valid_path}
-    if cfg.warms_up() or trains(cfg) or (cfg.moments_of_questions() and has_training_file(cfg, dataset)):
+    if cfg.warms_up() or trains(cfg) or (cfg.moments_of_questions() and has_training_file):
         paths["train"] = cfg.dataset.train_path
     files = {split: data_file(cfg, dataset, split, path) for split, path in paths.items()}
     cache = places.CACHE / "arrow"
@@ -50,10 +51,6 @@ def training_questions(cfg: RunConfig, files: Mapping[str, RecordFile]) -> Itera
         SAMPLES / "zsre_train.json", DATASETS["zsre"], cache_dir=places.CACHE / "arrow", seed=cfg.seed
     )
     return (question for record in records for question in questions_of(record).values())
-
-
-def has_training_file(cfg: RunConfig, dataset: Dataset) -> bool:
-    return bool(cfg.dataset.train_path or cfg.dataset.made_facts("train") or "train" in dataset.sample_files)
 
 
 def data_file(cfg: RunConfig, dataset: Dataset, split: str, path: str | None) -> Path:

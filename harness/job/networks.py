@@ -9,8 +9,8 @@ from pathlib import Path
 
 from config.schema import HyperNetworkConfig, RLEditConfig, RunConfig, UpdateEvery
 from data.files import RecordFile
+from data.stream import Tokenize
 from data.training import TrainingStream
-from harness.evaluation.evaluate import Tokenize
 from harness.job.data import trains
 from harness.run.checkpoint import Checkpoints
 from harness.run.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network

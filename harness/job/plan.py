@@ -20,11 +20,10 @@ from config.schema import AnswerEnd, PreheatMode, RunConfig, Token, TrackerConfi
 from data.corpus import Corpus, Questions, open_corpus
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
-from data.records import Allocate, Question, TokenSequence
+from data.records import Allocate
 from data.repeats import find_repeats
-from data.stream import AnswerTokens, EditStream, check_context, tokenize
+from data.stream import AnswerTokens, EditStream, Tokenize, check_context, tokenize
 from data.training import TrainingStream
-from harness.evaluation.evaluate import Tokenize
 from harness.evaluation.examples import Examples
 from harness.evaluation.generation import Generation
 from harness.evaluation.perplexity import Passage, read_passage
@@ -174,7 +173,7 @@ def plan_corpora(
     cfg: RunConfig,
     files: Mapping[str, RecordFile],
     stream: EditStream,
-    as_tokens: Callable[[Sequence[Question]], Sequence[TokenSequence]],
+    as_tokens: Tokenize,
 ) -> dict[str, Corpus]:
     """What second moments are taken over, for its keys are to stay: nothing where the editor asks for no text."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from data.intervals import blocks, bootstrap_interval
+from data.records import RecordScore
 
 RESAMPLES: Final = 10_000  # of the bootstrap, and sign flips of the test: what they tell of p ends at 1 / 10,001
 
@@ -112,12 +113,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:
-    """From records.jsonl, what the model of that stage scored on each record, under the names that scores have."""
+    """From records.jsonl, what the model of that stage scored on each record, under the names that scores have.
+
+    KL, which is no share, is not tested.
+    """
     found: dict[str, tuple[array[int], array[float]]] = {}
     for line in lines:
         if line.get("stage") != stage or not line.get("tokens"):
             continue
-        for form, score in forms(line):
+        for form, score in RecordScore.of_line(line).forms():
+            if form == "_kl":
+                continue
             rows, scores = found.setdefault(line["protocol"] + form, (array("q"), array("d")))
             rows.append(line["index"])
             scores.append(score)
@@ -126,16 +132,3 @@ def record_scores(lines: Iterable[Mapping[str, Any]], stage: str) -> Scores:
         unique, first = np.unique(np.array(rows), return_index=True)
         columns[name] = unique, np.array(scores)[first]
     return columns
-
-
-def forms(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The scores of a line of records.jsonl, in percent of 1; KL, which is no share, is not tested."""
-    yield "", line["correct"] / line["tokens"]
-    yield "_seq", float(line["correct"] == line["tokens"])
-    if "ended" in line:
-        yield "_end", float(line["ended"])
-    if "agree" in line:
-        yield "_agree", line["agree"] / line["tokens"]
-    for field, form in (("exact", "_gen"), ("contains", "_contains")):
-        if field in line:
-            yield form, float(line[field])

@@ -28,7 +28,8 @@ def made(
     numbers = more.pop("numbers", {})
     run = make_run(folder, overrides=overrides, editor=editor, **more)
     lines = [
-        {"stage": stage, "index": first + row, "protocol": name, "correct": right * (stage == "final"), "tokens": 1}
+        {"stage": stage, "place": row, "index": first + row, "protocol": name}
+        | {"correct": right * (stage == "final"), "tokens": 1}
         for stage in ("base", "final")
         for name, every in scores.items()
         for row, right in enumerate(every)

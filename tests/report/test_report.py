@@ -476,7 +476,8 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 def test_records_are_paired_by_row_and_only_the_final_ones() -> None:
     def lines(rows: dict[int, int], stage: str = "final") -> list[dict[str, Any]]:
         return [
-            {"stage": stage, "index": row, "protocol": "ES", "correct": n, "tokens": 2, "exact": n == 2}
+            {"stage": stage, "place": row, "index": row, "protocol": "ES", "correct": n, "tokens": 2}
+            | {"exact": n == 2, "contains": n == 2}
             for row, n in rows.items()
         ]
 
@@ -484,7 +485,7 @@ def test_records_are_paired_by_row_and_only_the_final_ones() -> None:
     second = record_scores(lines({2: 2, 1: 2, 9: 0, 0: 0}), "final")
     differences = compare([(first, second)])
     assert {name: (one.mean, one.n) for name, one in differences.items()} == {
-        "ES": (0.25, 2), "ES_seq": (0.5, 2), "ES_gen": (0.5, 2),
+        "ES": (0.25, 2), "ES_seq": (0.5, 2), "ES_gen": (0.5, 2), "ES_contains": (0.5, 2),
     }  # fmt: skip
 
 
