@@ -35,17 +35,17 @@ from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
 from harness import job
 from harness.evaluation import Downstream
-from harness.export import form_note
 from harness.job import LoopState, Plan
 from harness.ranks import init_ranks, launch_command
 from harness.run import (
-    MODEL,
+    MODEL_KEY,
     Interrupted,
     Interruption,
     RunFolder,
     check_launcher,
     end_if_asked,
     end_on,
+    form_note,
     last_lines,
     launcher_errors,
     prepare_libraries,
@@ -197,7 +197,7 @@ def begin(
     if cfg.model_cache and model.is_wrapped:
         raise ValueError(f"model_cache=true: {BESIDE_WEIGHTS}; leave it out")
     if plan.network is not None:
-        plan.network.require({MODEL: about["model"]["fingerprint"]})
+        plan.network.require({MODEL_KEY: about["model"]["fingerprint"]})
         editor.load_state_dict(plan.network.tensors())
     diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
     state = LoopState(earlier or job.new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)

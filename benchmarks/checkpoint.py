@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.common import parser_with
-from harness.run.checkpoint import Checkpoints
+from harness.run import Checkpoints
 
 
 def bare(tensors: dict[str, Tensor], folder: Path) -> None:

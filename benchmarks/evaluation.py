@@ -31,8 +31,7 @@ from benchmarks.common import race, ratio
 from benchmarks.turn import load_model, parser_of, read_records
 from data.records import EditRecord, TokenSequence
 from data.stream import questions_of, tokenize
-from harness.evaluation.evaluate import score_records, summarize
-from harness.evaluation.locality import BaseReader, BaseWriter, Locality
+from harness.evaluation import BaseReader, BaseWriter, Locality, score_records, summarize
 from harness.run.places import ROOT
 from model import LanguageModel
 

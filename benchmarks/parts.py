@@ -38,7 +38,7 @@ from data.stream import mini_batch_weights
 from editor.base import Edit
 from editor.stableedit import StableEdit, StableEditSettings
 from editor.stopwatch import Stopwatch
-from harness.watch.diagnostics import TurnDiagnostics
+from harness.watch import TurnDiagnostics
 from model import LanguageModel
 from model import edited as edited_modules
 from nets import RENEWED_AT, LifelongNormalizer

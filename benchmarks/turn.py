@@ -27,8 +27,8 @@ from data.stream import make_turn, tokenize
 from editor import linalg
 from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
+from harness.run import prepare_libraries, use_deterministic_algorithms
 from harness.run.places import CACHE, ROOT
-from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, outline
 

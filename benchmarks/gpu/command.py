@@ -30,8 +30,8 @@ from benchmarks.gpu.cost import GIB, bare_cost, one_editor, targets
 from benchmarks.gpu.made import SHAPES, Facts, build, editable, weights_of
 from benchmarks.gpu.runs import METHODS, Course
 from data.disk import write_atomically
+from harness.run import prepare_libraries, use_deterministic_algorithms
 from harness.run.command import Parser
-from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from model import LanguageModel
 
 

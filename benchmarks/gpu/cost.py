@@ -22,7 +22,7 @@ from benchmarks.gpu.runs import Course, Run
 from data.batches import compute_batches
 from data.records import Phase, Turn
 from editor.stopwatch import Stopwatch
-from harness.watch.diagnostics import memory
+from harness.watch import memory
 from model import LanguageModel
 
 ROUNDS = 5

@@ -21,8 +21,8 @@ from editor.registry import EDITORS, build
 from editor.rledit import RLEditSettings
 from editor.stableedit import StableEditSettings
 from editor.stopwatch import Stopwatch
-from harness.run.checkpoint import Checkpoints
-from harness.watch.diagnostics import TurnDiagnostics
+from harness.run import Checkpoints
+from harness.watch import TurnDiagnostics
 from model import LanguageModel
 from model.edited import sha256_of_tensor
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from harness.ask.edited import MAX_NEW_TOKENS, PROMPT_FORMS, Answers, open_edited
 from harness.run.command import Parser, log_to_terminal
-from harness.watch.console import as_said
+from harness.watch import as_said
 
 log = logging.getLogger(__name__)
 

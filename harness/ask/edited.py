@@ -12,19 +12,17 @@ from typing import Any, Final, cast
 import torch
 
 from data.prompts import FormName, prompt_form
-from harness.evaluation.generation import Generation
-from harness.export.delta import read_delta
-from harness.export.form import PROMPT_FORMS, form_of_folder, form_of_run
-from harness.export.load import (
+from harness.evaluation import Generation
+from harness.export import (
     edited_by_delta,
     edited_by_run,
     find_checkpoint,
+    read_delta,
     source_of_delta,
     source_of_run,
     when_of,
 )
-from harness.run import places
-from harness.run.folder import read_run
+from harness.run import PROMPT_FORMS, form_of_folder, form_of_run, places, read_run
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, stored_dtype
 

@@ -11,9 +11,8 @@ from typing import Any
 from data.disk import write_atomically
 from data.progress import progress_bar
 from glue_eval.score import PreparedTask, evaluate_tasks
-from harness.run import places
-from harness.run.folder import canonical_json, digest_of
-from harness.watch.tracking import Tracker
+from harness.run import canonical_json, digest_of, places
+from harness.watch import Tracker
 from model import LanguageModel
 
 log = logging.getLogger(__name__)

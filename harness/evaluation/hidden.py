@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from data.records import EditRecord
 from data.stream import Tokenize, questions_of
 from harness.evaluation.evaluate import sample_places
-from harness.run.checkpoint import write_safetensors
+from harness.run import write_safetensors
 from model import LanguageModel
 
 FILE: Final = "hidden_states.safetensors"

@@ -13,9 +13,8 @@ from data.progress import Bar, progress_bar
 from data.records import RecordScore
 from harness.evaluation.evaluate import PROTOCOLS, Evaluation, Score, Summary, summarize_values
 from harness.evaluation.examples import Examples
-from harness.run.folder import Stage
-from harness.watch.diagnostics import SMALLER_STEPS
-from harness.watch.tracking import Tracker
+from harness.run import Stage
+from harness.watch import SMALLER_STEPS, Tracker
 
 RECORD_LINES = 300  # of records.jsonl, written together
 BASE = "the base model"

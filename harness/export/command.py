@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.export.delta import Origin, difference, read_delta, removed, write_delta
-from harness.export.form import form_note, form_of_run
 from harness.export.load import change, edited_by_delta, edited_by_run, find_checkpoint, load, when_of
-from harness.job.outputs import require_writable
+from harness.job import require_writable
+from harness.run import form_note, form_of_run, read_run
 from harness.run.command import Parser, log_to_terminal
-from harness.run.folder import read_run
 from harness.run.places import CACHE
 from model import LanguageModel
 from model.source import ModelSource, locate

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.disk import sync, whole_or_absent
-from harness.run.checkpoint import DamagedError, write_safetensors
+from harness.run import DamagedError, write_safetensors
 from model import INTEGERS
 
 FORMAT: Final = 1  # `sha256` is the checksum of all else in the file, in this format and in every later one

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from config.schema import EditPrecision, Half
 from harness.export.delta import Delta, Difference, added
-from harness.job.devices import DTYPES
-from harness.run import places
-from harness.run.checkpoint import Checkpoint, Checkpoints
-from harness.run.folder import TRAINING
+from harness.job import DTYPES
+from harness.run import TRAINING_PHASES, Checkpoint, Checkpoints, places
 from model import BESIDE_WEIGHTS, LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, outline
 
@@ -110,7 +108,7 @@ def _no_checkpoint(folder: Path, config: dict[str, Any]) -> str:
 def turns_done(folder: Path) -> int:
     """Turns that the run has behind it, those of meta-training not counted; a line that a kill cut short is none."""
     with (folder / "turns.jsonl").open(encoding="utf-8") as file:
-        return sum(json.loads(line)["phase"] not in TRAINING for line in file if line.endswith("\n"))
+        return sum(json.loads(line)["phase"] not in TRAINING_PHASES for line in file if line.endswith("\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

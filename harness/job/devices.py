@@ -6,7 +6,7 @@ import torch
 
 from config.schema import Half, RunConfig
 from harness.ranks import Ranks, require_gpu_each
-from harness.run.same_bits import use_deterministic_algorithms
+from harness.run import use_deterministic_algorithms
 
 DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
 

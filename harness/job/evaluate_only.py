@@ -11,11 +11,8 @@ from harness.job.loading import load_model
 from harness.job.other_ranks import make_scoring, new_record
 from harness.job.plan import Plan, wandb_settings
 from harness.job.resume import require_model
-from harness.run import places
-from harness.run.folder import RunFolder
-from harness.run.interrupt import end_if_asked
-from harness.watch.console import show_results
-from harness.watch.tracking import Tracker
+from harness.run import RunFolder, end_if_asked, places
+from harness.watch import Tracker, show_results
 from model.source import ModelSource, load_tokenizer, locate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -10,12 +10,9 @@ from data.files import FORMAT
 from glue_eval.score import SCORES_FORMAT as TASKS_FORMAT
 from glue_eval.score import PreparedTask, prepare_tasks
 from glue_eval.tasks import chosen_tasks
-from harness.evaluation.downstream import Downstream
-from harness.evaluation.evaluate import SCORES_FORMAT, Evaluation, evaluated_counts, protocols_of
-from harness.evaluation.hidden import HiddenStates
+from harness.evaluation import SCORES_FORMAT, Downstream, Evaluation, HiddenStates, evaluated_counts, protocols_of
 from harness.job.plan import Plan
-from harness.run import places
-from harness.run.folder import digest_of, versions
+from harness.run import digest_of, places, versions
 from model import LanguageModel
 
 

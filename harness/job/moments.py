@@ -20,10 +20,7 @@ from data.disk import sync, whole_or_absent
 from data.progress import progress_bar
 from data.records import TokenSequence
 from harness.job.plan import Plan
-from harness.run import places
-from harness.run.checkpoint import write_safetensors
-from harness.run.folder import digest_of, versions
-from harness.run.interrupt import postponed
+from harness.run import digest_of, places, postponed, versions, write_safetensors
 from model import LanguageModel
 
 log = logging.getLogger(__name__)

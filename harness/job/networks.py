@@ -12,8 +12,7 @@ from data.files import RecordFile
 from data.stream import Tokenize
 from data.training import TrainingStream
 from harness.job.data import trains
-from harness.run.checkpoint import Checkpoints
-from harness.run.networks import FOLDER, MODEL, NetworkKeeper, TrainedNetwork, identity_of, open_network
+from harness.run import MODEL_KEY, NETWORK_FOLDER, Checkpoints, NetworkKeeper, TrainedNetwork, identity_of, open_network
 
 log = logging.getLogger(__name__)
 
@@ -86,5 +85,5 @@ def network_keeper(
 ) -> NetworkKeeper:
     """Keeps the trained network in the run folder, where the user wants that."""
     assert isinstance(cfg.editor, HyperNetworkConfig)
-    identity = {**identity_of(cfg.editor, shapes), MODEL: fingerprint}
-    return NetworkKeeper(Checkpoints(run_folder / FOLDER, "turn", 2), identity, cfg.editor.save_checkpoint)
+    identity = {**identity_of(cfg.editor, shapes), MODEL_KEY: fingerprint}
+    return NetworkKeeper(Checkpoints(run_folder / NETWORK_FOLDER, "turn", 2), identity, cfg.editor.save_checkpoint)

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from config.schema import HyperNetworkConfig, RunConfig, Wandb
-from harness.evaluation.evaluate import Evaluation
-from harness.evaluation.scoring import Scoring, ScoringWithoutRecord
+from harness.evaluation import Evaluation, Scoring, ScoringWithoutRecord
 from harness.job.resume import DATA, differences
 from harness.ranks import Ranks
-from harness.run.folder import NoRecord, RunFolder, versions
-from harness.run.interrupt import ignore_signals
-from harness.watch.tracking import Tracker
+from harness.run import NoRecord, RunFolder, ignore_signals, versions
+from harness.watch import Tracker
 
 
 @contextlib.contextmanager

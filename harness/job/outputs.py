@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config.schema import HyperNetworkConfig, RunConfig
 from harness.job.data import trains
-from harness.run.networks import FOLDER
+from harness.run import NETWORK_FOLDER
 
 
 def export_folder(cfg: RunConfig, run_folder: Path) -> Path:
@@ -43,7 +43,7 @@ def missing_outputs(cfg: RunConfig, run_folder: Path) -> list[str]:
             f"`python -m harness.export {shlex.quote(str(run_folder))} --to FOLDER` does"
         )
     keeps = isinstance(cfg.editor, HyperNetworkConfig) and trains(cfg) and cfg.editor.save_checkpoint
-    if keeps and not (run_folder / FOLDER).is_dir():
+    if keeps and not (run_folder / NETWORK_FOLDER).is_dir():
         lines.append(
             "editor.save_checkpoint=true: the run ended without keeping its network; without resume, it is trained "
             "once more, and kept"

@@ -24,18 +24,14 @@ from data.records import Allocate
 from data.repeats import find_repeats
 from data.stream import AnswerTokens, EditStream, Tokenize, check_context, tokenize
 from data.training import TrainingStream
-from harness.evaluation.examples import Examples
-from harness.evaluation.generation import Generation
-from harness.evaluation.perplexity import Passage, read_passage
+from harness.evaluation import Examples, Generation, Passage, read_passage
 from harness.job.data import SAMPLES, open_data, training_questions, unrelated_questions
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
 from harness.ranks import Ranks
-from harness.run import places
-from harness.run.networks import TrainedNetwork
-from harness.run.spill import CaptureFolder
-from harness.watch.tracking import WandbMode, WandbSettings, check_wandb
+from harness.run import CaptureFolder, TrainedNetwork, places
+from harness.watch import WandbMode, WandbSettings, check_wandb
 from model.source import ModelSource, Outline, end_tokens, load_tokenizer, locate, outline
 
 log = logging.getLogger(__name__)

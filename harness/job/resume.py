@@ -20,9 +20,11 @@ from editor.base import Editor
 from harness.job.loading import load_model
 from harness.job.plan import Plan
 from harness.ranks import Ranks
-from harness.run.checkpoint import Checkpoint, Checkpoints, Groups
-from harness.run.folder import (
+from harness.run import (
     NOT_IN_RUN_ID,
+    Checkpoint,
+    Checkpoints,
+    Groups,
     NoRecord,
     RunFolder,
     git_state,
@@ -32,7 +34,7 @@ from harness.run.folder import (
     run_id,
     versions,
 )
-from harness.watch.diagnostics import TurnDiagnostics
+from harness.watch import TurnDiagnostics
 from model import LanguageModel
 from model.source import ModelSource
 

@@ -13,10 +13,8 @@ from data.records import TrainingTurn
 from data.training import TrainingStream
 from editor.meta_train import MetaStep, MetaTrainer
 from harness.job.resume import LoopState
-from harness.run.interrupt import Interrupted, Interruption
-from harness.run.networks import NetworkKeeper
-from harness.watch.diagnostics import memory
-from harness.watch.tracking import Tracker
+from harness.run import Interrupted, Interruption, NetworkKeeper
+from harness.watch import Tracker, memory
 
 
 class MetaTraining:

@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from config.schema import EditPrecision, Half, HyperNetworkConfig, RunConfig, Token
 from editor.registry import EDITORS
-from harness.job import settings_of
-from harness.job.devices import DTYPES
+from harness.job import DTYPES, settings_of
 from model.below import KEPT_TOKENS
 from model.language_model import COMPUTE_TOKENS
 from model.source import Outline

@@ -24,7 +24,7 @@ from typing import Any, Final, Self, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from harness.run.interrupt import postponed
+from harness.run import postponed
 
 T = TypeVar("T")
 

@@ -10,17 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from harness.export.form import form_of_run
 from harness.report.averages import adjusted, compared, scores_of
 from harness.report.drawing import interval
 from harness.report.page import LEVEL, source_name
 from harness.report.paired import Average, Scores, average
 from harness.report.runs import Run, configurations, shared_choices
-from harness.watch.console import SCORES
+from harness.run import form_of_run
+from harness.watch import SCORE_NAMES
 
-ASKED: Final = tuple(name for name in SCORES if name != "LS")  # protocols whose answers were edited
+ASKED: Final = tuple(name for name in SCORE_NAMES if name != "LS")  # protocols whose answers were edited
 SCORE_COLUMNS: Final = (
-    *SCORES,
+    *SCORE_NAMES,
     *(f"{name}_{form}" for form in ("seq", "gen") for name in ASKED),
     *("LS_agree", "LS_kl", "perplexity"),
 )

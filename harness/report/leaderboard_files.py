@@ -11,7 +11,7 @@ from typing import Final
 from harness.report.drawing import Picture
 from harness.report.leaderboard import GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
 from harness.report.page import LEVEL, document, figure, table
-from harness.watch.console import as_number
+from harness.watch import as_number
 
 TITLE: Final = "Leaderboard"
 HEADINGS: Final = {SECONDS: "seconds an edit", PEAK: "peak memory, GiB", GPU_PEAK: "GPU peak, GiB"}

@@ -15,7 +15,7 @@ from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import order
-from harness.watch.console import EXAMPLE_TEXTS, PROBES, as_number, printable, score_words
+from harness.watch import EXAMPLE_TEXTS, PROBE_NAMES, as_number, printable, score_words
 
 CSS: Final = """
 :root { color: #1d2733; background: #f5f6f8; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
@@ -225,7 +225,7 @@ def _examples(runs: Sequence[Named]) -> Iterator[str]:
         yield "<h2>What the model says</h2>"
     for named in shown:
         rows = [
-            [PROBES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)]
+            [PROBE_NAMES[one["probe"]], *(escape(printable(one[key]).strip()) for key in EXAMPLE_TEXTS)]
             for one in named.run.examples
         ]
         texts = table(["", "question", "wanted", "base model", "edited model"], rows, kind="texts")

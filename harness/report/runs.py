@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from harness.run.folder import EXAMPLES, TRAINING
+from harness.run import EXAMPLES_FILE, TRAINING_PHASES
 
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
 
@@ -84,7 +84,7 @@ class Run:
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """examples.json: questions with the words of both models; none where the run has not come to its end."""
-        path = self.folder / EXAMPLES
+        path = self.folder / EXAMPLES_FILE
         return read_json(path) if path.is_file() else []
 
     def edits_after(self, turn: int) -> float:
@@ -164,11 +164,11 @@ def one_line(error: Exception) -> str:
 
 
 def columns_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, Columns]:
-    """The numbers of turns.jsonl as columns: of "turns", and of each phase of `TRAINING`."""
+    """The numbers of turns.jsonl as columns: of "turns", and of each phase of `TRAINING_PHASES`."""
     found: dict[str, tuple[list[int], dict[str, array[float]]]] = {}  # arrays: a quarter of a list's memory
     for line in lines:
         phase = line.get("phase", "edit")
-        counter, into = found.setdefault(phase if phase in TRAINING else "turns", ([0], {}))
+        counter, into = found.setdefault(phase if phase in TRAINING_PHASES else "turns", ([0], {}))
         for name, value in numbers({**line, "warm_up": int(phase == "warm_up")}):
             column = into.setdefault(name, array("d"))
             column.extend([math.nan] * (counter[0] - len(column)))

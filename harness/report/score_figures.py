@@ -33,9 +33,9 @@ from harness.report.drawing import (
     percent_axis,
 )
 from harness.report.runs import Run, read_json
-from harness.watch.console import FORMS, SCORES, is_share, score_words
+from harness.watch import FORM_NAMES, SCORE_NAMES, is_share, score_words
 
-FORM_WORDS: Final = FORMS | {"": "token by token", "contains": "generated text contains it"}
+FORM_WORDS: Final = FORM_NAMES | {"": "token by token", "contains": "generated text contains it"}
 TITLES: Final = {"LS_kl": "LS_kl  KL from base, nats", "perplexity": "perplexity of a fixed text"}
 STAGES: Final = ("base", "final")
 BASE: Final = {"color": "#6b6b6b"}
@@ -63,8 +63,8 @@ class ScoreLine:
 def order(name: str) -> tuple[bool, int, str, int]:
     """Token accuracy first, then its other forms, then what is no share; edits before rephrases before localities."""
     score, _, form = name.partition("_")
-    place = list(FORMS).index(form) if form in FORMS else len(FORMS)
-    return not is_share(name), place, form, list(SCORES).index(score) if score in SCORES else len(SCORES)
+    place = list(FORM_NAMES).index(form) if form in FORM_NAMES else len(FORM_NAMES)
+    return not is_share(name), place, form, list(SCORE_NAMES).index(score) if score in SCORE_NAMES else len(SCORE_NAMES)
 
 
 def scores(runs: Sequence[Named]) -> Picture | None:
@@ -132,7 +132,7 @@ def one_runs_panels(run: Run, names: Sequence[str]) -> dict[str, list[ScoreLine]
         style = look(forms.index(form) if is_share(name) else 0)
         title, label = TITLES.get(name, name), None
         if is_share(name):
-            title, label = f"{score}  {SCORES[score]}", FORM_WORDS.get(form) or form
+            title, label = f"{score}  {SCORE_NAMES[score]}", FORM_WORDS.get(form) or form
         panels.setdefault(title, []).append(ScoreLine(run, name, label, style, style["color"]))
     return panels
 
@@ -286,7 +286,7 @@ def edits_by_age(runs: Sequence[Named]) -> Picture | None:
     return None if found is None else replace(found, name="age", title="Edited facts by their age")
 
 
-def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORES)) -> Picture | None:
+def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORE_NAMES)) -> Picture | None:
     curves = {named.label: (named, ages) for named in runs if (ages := scores_by_age(named.run))}
     if not curves:
         return None
@@ -300,7 +300,7 @@ def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORES
             draw_points(ax, points, named.look, label if len(runs) > 1 else None, bands=len(curves) <= MOST_BANDS)
         ax.set_xticks(range(len(every_age)), [f"{age:,}" for age in every_age])
         ax.set_xlabel("age of the facts, turns")
-        finish_panel(ax, f"{protocol}  {SCORES.get(protocol, '')}", share=True)
+        finish_panel(ax, f"{protocol}  {SCORE_NAMES.get(protocol, '')}", share=True)
     legend_above(figure, *axes)
     return Picture(
         "retention",

@@ -44,10 +44,10 @@ NOT_IN_RUN_ID: Final = (
     "dataset.train_path",
     "dataset.valid_path",
 )
-EXAMPLES: Final = "examples.json"
+EXAMPLES_FILE: Final = "examples.json"
 LINES: Final = ("turns.jsonl", "scores.jsonl", "records.jsonl")
 LOGGED: Final = ("turns.jsonl", "scores.jsonl")  # those whose lines wandb gets, one step each
-TRAINING: Final = ("meta_train", "meta_valid")  # phases of turns.jsonl that count turns of their own
+TRAINING_PHASES: Final = ("meta_train", "meta_valid")  # phases of turns.jsonl that count turns of their own
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "numpy", "stableedit")
 PROJECT: Final = Path(__file__).resolve().parents[2]
 ERROR_LENGTH: Final = 500
@@ -176,7 +176,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:
     """What `examples.json` in that folder holds; nothing where the run was to keep none, or has not come to its end."""
-    path = folder / EXAMPLES
+    path = folder / EXAMPLES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
@@ -320,7 +320,7 @@ class RunFolder:
 
     def write_examples(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Write `examples.json`: questions, wanted answers, and the words of the base and of the edited model."""
-        self._write(EXAMPLES, examples)
+        self._write(EXAMPLES_FILE, examples)
 
     def write_downstream(self, turn: int, results: Mapping[str, Any]) -> None:
         """Write `glue/turn_<t>.json`, t turns being done: scores by task."""
@@ -367,8 +367,8 @@ class RunFolder:
         for line in self.lines("turns.jsonl"):
             for name, value in (line.get("memory") or {}).items():
                 peak[name] = max(peak.get(name, value), value)
-            if line["phase"] in TRAINING:
-                trained += line["phase"] == TRAINING[0]
+            if line["phase"] in TRAINING_PHASES:
+                trained += line["phase"] == TRAINING_PHASES[0]
                 training_seconds += line["seconds"]["total"]
                 continue
             turns += 1

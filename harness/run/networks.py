@@ -18,9 +18,9 @@ from harness.run.checkpoint import STATE, Checkpoint, Checkpoints, DamagedError,
 
 log = logging.getLogger(__name__)
 
-FOLDER: Final = "network"  # in the run folder
+NETWORK_FOLDER: Final = "network"  # in the run folder
 GROUP: Final = "network"  # of its tensors
-MODEL: Final = "model.fingerprint"
+MODEL_KEY: Final = "model.fingerprint"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainedNetwork:
 
 
 def _mismatch(key: str, trained: Any, wanted: Any) -> str:
-    if key == MODEL:
+    if key == MODEL_KEY:
         return (
             f"trained on other weights (fingerprint {trained}, now {wanted}); name the model that it was trained on, "
             "or train another network"
@@ -86,7 +86,7 @@ def identity_of(
 def open_network(source: str) -> TrainedNetwork:
     """The newest network of a run folder, or the one in the folder itself. ValueError where there is none whole."""
     folder = Path(source).expanduser()
-    kept = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    kept = folder / NETWORK_FOLDER if (folder / NETWORK_FOLDER).is_dir() else folder
     try:
         found = read(folder) if (folder / STATE).is_file() else Checkpoints(kept, "turn", 1).newest()
     except DamagedError as error:

@@ -16,16 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from data.progress import duration
-from harness.run.folder import read_examples
+from harness.run import read_examples
 
-SCORES: Final = {
+SCORE_NAMES: Final = {
     "ES": "efficacy",
     "GS": "generalization",
     "LS": "specificity",
     "PS": "personas",
     "MS": "multi-hop",
 }
-FORMS: Final = {  # in the order of the table: what the model says comes first
+FORM_NAMES: Final = {  # in the order of the table: what the model says comes first
     "gen": "says it",
     "": "",
     "seq": "all tokens",
@@ -34,7 +34,7 @@ FORMS: Final = {  # in the order of the table: what the model says comes first
     "agree": "as base",
     "forgetting": "",
 }
-PROBES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
+PROBE_NAMES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
 EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
 
@@ -42,7 +42,7 @@ NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percen
 def is_share(name: str) -> bool:
     """Whether a score is a share of something, and so a percentage."""
     score, _, form = name.partition("_")
-    return score in SCORES and form not in NOT_SHARES
+    return score in SCORE_NAMES and form not in NOT_SHARES
 
 
 def as_number(name: str, value: float, sign: str = "") -> str:
@@ -53,7 +53,7 @@ def as_number(name: str, value: float, sign: str = "") -> str:
 def score_words(name: str) -> str:
     """What the letters and the form of a score stand for."""
     score, _, form = name.partition("_")
-    return ", ".join(word for word in (SCORES.get(score), FORMS.get(form)) if word)
+    return ", ".join(word for word in (SCORE_NAMES.get(score), FORM_NAMES.get(form)) if word)
 
 
 def show_results(results: Mapping[str, Any], run_folder: Path, stream: TextIO | None = None) -> None:
@@ -74,7 +74,7 @@ def example_table(examples: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(heading, ratio=share, no_wrap=True, overflow="ellipsis")
     for probe, group in groupby(examples, key=itemgetter("probe")):
         table.add_section()
-        table.add_row(Text(PROBES[probe], style="italic"))
+        table.add_row(Text(PROBE_NAMES[probe], style="italic"))
         for one in group:
             table.add_row(*(as_said(" ".join(one[key].split())) for key in EXAMPLE_TEXTS))
     return table
@@ -119,9 +119,9 @@ def _kind(name: str) -> tuple[int, str, int, str]:
     """Place of a score in the table: percent scores in the order of their forms, then everything else."""
     score, _, form = name.partition("_")
     if not is_share(name):
-        return len(FORMS) + 1, "", 0, name
-    place = list(FORMS).index(form) if form in FORMS else len(FORMS)
-    return place, form, list(SCORES).index(score), name
+        return len(FORM_NAMES) + 1, "", 0, name
+    place = list(FORM_NAMES).index(form) if form in FORM_NAMES else len(FORM_NAMES)
+    return place, form, list(SCORE_NAMES).index(score), name
 
 
 def _score_row(name: str, base: Any, final: Any) -> list[Text]:
@@ -139,7 +139,7 @@ def _score_row(name: str, base: Any, final: Any) -> list[Text]:
 
 def _label(name: str) -> str:
     score, _, form = name.partition("_")
-    words = FORMS.get(form) if form else SCORES.get(score)
+    words = FORM_NAMES.get(form) if form else SCORE_NAMES.get(score)
     return f"{name}  {words}" if words else name
 
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final, Literal, Self
 
 from data.records import Phase
-from harness.run.folder import TRAINING, RunFolder, Stage, exit_code, leaves, one_line
+from harness.run import TRAINING_PHASES, RunFolder, Stage, exit_code, leaves, one_line
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class _WandbSink(_NullSink):
     def log(self, metrics: Mapping[str, float]) -> None:
         for name in sorted({*metrics} - self._defined):
             phase = name.partition("/")[0]
-            if phase in TRAINING:  # by name, which outdoes every pattern
+            if phase in TRAINING_PHASES:  # by name, which outdoes every pattern
                 self._run.define_metric(name, step_metric=f"{phase}/turn", hidden=name == f"{phase}/turn")
             elif name.endswith(("_low", "_high")):  # for custom charts; no chart of their own beside each score
                 self._run.define_metric(name, step_metric="turn", hidden=True)
@@ -244,7 +244,7 @@ def turn_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     update/all is over the turn's modules: Frobenius norm of the whole update, the cosine to the update before it that
     is largest in size, the largest drift. Meta-training has sections of its own, over its own count of turns.
     """
-    if line["phase"] in TRAINING:
+    if line["phase"] in TRAINING_PHASES:
         kept = ("turn", "loss", "meta_loss", "grad_norm", "seconds")
         return _numbers({line["phase"]: {name: line.get(name) for name in kept}})
     update = {
