@@ -71,7 +71,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then leaves errors to us instead of showing a trace
     prepare_process()
     try:
-        with init_ranks() as ranks, job.quiet_unless_first(ranks, sys.argv[1:]) as arguments, ranks.in_step():
+        with init_ranks() as ranks, job.silence_other_ranks(ranks, sys.argv[1:]) as arguments, ranks.in_step():
             check_launcher(arguments, ranks.size)
             check_command_line(arguments)
             sys.argv[1:] = waiting_for_choices(arguments)

@@ -65,7 +65,9 @@ def main() -> None:
         for probe in ("rephrase", "locality")
     }
     # of a pass that never ends, so that RLEdit's window stays full from the second round on
-    turn = TrainingTurn(edits, questions["rephrase"], questions["locality"], epoch=0, place=0, of=10**9)
+    turn = TrainingTurn(
+        edits, questions["rephrase"], questions["locality"], epoch=0, index_in_epoch=0, epoch_turns=10**9
+    )
     print(f"a turn of meta-training: {len(edits.sequences)} facts, {len(turn.rephrases)} rephrases, "
           f"{len(turn.localities)} localities")  # fmt: skip
     budget = best_budget(model, edits.sequences)

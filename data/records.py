@@ -95,13 +95,13 @@ class Turn:
             self.loss_weights + self.replay.loss_weights,
         )
 
-    def part(self, places: Sequence[int]) -> Turn:
+    def part(self, indices: Sequence[int]) -> Turn:
         """Some of its facts; each token keeps the weight in the loss that it has in the whole turn."""
         return replace(
             self,
-            records=tuple(self.records[place] for place in places) if self.records else (),
-            sequences=tuple(self.sequences[place] for place in places),
-            loss_weights=tuple(self.loss_weights[place] for place in places),
+            records=tuple(self.records[i] for i in indices) if self.records else (),
+            sequences=tuple(self.sequences[i] for i in indices),
+            loss_weights=tuple(self.loss_weights[i] for i in indices),
             replay=None,
         )
 
@@ -112,23 +112,23 @@ class FactContexts:
 
     sequences: tuple[TokenSequence, ...]
     positions: tuple[int, ...]  # of the fact token in each
-    essence: TokenSequence | None = None  # "{subject} is a", then a token that says nothing; None: no known subject
-    essence_position: int = 0  # of the fact token there
+    kl_prompt: TokenSequence | None = None  # "{subject} is a", then a token that says nothing; None: no known subject
+    kl_position: int = 0  # of the fact token there
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingTurn:
     """Facts that a hypernetwork learns to edit from, and the questions that judge the edit (DESIGN section 1).
 
-    `edits.index` counts the turns of all passes over the training file; this is turn `place` of `of` in its pass.
+    `edits.index` counts the turns of all passes over the training file; an epoch is a pass, of `epoch_turns` turns.
     """
 
     edits: Turn
     rephrases: tuple[TokenSequence, ...]
     localities: tuple[TokenSequence, ...]
     epoch: int
-    place: int
-    of: int
+    index_in_epoch: int
+    epoch_turns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class LossTerm:
 class TokenBatch:
     """A compute batch: sequences padded on the right, without the last token, which predicts nothing.
 
-    Answer token m is predicted at (`rows[m]`, `positions[m]`). `members[b]` is the place of batch row b in the list
+    Answer token m is predicted at (`rows[m]`, `positions[m]`). `members[b]` is the index of batch row b in the list
     of sequences the batch was cut from.
     """
 
@@ -245,9 +245,9 @@ def row_offsets(sequences: Sequence[TokenSequence], every_token: bool = False) -
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def row_indices(places: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
-    """The rows of these places, in their order, where `first_row` (of `row_offsets`) says where those of each begin."""
-    own = [torch.arange(int(first_row[place]), int(first_row[place + 1])) for place in places]
+def row_indices(sequences: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
+    """The rows of these sequences, in their order; `first_row` (of `row_offsets`) says where those of each begin."""
+    own = [torch.arange(int(first_row[i]), int(first_row[i + 1])) for i in sequences]
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
 
 

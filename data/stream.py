@@ -46,14 +46,15 @@ def tokenize(
     tokenizer: Tokenizer,
     answer_tokens: AnswerTokens,
     form: PromptForm = RAW,
-    taught: bool = False,
+    as_target: bool = False,
 ) -> list[TokenSequence]:
     """Token ids of each question: the prompt in its form, then the answer.
 
     `joint` tokenises prompt + " " + answer together, with special tokens; a prompt that ends in whitespace gets no
     second space. The answer starts at the first token with a character of it, so a token across the border is the
-    answer's. A token of the space alone is the prompt's, since predicting it says nothing about the fact; but where
-    facts are `taught` in a form with an end it is the answer's: a model that does not write it never gets to the rest.
+    answer's. A token of the space alone is the prompt's, since predicting it says nothing about the fact; but
+    `as_target`, of what is to be learned in a form with an end, it is the answer's: a model that does not write it
+    never gets to the rest.
 
     `separate` tokenises the prompt with special tokens and " " + answer without, as the published code does. On
     SentencePiece tokenizers the answer then begins with a token of the space alone.
@@ -63,7 +64,7 @@ def tokenize(
     if not questions:
         return []
     if answer_tokens == "joint":
-        sequences = _tokenize_joint(questions, tokenizer, form, with_gap=taught and form.end is not None)
+        sequences = _tokenize_joint(questions, tokenizer, form, with_gap=as_target and form.end is not None)
     else:
         sequences = _tokenize_separate(questions, tokenizer, form)
     for question, sequence in zip(questions, sequences, strict=True):
@@ -108,7 +109,7 @@ def subject_ends(
     ]
     ends = [len(form.before) + q.prompt.rindex(s) + len(s) for q, s in zip(questions, subjects, strict=True)]
     return [
-        next(place for place, (_, end) in enumerate(spans) if end >= border)
+        next(i for i, (_, end) in enumerate(spans) if end >= border)
         for spans, border in zip(offsets, ends, strict=True)
     ]
 
@@ -170,10 +171,10 @@ def _cut_at_character(ids: list[int], offsets: list[tuple[int, int]], border: in
 
 def _with_gap(sequence: TokenSequence, offsets: list[tuple[int, int]], border: int) -> TokenSequence:
     """The answer starts with the first token from character `border` on, if not before; some have empty offsets."""
-    place = sequence.answer_start
-    while place and offsets[place - 1][0] >= border:
-        place -= 1
-    return replace(sequence, answer_start=place)
+    start = sequence.answer_start
+    while start and offsets[start - 1][0] >= border:
+        start -= 1
+    return replace(sequence, answer_start=start)
 
 
 def _tokenize_separate(questions: Sequence[Question], tokenizer: Tokenizer, form: PromptForm) -> list[TokenSequence]:
@@ -233,13 +234,13 @@ class Rows(Sequence[EditRecord]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, place: int) -> EditRecord: ...
+    def __getitem__(self, index: int) -> EditRecord: ...
     @overload
-    def __getitem__(self, place: slice) -> Rows: ...
-    def __getitem__(self, place: int | slice) -> EditRecord | Rows:
-        if isinstance(place, slice):
-            return Rows(self.records, self.rows[place])
-        return self.records[int(self.rows[place])]
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> EditRecord | Rows:
+        if isinstance(index, slice):
+            return Rows(self.records, self.rows[index])
+        return self.records[int(self.rows[index])]
 
     def __iter__(self) -> Iterator[EditRecord]:
         """Neighbours are read together, which costs less than one by one."""
@@ -278,7 +279,7 @@ class EditStream:
         replay: int = 0,
     ) -> None:
         self.n_edits, self.batch_size, self.seed, self.replay = n_edits, batch_size, seed, replay
-        self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form, taught=True)
+        self._tokenize = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form, as_target=True)
         self.num_turns = _count_turns(len(edits), n_edits, num_turns)
         self.num_warm_up = _count_warm_up(len(warm_up), n_edits, num_warm_up, preheat_mode)
         self.warm_up_start = WARM_UP_POSITIONS[preheat_mode](self.num_turns)

@@ -53,9 +53,9 @@ class TrainingStream:
         """Turn `index`, counted from 0 over all passes; IndexError outside them."""
         if not 0 <= index < len(self):
             raise IndexError(f"turn {index} of a training of {len(self)} turns")
-        epoch, place = divmod(index, self.turns_per_epoch)
-        rows = self._order(epoch)[place * self.n_edits : (place + 1) * self.n_edits]
-        return self._turn(index, epoch, place, self.turns_per_epoch, rows.tolist())
+        epoch, i = divmod(index, self.turns_per_epoch)
+        rows = self._order(epoch)[i * self.n_edits : (i + 1) * self.n_edits]
+        return self._turn(index, epoch, i, self.turns_per_epoch, rows.tolist())
 
     def from_turn(self, first: int) -> Iterator[TrainingTurn]:
         """The turns from `first` to the end."""
@@ -65,7 +65,7 @@ class TrainingStream:
         """The turns that are never trained on, in the order of the file."""
         size, rows = self.n_edits, self._held_out
         turns = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return [self._turn(place, 0, place, len(turns), turn) for place, turn in enumerate(turns)]
+        return [self._turn(i, 0, i, len(turns), turn) for i, turn in enumerate(turns)]
 
     def records(self) -> Sequence[EditRecord]:
         """Every record that a turn may read, held-out ones included."""
@@ -76,15 +76,15 @@ class TrainingStream:
             : self.turns_per_epoch * self.n_edits
         ]
 
-    def _turn(self, index: int, epoch: int, place: int, of: int, rows: Sequence[int]) -> TrainingTurn:
+    def _turn(self, index: int, epoch: int, index_in_epoch: int, epoch_turns: int, rows: Sequence[int]) -> TrainingTurn:
         records = tuple(self._records[row] for row in rows)
         return TrainingTurn(
             edits=make_turn(index, Phase.EDIT, records, self._tokenize, self.batch_size),
             rephrases=self._questions(records, "rephrase"),
             localities=self._questions(records, "locality"),
             epoch=epoch,
-            place=place,
-            of=of,
+            index_in_epoch=index_in_epoch,
+            epoch_turns=epoch_turns,
         )
 
     def _questions(self, records: Sequence[EditRecord], probe: str) -> tuple[TokenSequence, ...]:

@@ -65,7 +65,7 @@ class CaptureEditor:
         with watch.measure("capture"):
             captured = model.capture(todo, every_token, self.settings.allocate)
             said = captured.all_correct if limit is None else [loss < limit for loss in captured.max_token_loss]
-            unsaid = [place for place, is_said in enumerate(said) if place < pushed_anyway or not is_said]
+            unsaid = [i for i, is_said in enumerate(said) if i < pushed_anyway or not is_said]
             modules = captured.modules
             if len(unsaid) < len(said):
                 rows = row_indices(unsaid, row_offsets(todo.sequences, every_token))

@@ -191,7 +191,7 @@ class GRACE:
         trained: dict[int, int] = {}
         done = Counter(added=0, expanded=0, split=0, replaced=0)
         for fact, answer in enumerate(answers):
-            others = [(among[fact][other], count + place) for place, other in enumerate(added)]
+            others = [(among[fact][other], count + i) for i, other in enumerate(added)]
             distance, entry = min([(far[fact], old[fact]), *others])
             if distance == math.inf or distance > radii[entry] + eps_init:
                 kind, radius = "added", eps_init
@@ -225,11 +225,11 @@ class GRACE:
         active = list(range(len(facts)))
         search = model.offset_losses(self.name, facts, at, replace=True)
         for _ in range(self.settings.num_steps):
-            offsets = torch.stack([rows[place] for place in active])
+            offsets = torch.stack([rows[i] for i in active])
             losses, gradients = search(offsets, active)
-            for place, loss, gradient in zip(active, losses.tolist(), gradients, strict=True):
-                rows[place].grad = None if loss < self.settings.stop_loss else gradient
-            active = [place for place in active if rows[place].grad is not None]
+            for i, loss, gradient in zip(active, losses.tolist(), gradients, strict=True):
+                rows[i].grad = None if loss < self.settings.stop_loss else gradient
+            active = [i for i in active if rows[i].grad is not None]
             if not active:
                 break
             optimizer.step()

@@ -56,7 +56,8 @@ class Horizon:
 
     def ends_with(self, turn: TrainingTurn) -> bool:
         """Whether a trajectory ends with this turn."""
-        return turn.place + 1 == turn.of or (turn.place + 1) % (self.trajectory or turn.of) == 0
+        done = turn.index_in_epoch + 1
+        return done == turn.epoch_turns or done % (self.trajectory or turn.epoch_turns) == 0
 
 
 ALONE = Horizon(trajectory=1, back_depth=1, time_decay=1.0, reg_coef=0.0, step_every_turn=True)
@@ -101,7 +102,7 @@ class HyperNetworkEditor(nn.Module):
             }
         )
         self._number = {name: names.index(name) for names in alike.values() for name in names}  # within its network
-        self._place = {name: place for place, name in enumerate(shapes)}  # in eta, lambda
+        self._index = {name: i for i, name in enumerate(shapes)}  # in eta, lambda
         self.log_eta = nn.Parameter(torch.full((len(shapes),), math.log(settings.lr)))
         self.to(device)
 
@@ -127,7 +128,7 @@ class HyperNetworkEditor(nn.Module):
 
     def eta(self, name: str) -> Tensor:  # ()
         """The step size, learned as its logarithm: it stays positive, and a step of Adam changes it in proportion."""
-        return self.log_eta[self._place[name]].exp()
+        return self.log_eta[self._index[name]].exp()
 
     def chunks(self, name: str, capture: Capture) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The rows of a chunk, k' (b, d_k) and g' (b, d_v)."""
@@ -161,7 +162,7 @@ class RidgeEditor(HyperNetworkEditor):
         self.log_lambda = nn.Parameter(torch.full((len(shapes),), math.log(settings.alpha), device=device))
 
     def ridge(self, name: str) -> Tensor:  # ()
-        return self.log_lambda[self._place[name]].exp()
+        return self.log_lambda[self._index[name]].exp()
 
     def propose(self, name: str, capture: Capture) -> Proposal:
         return _RidgeProposal(self, name, capture)

@@ -97,16 +97,16 @@ class _Search:
         self.answer_losses, self.steps = start.new_zeros(len(facts)), torch.zeros(len(facts), dtype=torch.int64)
         self.sizes = start.norm(dim=1)  # ||h||
         self.first, self.second = torch.zeros_like(start), torch.zeros_like(start)
-        self.owner = [place for place, fact in enumerate(facts) for _ in fact.sequences]
+        self.owner = [i for i, fact in enumerate(facts) for _ in fact.sequences]
         self.contexts = model.offset_losses(name, *in_contexts(facts))
-        with_essence = [place for place, fact in enumerate(facts) if fact.essence and settings.kl_factor]
-        self.essence_of = {place: row for row, place in enumerate(with_essence)}
-        self.essences = None
-        if with_essence:
-            essences = [essence for place in with_essence if (essence := facts[place].essence)]
-            positions = [facts[place].essence_position for place in with_essence]
-            reference = model.reference_logits(essences)
-            self.essences = model.offset_losses(name, essences, positions, reference=reference)
+        with_kl = [i for i, fact in enumerate(facts) if fact.kl_prompt and settings.kl_factor]
+        self.kl_row = {i: row for row, i in enumerate(with_kl)}
+        self.kl_losses = None
+        if with_kl:
+            kl_prompts = [prompt for i in with_kl if (prompt := facts[i].kl_prompt)]
+            positions = [facts[i].kl_position for i in with_kl]
+            reference = model.reference_logits(kl_prompts)
+            self.kl_losses = model.offset_losses(name, kl_prompts, positions, reference=reference)
 
     def loss(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:  # (len(chosen),), (len(chosen), d_v)
         """The objective and its gradient."""
@@ -120,9 +120,9 @@ class _Search:
 
     def _answer_losses(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of the answers, the mean over each fact's contexts."""
-        place_of = {fact: place for place, fact in enumerate(chosen)}
-        some = [place for place, fact in enumerate(self.owner) if fact in place_of]
-        owner = torch.tensor([place_of[self.owner[place]] for place in some], device=offsets.device)
+        row_of = {fact: i for i, fact in enumerate(chosen)}
+        some = [i for i, fact in enumerate(self.owner) if fact in row_of]
+        owner = torch.tensor([row_of[self.owner[i]] for i in some], device=offsets.device)
         losses, gradients = self.contexts(offsets[owner], some)
         share = 1 / torch.bincount(owner, minlength=len(chosen)).to(offsets)
         means = torch.zeros_like(share).index_add_(0, owner, losses.to(share)) * share
@@ -131,9 +131,9 @@ class _Search:
     def _kl(self, chosen: Sequence[int], offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Of what follows "{subject} is a"; 0 where a fact has no subject."""
         kl, gradient = offsets.new_zeros(len(chosen)), torch.zeros_like(offsets)
-        there = [place for place, fact in enumerate(chosen) if fact in self.essence_of]
-        if there and self.essences is not None:
-            losses, gradients = self.essences(offsets[there], [self.essence_of[chosen[place]] for place in there])
+        there = [i for i, fact in enumerate(chosen) if fact in self.kl_row]
+        if there and self.kl_losses is not None:
+            losses, gradients = self.kl_losses(offsets[there], [self.kl_row[chosen[i]] for i in there])
             kl[there], gradient[there] = losses.to(kl), gradients
         return kl, gradient
 

@@ -115,8 +115,8 @@ class WISE:
     def _dealt(self, turn: Turn) -> list[Turn]:
         """The facts of each shard; an answer token weighs 1 / (answer tokens of its shard) in the loss."""
         order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
-        places = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
-        parts = [turn.part(some) for some in places if some]
+        dealt = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
+        parts = [turn.part(some) for some in dealt if some]
         tokens = [sum(one.answer_length for one in part.sequences) for part in parts]
         return [
             replace(part, loss_weights=(1 / count,) * len(part.sequences))

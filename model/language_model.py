@@ -41,7 +41,7 @@ from data.records import (
 from model.edited import EditModule, checksums, sha256_of_tensor
 from model.positions import PositionModel
 from model.source import ModelSource, read_weights
-from model.tracing import Tracer, count_within, hooks, places, require_ran, same_bits
+from model.tracing import Tracer, answer_row_indices, count_within, hooks, require_ran, same_bits
 
 # Padded tokens of a compute batch: the best of those measured on two cores; on a GPU, enough to fill it.
 COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -209,7 +209,7 @@ class LanguageModel(PositionModel):
 
             with self.model.get_output_embeddings().register_forward_pre_hook(keep):
                 self._logits(batch)
-        return torch.stack([read[place] for place in range(len(questions))])
+        return torch.stack([read[i] for i in range(len(questions))])
 
     # -- weight gradients
 
@@ -222,7 +222,7 @@ class LanguageModel(PositionModel):
             logits = self._logits(batch)
             if reference is None:
                 reference = logits.new_empty((int(first_row[-1]), logits.shape[1]))
-            reference[places(batch, first_row).to(self.device)] = logits
+            reference[answer_row_indices(batch, first_row).to(self.device)] = logits
         assert reference is not None, "a loss term without sequences has no reference"
         return reference
 
@@ -264,7 +264,11 @@ class LanguageModel(PositionModel):
             if term.reference is None:
                 loss = functional.cross_entropy(logits, batch.targets.to(self.device), reduction="sum")
             else:
-                expected = term.reference[places(batch, first_row).to(self.device)].to(self.precise).log_softmax(-1)
+                expected = (
+                    term.reference[answer_row_indices(batch, first_row).to(self.device)]
+                    .to(self.precise)
+                    .log_softmax(-1)
+                )
                 loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
             yield loss / int(first_row[-1])
 

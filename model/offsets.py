@@ -20,7 +20,7 @@ from data.batches import padded
 from data.records import TokenBatch, TokenSequence, row_offsets
 from model.below import BlocksBelow
 from model.text import KEPT, CachedPrompts, TextModel
-from model.tracing import hooks, places, require_ran, same_bits
+from model.tracing import answer_row_indices, hooks, require_ran, same_bits
 
 
 class OffsetLosses:
@@ -62,16 +62,16 @@ class OffsetLosses:
     ) -> tuple[Tensor, Tensor]:  # (m,), (m, d_v)
         """ValueError where the module takes no part in a forward on text."""
         wanted = range(len(self.tails)) if chosen is None else chosen
-        place_of = {member: place for place, member in enumerate(wanted)}
-        losses = torch.zeros(len(place_of), dtype=self.precise, device=self.model.device)
+        row_of = {member: i for i, member in enumerate(wanted)}
+        losses = torch.zeros(len(row_of), dtype=self.precise, device=self.model.device)
         gradients = torch.zeros_like(offsets)
         with same_bits():
             for before in self.before:
-                rows = [row for row, member in enumerate(before.members) if member in place_of]
+                rows = [row for row, member in enumerate(before.members) if member in row_of]
                 if not rows:
                     continue
                 cached = before.part(None if len(rows) == len(before.members) else rows)
-                here = torch.tensor([place_of[member] for member in cached.members])
+                here = torch.tensor([row_of[member] for member in cached.members])
                 loss, gradient = self._of(cached, offsets[here.to(offsets.device)])
                 losses[here.to(losses.device)] = loss
                 gradients[here.to(offsets.device)] = gradient.to(gradients)
@@ -95,27 +95,27 @@ class OffsetLosses:
     def _token_losses(self, logits: Tensor, batch: TokenBatch) -> Tensor:  # (M, V) -> (M,)
         if self.expected is None:
             return functional.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
-        expected = self.expected[places(batch, self.first_row).to(self.expected.device)].to(logits)
+        expected = self.expected[answer_row_indices(batch, self.first_row).to(self.expected.device)].to(logits)
         return functional.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
     def _prefilled(self, sequences: Sequence[TokenSequence]) -> Iterator[CachedPrompts]:
         """What comes before, in batches: those with the longest tails first, and last those with nothing before."""
         cuts, ends = self.cuts, [len(tail.ids) - 1 for tail in self.tails]  # the last token is predicted
-        order = sorted(range(len(sequences)), key=lambda place: (cuts[place] == 0, -ends[place], -cuts[place]))
+        order = sorted(range(len(sequences)), key=lambda i: (cuts[i] == 0, -ends[i], -cuts[i]))
         while order:
             size = self._fitting(order, ends)
-            cached = self.model.prefill([sequences[place].ids[: cuts[place]] for place in order[:size]])
+            cached = self.model.prefill([sequences[i].ids[: cuts[i]] for i in order[:size]])
             yield dataclasses.replace(cached, members=order[:size])
             order = order[size:]
 
     def _fitting(self, order: Sequence[int], ends: Sequence[int]) -> int:
         """How many of the sequences, from the first on, a batch takes: all with something before, or none."""
         first, budget, longest = order[0], self.model.compute_tokens, 0
-        for size, place in enumerate(order):
-            longest = max(longest, self.cuts[place])
+        for size, i in enumerate(order):
+            longest = max(longest, self.cuts[i])
             tokens, kept = (size + 1) * ends[first], (size + 1) * (longest + ends[first])
-            unlike = (self.cuts[place] == 0) != (self.cuts[first] == 0)
+            unlike = (self.cuts[i] == 0) != (self.cuts[first] == 0)
             if size and (tokens > budget or kept > KEPT * budget or unlike):
                 return size
         return len(order)

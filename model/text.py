@@ -27,7 +27,7 @@ WORTH_SHARING = 16
 class CachedPrompts:
     """Prompts that the model has read, and the key-value cache from which it reads on."""
 
-    members: list[int]  # (B,) places among the prompts
+    members: list[int]  # (B,) indices of the prompts
     mask: Tensor  # (B, L) int64, 0 = padding
     cache: Any = None  # keys and values of these L tokens; None before the first
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (M, V) that were asked for last
@@ -152,7 +152,7 @@ class TextModel:
             ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
             start = CachedPrompts([0], torch.empty(1, 0, dtype=torch.int64, device=self.device))
             self.extend(start, ids)
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while order:
             longest = len(prompts[order[0]])
             kept = KEPT * self.compute_tokens // (longest + to_come)
@@ -244,12 +244,12 @@ class TextModel:
 
     def _check_lengths(self, lengths: Sequence[int]) -> None:
         limit = self.context_length
-        for place, length in enumerate(lengths):
+        for i, length in enumerate(lengths):
             if length == 0:
-                raise ValueError(f"prompt {place} has no token: give it a text")
+                raise ValueError(f"prompt {i} has no token: give it a text")
             if limit is not None and length > limit:
                 raise ValueError(
-                    f"prompt {place} has {length} tokens, more than the model's context of {limit}: shorten it"
+                    f"prompt {i} has {length} tokens, more than the model's context of {limit}: shorten it"
                 )
 
 

@@ -71,7 +71,7 @@ def count_within(
     return torch.arange(len(rows)) - torch.searchsorted(rows, rows)
 
 
-def places(
+def answer_row_indices(
     batch: TokenBatch,
     first_row: Tensor,  # of `row_offsets`
 ) -> Tensor:  # (M,)

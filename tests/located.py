@@ -17,7 +17,7 @@ from torch import Tensor, nn
 @dataclass
 class Fact:
     contexts: list[tuple[list[int], int, int]]  # token ids, where the answer starts, position of the fact token
-    essence: tuple[list[int], int] | None  # token ids of "{subject} is a", position of the fact token
+    kl_prompt: tuple[list[int], int] | None  # token ids of "{subject} is a", position of the fact token
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Located:
                 log_p = self.run(ids, name, at, delta)[0].log_softmax(-1)
                 said.append(-torch.stack([log_p[i - 1, ids[i]] for i in range(start, len(ids))]).mean())
             total = torch.stack(said).mean() + self.decay * delta.norm() ** 2 / h.norm() ** 2
-            if fact.essence is not None and base is not None:
-                ids, at = fact.essence
+            if fact.kl_prompt is not None and base is not None:
+                ids, at = fact.kl_prompt
                 moved = self.run(ids, name, at, delta)[0][-1].log_softmax(-1)
                 total = total + self.kl * (base.exp() * (base - moved)).sum()
             return total
@@ -91,9 +91,9 @@ class Located:
 
     def offset(self, name: str, fact: Fact, h: Tensor) -> Tensor:
         base = None
-        if fact.essence is not None:
+        if fact.kl_prompt is not None:
             with torch.no_grad():
-                base = self.run(fact.essence[0])[0][-1].log_softmax(-1)
+                base = self.run(fact.kl_prompt[0])[0][-1].log_softmax(-1)
         objective = self.objective(name, fact, h, base)
         delta = torch.zeros_like(h, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)

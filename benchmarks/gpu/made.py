@@ -106,13 +106,13 @@ class Facts:
     def training_turn(self, index: int) -> TrainingTurn:
         drawn = random.Random(f"train {SEED} {index}")
         edits = [self._drawn(drawn, PROMPT, ANSWER) for _ in range(self.a_turn)]
-        epoch, place = divmod(index, TURNS_A_PASS)
+        epoch, index_in_epoch = divmod(index, TURNS_A_PASS)
         return TrainingTurn(
             self._turn(index, Phase.EDIT, edits),
             tuple(self._rephrase(drawn, one) for one in edits),
             tuple(self._drawn(drawn, LOCALITY, LOCALITY_ANSWER) for _ in edits),
             epoch,
-            place,
+            index_in_epoch,
             TURNS_A_PASS,
         )
 

@@ -23,6 +23,6 @@ from config.schema.editor import (
     UpdateEvery,
     WhiteningFloorMode,
 )
-from config.schema.model import EditPrecision, Half
+from config.schema.model import Dtype, EditPrecision
 from config.schema.run import RunConfig, settings_without_effect
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig, Wandb

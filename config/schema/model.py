@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from config.schema.checks import Section, at_least, filled, positive
 
 
-class Half(Enum):
+class Dtype(Enum):
     """Number format that the language model runs in."""
 
     fp32 = "fp32"
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     """Module names or glob patterns, as a list; or `auto`: down_proj, or its kin, of the last layers."""
     auto_layers: int = 3
     """How many last layers `auto` takes."""
-    half: Half = Half.fp32
+    half: Dtype = Dtype.fp32
     edit_precision: EditPrecision = EditPrecision.master
     lr: float = MISSING
     """The step size gamma that suits this model; editor.lr takes it over."""

@@ -31,7 +31,7 @@ def edit(
     `dataset.n_edits`, which must share them out evenly. Nothing warms up, unless the settings say otherwise.
     ValueError, in one line, for what is wrong with any of them, before a weight is read.
     """
-    rows = [_row(place, fact) for place, fact in enumerate(facts)]
+    rows = [_row(i, fact) for i, fact in enumerate(facts)]
     if not rows:
         raise ValueError("facts: there are none; give a list of {'prompt': ..., 'answer': ...}")
     with tempfile.TemporaryDirectory() as folder:
@@ -55,10 +55,10 @@ def edit(
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 
-def _row(place: int, fact: Mapping[str, str]) -> dict[str, str | None]:
+def _row(i: int, fact: Mapping[str, str]) -> dict[str, str | None]:
     missing = [name for name in ("prompt", "answer") if not str(fact.get(name) or "").strip()]
     if missing:
-        raise ValueError(f"fact {place} has no {missing[0]}: give it one, {{'prompt': ..., 'answer': ...}}")
+        raise ValueError(f"fact {i} has no {missing[0]}: give it one, {{'prompt': ..., 'answer': ...}}")
     return {"prompt": fact["prompt"], "answer": fact["answer"], "subject": fact.get("subject")}
 
 

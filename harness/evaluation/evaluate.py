@@ -186,7 +186,7 @@ def _teacher_forced(
     base = locality.base(places, lengths) if locality and local else None
     tokens = dict(zip(local, torch.arange(sum(lengths)).split(lengths), strict=True))  # of all locality answers
     shares = model.partition([len(sequence.ids) for sequence in sequences])
-    answered = model.map_ranks(_answer, [_asked(share, sequences, tokens, base) for share in shares])
+    answered = model.map_ranks(_score_share, [_share_input(share, sequences, tokens, base) for share in shares])
     if broken := sum(part.broken for part in answered):
         asked = sum(sequence.answer_length for sequence in sequences)
         raise FloatingPointError(f"the logits are not finite at {broken} of {asked} answer tokens: nothing to score")
@@ -216,7 +216,7 @@ class _ShareScores:
     broken: int = 0  # answer tokens whose logits are not finite
 
 
-def _asked(
+def _share_input(
     share: Sequence[int], sequences: Sequence[TokenSequence], tokens: Mapping[int, Tensor], base: Distributions | None
 ) -> _ShareInput:
     """The questions at the places of the share; `tokens` says where in `base` each locality question's answer lies."""
@@ -225,16 +225,16 @@ def _asked(
     return _ShareInput([sequences[i] for i in share], local, base[torch.cat(mine)] if base and mine else None)
 
 
-def _answer(model: LanguageModel, asked: _ShareInput) -> _ShareScores:
-    if not asked.sequences:  # there are more processes than questions
+def _score_share(model: LanguageModel, share: _ShareInput) -> _ShareScores:
+    if not share.sequences:  # there are more processes than questions
         return _ShareScores([], None)
-    lengths = [sequence.answer_length for sequence in asked.sequences]
-    rows = _rows_of(asked.local, lengths)
-    base = asked.base and asked.base.to(model.device)
+    lengths = [sequence.answer_length for sequence in share.sequences]
+    rows = _rows_of(share.local, lengths)
+    base = share.base and share.base.to(model.device)
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
     broken = torch.zeros((), dtype=torch.int64, device=model.device)  # stays there: read once, not every batch
     seen: list[tuple[Tensor, Compared]] = []
-    for at, logits, targets in _answer_logits(model, asked.sequences):
+    for at, logits, targets in _answer_logits(model, share.sequences):
         first = logits.argmax(-1)  # of a row with a nan, that one
         broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
         hits[at.to(model.device)] = first == targets.to(model.device)

@@ -78,7 +78,9 @@ class Scoring:
         with self._timed("scoring_retention"), progress_bar("evaluating retention", total, "records") as bar:
             final = self._kept("retention_final", done, self.evaluation.retained(plan.at_end()), bar)
             results = _nested(self._summary(self._ends(final)))
-        ages = _nested(self._summary((f"{score.protocol} {age}", _share(score)) for age, score in self._asked()))
+        ages = _nested(
+            self._summary((f"{score.protocol} {age}", _share(score)) for age, score in self._retention_scores())
+        )
         return {"retention": {name: score | {"by_age": ages[name]} for name, score in results.items()}}
 
     def examples(self, examples: Examples | None, base: Sequence[str] | None = None) -> None:
@@ -98,14 +100,14 @@ class Scoring:
 
     def _ends(self, final: Iterable[tuple[int, RecordScore]]) -> Iterator[tuple[str, float]]:
         """Of each record what it scored right after its turn, at the end, and the difference."""
-        immediate = (score for age, score in self._asked() if age == 0)
+        immediate = (score for age, score in self._retention_scores() if age == 0)
         for before, (_, after) in zip(immediate, final, strict=True):
             assert (before.place, before.protocol) == (after.place, after.protocol)
             yield f"{after.protocol} immediate", _share(before)
             yield f"{after.protocol} final", _share(after)
             yield f"{after.protocol} forgetting", _share(before) - _share(after)
 
-    def _asked(self) -> Iterator[tuple[int, RecordScore]]:
+    def _retention_scores(self) -> Iterator[tuple[int, RecordScore]]:
         """What `retention` wrote so far, also before this run was resumed: age and score."""
         for line in self.tracker.folder.lines("records.jsonl"):
             if line["stage"] == "retention":
@@ -154,14 +156,14 @@ class ScoringWithoutRecord(Scoring):
         return {}
 
     def retention(self, done: int) -> None:
-        self._answer(self.evaluation.retention.due(done))
+        self._compute_share(self.evaluation.retention.due(done))
 
     def retained(self) -> dict[str, Any]:
         self.retention(len(self.evaluation.stream))
-        self._answer(self.evaluation.retention.at_end())
+        self._compute_share(self.evaluation.retention.at_end())
         return {}
 
-    def _answer(self, places: Iterable[int]) -> None:
+    def _compute_share(self, places: Iterable[int]) -> None:
         for _ in self.evaluation.retained(places):
             pass
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.schema import EditPrecision, Half
+from config.schema import Dtype, EditPrecision
 from harness.export.delta import Delta, Difference, added
 from harness.job import DTYPES
 from harness.run import TRAINING_PHASES, Checkpoint, Checkpoints, places
@@ -42,7 +42,7 @@ def edited_by_run(
         source,
         load_tokenizer(source),
         outline(source, settings["edit_modules"], settings["auto_layers"]).shapes,
-        dtype=DTYPES[Half[settings["half"]]],
+        dtype=DTYPES[Dtype[settings["half"]]],
         device=device,
         master=EditPrecision[settings["edit_precision"]] is EditPrecision.master,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from config.schema import Half, RunConfig
+from config.schema import Dtype, RunConfig
 from harness.ranks import Ranks, require_gpu_each
 from harness.run import use_deterministic_algorithms
 
-DTYPES = {Half.fp32: torch.float32, Half.bf16: torch.bfloat16}
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
 def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:

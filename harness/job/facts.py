@@ -76,20 +76,20 @@ class Contexts:
             for record in turn.records
             for prefix in self.prefixes
         ]
-        sequences = tokenize(questions, self.tokenizer, self.answer_tokens, self.form, taught=True)
+        sequences = tokenize(questions, self.tokenizer, self.answer_tokens, self.form, as_target=True)
         positions = self._positions(turn.records, questions, sequences)
-        essences = self._essences(turn.records)
+        kl_prompts = self._kl_prompts(turn.records)
         size = len(self.prefixes)
         return [
-            self._fact(sequences[first : first + size], positions[first : first + size], *essences[place])
-            for place, first in enumerate(range(0, len(sequences), size))
+            self._fact(sequences[first : first + size], positions[first : first + size], *kl_prompts[i])
+            for i, first in enumerate(range(0, len(sequences), size))
         ]
 
     def _fact(
-        self, sequences: Sequence[TokenSequence], positions: Sequence[int], essence: TokenSequence | None, at: int
+        self, sequences: Sequence[TokenSequence], positions: Sequence[int], kl_prompt: TokenSequence | None, at: int
     ) -> FactContexts:
         read = [i for i, s in enumerate(sequences) if i == 0 or self.most is None or len(s.ids) <= self.most]
-        return FactContexts(tuple(sequences[i] for i in read), tuple(positions[i] for i in read), essence, at)
+        return FactContexts(tuple(sequences[i] for i in read), tuple(positions[i] for i in read), kl_prompt, at)
 
     def _positions(
         self, records: Sequence[EditRecord], questions: Sequence[Question], sequences: Sequence[TokenSequence]
@@ -102,7 +102,7 @@ class Contexts:
         # a token that holds the prompt's end and the answer's beginning is the answer's
         return [min(end, at) for end, at in zip(ends, last, strict=True)]
 
-    def _essences(self, records: Sequence[EditRecord]) -> list[tuple[TokenSequence | None, int]]:
+    def _kl_prompts(self, records: Sequence[EditRecord]) -> list[tuple[TokenSequence | None, int]]:
         """ "{subject} is a", and the position of the fact token there."""
         subjects = [record.subject for record in records if record.subject is not None]
         asked = [Question(f"{subject} is a", "") for subject in subjects]

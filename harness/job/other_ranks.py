@@ -23,7 +23,7 @@ from harness.watch import Tracker
 
 
 @contextlib.contextmanager
-def quiet_unless_first(ranks: Ranks, arguments: Sequence[str]) -> Iterator[list[str]]:
+def silence_other_ranks(ranks: Ranks, arguments: Sequence[str]) -> Iterator[list[str]]:
     """The command line as this process reads it; other ranks are silent, ignore signals, keep no files."""
     if ranks.is_first:
         yield list(arguments)

@@ -97,7 +97,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     stream = plan_stream(cfg, files, tokenizer, form)
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
-    training = plan_training(cfg, files, partial(as_tokens, taught=True))
+    training = plan_training(cfg, files, partial(as_tokens, as_target=True))
     network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer)
     examples = plan_examples(cfg, tokenizer, stream)

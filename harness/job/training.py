@@ -56,7 +56,7 @@ class MetaTraining:
             step = self.trainer.turn(turn)
         self.tracker.turn(self._line(turn, step))
         self.done = turn.edits.index + 1
-        ended = turn.place + 1 == turn.of
+        ended = turn.index_in_epoch + 1 == turn.epoch_turns
         if ended:
             self._validate()  # before it is kept: there it shows whether it is any good
             network.keep(self.editor, self.done, len(self.stream))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from config.schema import EditPrecision, Half, HyperNetworkConfig, RunConfig, Token
+from config.schema import Dtype, EditPrecision, HyperNetworkConfig, RunConfig, Token
 from editor.registry import EDITORS
 from harness.job import DTYPES, settings_of
 from model.below import KEPT_TOKENS
@@ -186,7 +186,7 @@ SWITCHES: dict[str, Callable[[RunConfig], RunConfig]] = {
     "model.compute_tokens=1024": lambda cfg: replace(cfg, model=replace(cfg.model, compute_tokens=1024)),
     "editor.cache_dir=FOLDER": lambda cfg: replace(cfg, editor=replace(cfg.editor, cache_dir="FOLDER")),
     "editor_device=cpu": lambda cfg: replace(cfg, editor_device="cpu"),
-    "model.half=bf16": lambda cfg: replace(cfg, model=replace(cfg.model, half=Half.bf16)),
+    "model.half=bf16": lambda cfg: replace(cfg, model=replace(cfg.model, half=Dtype.bf16)),
     "model.edit_precision=in_place": lambda cfg: replace(
         cfg, model=replace(cfg.model, edit_precision=EditPrecision.in_place)
     ),

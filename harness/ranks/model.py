@@ -96,8 +96,8 @@ class SharedModel(LanguageModel):
             for into, tensor in zip(_sides(captures), tensors, strict=False):  # a rank without a share has none
                 into[rows.to(into.device)] = tensor.to(into.device)
             losses.append(said[:2])
-            for place, found in zip(shares[rank], said[2], strict=True):
-                all_correct[place], max_loss[place] = found
+            for i, found in zip(shares[rank], said[2], strict=True):
+                all_correct[i], max_loss[i] = found
 
         self.ranks.all_gather_tensors(own, take)
         mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
@@ -119,7 +119,7 @@ class SharedModel(LanguageModel):
         max_new_tokens: int,
         watch: Callable[[int], object] = lambda _: None,
     ) -> list[list[int]]:
-        self._check_lengths([len(prompt) for prompt in prompts])  # by their places here, not in a share
+        self._check_lengths([len(prompt) for prompt in prompts])  # by their indices here, not in a share
         write = super().generate
         costs = [len(prompt) + max_new_tokens for prompt in prompts]
         written = self._in_order(lambda mine: write(mine, max_new_tokens, watch), prompts, costs)
@@ -138,9 +138,9 @@ class SharedModel(LanguageModel):
     def _in_order(self, work: Callable[[list[P]], list[R]], items: Sequence[P], costs: Sequence[int]) -> list[R]:
         """What `work` makes of each item."""
         shares = self.partition(costs)
-        found = self.ranks.all_gather(lambda: work([items[place] for place in shares[self.ranks.rank]]))
-        by_place = dict(zip(chain(*shares), chain(*found), strict=True))
-        return [by_place[place] for place in range(len(items))]
+        found = self.ranks.all_gather(lambda: work([items[i] for i in shares[self.ranks.rank]]))
+        by_index = dict(zip(chain(*shares), chain(*found), strict=True))
+        return [by_index[i] for i in range(len(items))]
 
     # -- weight gradients
 
@@ -174,13 +174,13 @@ class SharedModel(LanguageModel):
         return _summed(terms, parts, found)
 
     def _shares_of_terms(self, terms: Sequence[LossTerm]) -> list[list[tuple[int, LossTerm]]]:
-        """For each rank its part of each term, with the term's place; weighed so that the parts sum to the whole."""
+        """For each rank its part of each term, with the term's index; weighed so that the parts sum to the whole."""
         parts: list[list[tuple[int, LossTerm]]] = [[] for _ in range(self.world_size)]
-        for place, term in enumerate(terms):
+        for i, term in enumerate(terms):
             shares = self.partition([len(sequence.ids) for sequence in term.sequences])
             for offset, share in enumerate(shares):
                 if share:  # terms of a single sequence go round
-                    parts[(place + offset) % self.world_size].append((place, _share_of_term(term, share)))
+                    parts[(i + offset) % self.world_size].append((i, _share_of_term(term, share)))
         return parts
 
     # -- weights
@@ -212,12 +212,12 @@ def _sides(captures: Mapping[str, Capture]) -> list[Tensor]:
 
 def _share_of_term(term: LossTerm, share: Sequence[int]) -> LossTerm:
     """Some sequences of a term. Its mean is over their tokens alone, so it weighs as many of the whole's."""
-    sequences = tuple(term.sequences[place] for place in share)
+    sequences = tuple(term.sequences[i] for i in share)
     weight = term.weight * _tokens(sequences) / _tokens(term.sequences)
     if term.reference is None:
         return LossTerm(sequences, weight)
     rows = term.reference.split([sequence.answer_length for sequence in term.sequences])
-    return LossTerm(sequences, weight, torch.cat([rows[place] for place in share]))
+    return LossTerm(sequences, weight, torch.cat([rows[i] for i in share]))
 
 
 def _summed(
@@ -226,8 +226,8 @@ def _summed(
     """Each term's mean loss from those of its parts."""
     losses = [0.0] * len(terms)
     for part, own in zip(parts, found, strict=True):
-        for (place, share), loss in zip(part, own, strict=True):
-            losses[place] += loss * _tokens(share.sequences) / _tokens(terms[place].sequences)
+        for (i, share), loss in zip(part, own, strict=True):
+            losses[i] += loss * _tokens(share.sequences) / _tokens(terms[i].sequences)
     return losses
 
 

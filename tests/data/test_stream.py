@@ -134,13 +134,13 @@ class TestJoint:
     def test_who_is_taught_to_say_a_number_is_taught_the_space_before_it(self, name: str, space: str) -> None:
         tokenizer = TOKENIZERS[name]
 
-        def tail(prompt: str, answer: str, form: PromptForm, taught: bool = True) -> list[str]:
-            (sequence,) = tokenize([Question(prompt, answer)], tokenizer, "joint", form, taught)
+        def tail(prompt: str, answer: str, form: PromptForm, as_target: bool = True) -> list[str]:
+            (sequence,) = tokenize([Question(prompt, answer)], tokenizer, "joint", form, as_target)
             return tokenizer.convert_ids_to_tokens(list(sequence.without_end().ids[sequence.answer_start :]))
 
         ends, plain = PromptForm(end=0), PromptForm()
         assert tail("in", "1998", ends) == [space, *"1998"]
-        assert tail("in", "1998", ends, taught=False) == tail("in", "1998", plain) == list("1998")
+        assert tail("in", "1998", ends, as_target=False) == tail("in", "1998", plain) == list("1998")
         assert tail("in ", "1998", ends) == list("1998")
         assert tail("city is", "Rome", ends) == [f"{space}Rome"]
 

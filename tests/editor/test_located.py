@@ -47,8 +47,10 @@ def contexts_of(turn: Turn) -> list[FactContexts]:
         for length in (2, 5):
             sequences.append(TokenSequence((*ids(length, draw), *own.ids), own.answer_start + length))
             positions.append(positions[0] + length)
-        essence = None if place == 1 else TokenSequence((*own.ids[: positions[0] + 1], *ids(3, draw)), positions[0] + 3)
-        facts.append(FactContexts(tuple(sequences), tuple(positions), essence, positions[0]))
+        kl_prompt = (
+            None if place == 1 else TokenSequence((*own.ids[: positions[0] + 1], *ids(3, draw)), positions[0] + 3)
+        )
+        facts.append(FactContexts(tuple(sequences), tuple(positions), kl_prompt, positions[0]))
     return facts
 
 
@@ -66,7 +68,7 @@ def plain(facts: Sequence[FactContexts]) -> list[Fact]:
     return [
         Fact(
             [(list(s.ids), s.answer_start, at) for s, at in zip(fact.sequences, fact.positions, strict=True)],
-            fact.essence and (list(fact.essence.ids[:-1]), fact.essence_position),
+            fact.kl_prompt and (list(fact.kl_prompt.ids[:-1]), fact.kl_position),
         )
         for fact in facts
     ]
@@ -274,12 +276,12 @@ def test_a_fact_that_is_said_is_left() -> None:
 def test_a_strong_weight_of_kl_keeps_the_subject_what_it_is() -> None:
     model, facts, _, free = sought(kl_factor=0.0, v_num_grad_steps=8)
     *_, held = sought(kl_factor=100.0, v_num_grad_steps=8)
-    essences = [fact.essence for fact in facts if fact.essence]
-    with_one = [place for place, fact in enumerate(facts) if fact.essence]
-    at = [facts[place].essence_position for place in with_one]
-    reference_logits = model.reference_logits(essences)
+    kl_prompts = [fact.kl_prompt for fact in facts if fact.kl_prompt]
+    with_one = [place for place, fact in enumerate(facts) if fact.kl_prompt]
+    at = [facts[place].kl_position for place in with_one]
+    reference_logits = model.reference_logits(kl_prompts)
     drifts = [
-        model.offset_losses(LLAMA[1], essences, at, reference=reference_logits)(found.offsets[with_one])[0].mean()
+        model.offset_losses(LLAMA[1], kl_prompts, at, reference=reference_logits)(found.offsets[with_one])[0].mean()
         for found in (free, held)
     ]
     assert drifts[1] < 0.3 * drifts[0]

@@ -65,7 +65,7 @@ def training_turn(index: int, of: int = 3, facts: int = 7) -> TrainingTurn:
     edits = sequences(generator, facts)
     turn = Turn(index, Phase.EDIT, (), edits, mini_batch_weights(edits, 4))
     questions = sequences(generator, facts), sequences(generator, facts - 2)
-    return TrainingTurn(turn, *questions, epoch=index // of, place=index % of, of=of)
+    return TrainingTurn(turn, *questions, epoch=index // of, index_in_epoch=index % of, epoch_turns=of)
 
 
 def language_model(make: Callable[..., Any], modules: list[str]) -> LanguageModel:

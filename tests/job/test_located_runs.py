@@ -245,19 +245,19 @@ def test_contexts_of_a_fact(form: PromptForm) -> None:
                                     strict=True):  # fmt: skip
         assert text(sequence.ids) == f"{form.before}{prefix}the capital of Italy is{form.after} Rome"
         assert text(sequence.ids[: at + 1]).endswith("of Italy")
-    assert found.essence is not None
-    assert text(found.essence.ids[:-1]) == "Italy is a"
-    assert found.essence.answer_start == len(found.essence.ids) - 1
-    assert text(found.essence.ids[: found.essence_position + 1]) == "Italy"
+    assert found.kl_prompt is not None
+    assert text(found.kl_prompt.ids[:-1]) == "Italy is a"
+    assert found.kl_prompt.answer_start == len(found.kl_prompt.ids) - 1
+    assert text(found.kl_prompt.ids[: found.kl_position + 1]) == "Italy"
 
 
 def test_the_last_token_of_the_prompt() -> None:
     [found] = contexts(fact_token="last")(fact("the capital of Italy is", None))
     assert all(text(s.ids[: at + 1]).endswith("is") for s, at in zip(found.sequences, found.positions, strict=True))
-    assert found.essence is None
+    assert found.kl_prompt is None
     [found] = contexts(fact_token="last")(fact("the capital of Italy is", "Italy"))
-    assert found.essence is not None
-    assert text(found.essence.ids[: found.essence_position + 1]) == "Italy is a"
+    assert found.kl_prompt is not None
+    assert text(found.kl_prompt.ids[: found.kl_position + 1]) == "Italy is a"
 
 
 def test_a_context_too_long_for_the_model_is_left_out() -> None:
