@@ -30,7 +30,7 @@ class Corpus(Protocol):
 
     @property
     def remedy(self) -> str:
-        """What to do where it is too little."""
+        """What to do where there is too little of it."""
 
     @property
     def sha256(self) -> str:
@@ -48,7 +48,7 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Text files, JSON Lines with a field `text`, and, of `rows`, JSON arrays whose every text counts."""
+    """`texts`: text files, or JSON Lines with a field `text`; `rows`: JSON arrays, of which every text counts."""
 
     texts: tuple[Path, ...]
     rows: tuple[Path, ...]

@@ -10,7 +10,7 @@ CELLS = 4_000_000  # numbers drawn at once
 
 
 def blocks(resamples: int, width: int) -> list[int]:
-    """`resamples` rows of `width` numbers, in blocks of at most `CELLS` numbers."""
+    """Into how many rows at a time to cut `resamples` rows of `width` numbers: at most `CELLS` numbers each."""
     size = max(1, min(resamples, CELLS // width))
     return [min(size, resamples - start) for start in range(0, resamples, size)]
 

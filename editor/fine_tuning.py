@@ -93,7 +93,7 @@ class FineTuning:
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """There is nothing to take up."""
+        """Nothing is kept from one turn to the next."""
 
 
 class _Tuned:

@@ -103,7 +103,7 @@ class NullSpace:
 
 
 class Coordinates(Protocol):
-    """Where a layer is solved in: a map of keys, and the adjoint map of what is solved back to weights."""
+    """In which a layer is solved: `enter` maps keys into them, `leave`, its adjoint, the solution back to weights."""
 
     def enter(self, keys: Tensor) -> Tensor: ...
     def leave(self, left: Tensor) -> Tensor: ...

@@ -41,7 +41,7 @@ class Targets:
 
     @classmethod
     def of_all(cls, each: Sequence[Targets]) -> Targets:
-        """Of facts that were sought one after another."""
+        """As one, those of facts that were sought one after another."""
         parts = ([getattr(one, part) for one in each] for part in ("offsets", "losses", "steps"))
         return cls(*map(torch.cat, parts))
 

@@ -31,7 +31,7 @@ class BlocksBelow:
 
     @property
     def in_use(self) -> bool:
-        """Not in inference mode, whose tensors no graph takes."""
+        """Whether blocks are left out: not in inference mode, whose tensors no graph takes."""
         return bool(self.blocks) and not torch.is_inference_mode_enabled()
 
     @contextlib.contextmanager
@@ -83,7 +83,7 @@ class BlocksBelow:
 def blocks_below(model: Any, names: Sequence[str]) -> list[nn.Module]:
     """The layers before the first that holds one of these modules.
 
-    None where one lies in no layer, nor in a model that hands more from layer to layer than the residual stream.
+    Empty where one lies in no layer, and in a model that hands more from layer to layer than the residual stream.
     """
     found = [layer_of(model, name) for name in names]
     inside = [place for place in found if place is not None]

@@ -41,7 +41,7 @@ class EditModule:
 
     @torch.no_grad()
     def bound(self, update: LowRankUpdate) -> Tensor:  # () float64
-        """The product of the norms of its factors."""
+        """Not below ||DeltaW||: the product of the norms of its factors."""
         return reduce(torch.mul, map(_norm, self._factors(update)))
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number for each, of all its bits in their places, in which two copies that differ differ."""
+    """A number for each tensor, made of all its bits in their order: the numbers of copies that differ, differ."""
     totals = read_together([checksum(tensor) for tensor in tensors.values()])
     return {name: total % 2**64 for name, total in zip(tensors, totals, strict=True)}
 

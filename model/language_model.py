@@ -328,7 +328,7 @@ class LanguageModel(PositionModel):
         return all(edited.is_original() for edited in self.edited.values())
 
     def checksums(self) -> dict[str, int]:
-        """Of each edited weight."""
+        """A number for each edited weight, of all its bits."""
         return checksums({name: edited.master for name, edited in self.edited.items()})
 
     def fingerprint(self) -> str:

@@ -219,7 +219,7 @@ SCHEMES: Mapping[str, Callable[[str, Path], Path]] = {"pypi": _convert_packaged,
 
 
 def stamp(source: ModelSource) -> str | None:
-    """Tells, nothing being read, whether a model's files may be others than before; None where nobody can say.
+    """Text that changes when a model's files do, made without reading them; None where nobody can say.
 
     Of a folder's files their sizes and times; of a name on the hub the commit that this machine has.
     """

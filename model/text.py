@@ -33,7 +33,7 @@ class CachedPrompts:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (M, V) that were asked for last
 
     def keep(self, rows: list[int]) -> None:
-        """Leave out the other rows, layer by layer, so that no second cache lies beside this one."""
+        """Keep these rows alone, layer by layer, so that no second cache lies beside this one."""
         self.members, self.mask = [self.members[row] for row in rows], self.mask[rows]
         self.cache.reorder_cache(torch.tensor(rows))
 

@@ -75,7 +75,7 @@ def answer_row_indices(
     batch: TokenBatch,
     first_row: Tensor,  # of `row_offsets`
 ) -> Tensor:  # (M,)
-    """Where the batch's answer tokens stand when those of all sequences are counted in order."""
+    """The index of each answer token of the batch among those of all sequences, counted in order."""
     return first_row[batch.members][batch.rows] + count_within(batch.rows)
 
 
@@ -83,8 +83,8 @@ def answer_row_indices(
 def same_bits() -> Iterator[None]:
     """Makes the backward of attention deterministic too, where deterministic algorithms are asked for with a warning.
 
-    `Plan` asks for them so on GPUs. Attention's kernels take their deterministic form only where torch is to fail
-    without one. ValueError where an operation of the model has no such form.
+    `harness.run.use_deterministic_algorithms` asks for them so. Attention's kernels take their deterministic form only
+    where torch is to fail without one. ValueError where an operation of the model has no such form.
     """
     if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
         yield

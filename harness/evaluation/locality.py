@@ -49,7 +49,7 @@ C = TypeVar("C", bound=_Columns)
 
 
 def cat(pieces: Sequence[C]) -> C:
-    """The rows of all pieces, which are of one kind."""
+    """The rows of all pieces, which are of one class."""
     return type(pieces[0])(*(torch.cat(parts) for parts in zip(*(piece._parts() for piece in pieces), strict=True)))
 
 
@@ -81,7 +81,7 @@ class Shift(_Columns):
 
 
 def shift(base: Distributions, logits: Tensor, first: Tensor) -> Shift:
-    """Of logits (N, V) of the edited model at the same tokens, which are overwritten, and their argmax (N,)."""
+    """From `base` to the edited model's logits (N, V), which are overwritten; `first` (N,) is their argmax."""
     logits, ids = _at_least_float32(logits), base.ids.long()
     top = logits.gather(1, ids)
     log_others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1)
@@ -109,20 +109,20 @@ class RecordShift:
 
 
 class Locality(Protocol):
-    """What the locality answers of evaluated records are needed for, block by block in the order of their places."""
+    """Keeps or compares what a model answers to unrelated questions, block by block in the order of the records."""
 
     def base(self, places: Sequence[int], lengths: Sequence[int]) -> Distributions | None:
         """The base model's distributions at a block's answers, laid end to end; None where this model is the base."""
 
     def finish_block(self, places: Sequence[int], lengths: Sequence[int], seen: Compared) -> list[RecordShift | None]:
-        """What was compared in the block, in the same order; what is to be said of each of its records."""
+        """Takes what was `seen` at the block's answers; the shift of each record, None of the base model's own."""
 
 
 Compared = Distributions | Shift
 
 
 def compare_with(logits: Tensor, first: Tensor, base: Distributions | None) -> Compared:  # (N, V); (N,) their argmax
-    """The distributions, or where there are others to compare them with, how far they are from these. Overwrites."""
+    """The distributions of `logits`, which are overwritten, or where there is a `base`, how far they are from it."""
     return Distributions.of(logits, first) if base is None else shift(base, logits, first)
 
 

@@ -13,7 +13,7 @@ from data.stream import EditStream
 
 
 class RetentionPlan:
-    """A function of (seed, turn), so a resumed run asks the same. `sample` records a turn; 0 asks none, ever."""
+    """`sample` records of each turn (0: none), a function of seed and turn, so that a resumed run asks the same."""
 
     def __init__(self, stream: EditStream, sample: int, seed: int) -> None:
         self.stream, self.sample, self.seed = stream, sample, seed

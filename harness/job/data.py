@@ -30,7 +30,7 @@ def open_data(cfg: RunConfig) -> dict[str, RecordFile]:
 
 
 def unrelated_questions(cfg: RunConfig, stream: EditStream) -> list[Question]:
-    """Those of the warm-up turns; where nothing warms up, all that the shipped training file of zsRE asks.
+    """The unrelated ones of the warm-up turns; where nothing warms up, all that the shipped training file of zsRE asks.
 
     ValueError where the warm-up turns have none.
     """

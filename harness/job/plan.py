@@ -171,7 +171,7 @@ def plan_corpora(
     stream: EditStream,
     as_tokens: Tokenize,
 ) -> dict[str, Corpus]:
-    """What second moments are taken over, for its keys are to stay: nothing where the editor asks for no text."""
+    """The texts that second moments of keys are taken over, by name; none where the editor asks for none."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():
         return {}
     form = cfg.dataset.prompt_form

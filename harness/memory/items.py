@@ -50,7 +50,7 @@ class Item:
 
 
 def items(cfg: RunConfig, outline: Outline, facts: Facts, device: torch.device) -> list[Item]:
-    """`device`: where the model will be."""
+    """All that a run keeps; `device` is where the model will be."""
     entries = sum(prod(shape) for shape in outline.shapes.values())
     number = DTYPES[cfg.model.half].itemsize
     mastered = cfg.model.edit_precision is EditPrecision.master and number < SINGLE
@@ -146,7 +146,7 @@ def _of_capture(cfg: RunConfig, outline: Outline, facts: Facts, captured: int, d
 
 
 def scored_bytes(number: int) -> int:
-    """A scored logit: as the model has it, twice where it is of locality; in float32, and its exponential."""
+    """Bytes of a scored logit: as the model has it, twice where it is of locality; in float32, and its exponential."""
     as_float32 = SINGLE if number < SINGLE else 0
     return 2 * number + as_float32 + SINGLE
 

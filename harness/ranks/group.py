@@ -195,10 +195,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
-        """What ends the work inside on one rank ends it on all; who has done it waits for the others.
+        """An error in the block ends the block on every rank; a rank that is through it waits for the others.
 
-        Rank 0 raises the error, whosever it is; the others have said it by then and go on behind the block, or leave
-        the process where rank 0 was told to end. They leave with code 0: at another one torchrun would kill rank 0.
+        Rank 0 raises the error, whichever rank's it is, and the others go on behind the block. Where rank 0 is ending
+        (a signal), the others end too, with exit code 0: at any other one torchrun would kill rank 0.
         """
         if self.size == 1:
             yield
@@ -223,7 +223,7 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave in good order: gloo's threads, at work while Python takes itself apart, would abort the process."""
+        """Leave the process group: gloo's threads, at work while Python takes itself apart, would abort the process."""
         if self.size > 1 and not self._lost:
             self._lost = True
             distributed.destroy_process_group()

@@ -38,7 +38,7 @@ class SharedModel(LanguageModel):
     """A model of which this process computes its share; what is at single positions, all of it (model/positions.py)."""
 
     def __init__(self, model: LanguageModel, ranks: Ranks) -> None:
-        """`model`, which is not to be used by itself any more."""
+        """Takes over `model`, which is not to be used by itself any more."""
         vars(self).update(vars(model))
         self.ranks, self.world_size = ranks, ranks.size
 

@@ -143,7 +143,7 @@ class Checkpoints:
         self._prune()
 
     def discard_all(self) -> None:
-        """For when what comes after them stands by itself."""
+        """Remove them all: what comes after them stands by itself."""
         for place in self.places():
             self._discard(self._path(place))
         self.latest = None

@@ -28,7 +28,7 @@ def launcher_errors() -> tuple[type[Exception], ...]:
 
 
 def last_lines(error: Exception) -> str:
-    """What a launcher says of such a job, which may be all that the job had logged, and its trace."""
+    """The end of what a launcher says of such a job, which may be all that the job had logged, and its trace."""
     return "\n".join(str(error).splitlines()[-MOST_LINES:])
 
 

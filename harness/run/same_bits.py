@@ -8,7 +8,7 @@ import torch
 
 
 def prepare_libraries() -> None:
-    """What cuBLAS needs for it, and MKL, whose sums otherwise hang on where in memory a matrix begins.
+    """Settings that cuBLAS and MKL read; MKL's sums otherwise hang on where in memory a matrix begins.
 
     Products of float32 are those of float32: the environment of some containers has GPUs round them to TF32, in which a
     root of a covariance cannot be followed. To be called before either library has computed anything.
@@ -19,7 +19,7 @@ def prepare_libraries() -> None:
 
 
 def use_deterministic_algorithms(wanted: bool = True) -> None:
-    """CUDA's kernels then give the same result each time, where they have a form that does."""
+    """Whether CUDA's kernels give the same result each time, where they have a form that does."""
     if wanted == torch.are_deterministic_algorithms_enabled():
         return  # telling torch so once more would import its compiler, which takes seconds
     torch.use_deterministic_algorithms(wanted, warn_only=wanted)

@@ -86,7 +86,7 @@ def printable(text: str) -> str:
 
 
 def as_said(text: str) -> Text:
-    """The same as a cell of a table, without blanks around it; where nothing was said, that."""
+    """A model's words as a cell of a table, without blanks around them; where there are none, that."""
     return Text(printable(text).strip()) if text.strip() else Text("(nothing)", style="italic")
 
 

@@ -35,7 +35,7 @@ class PastUpdate:
 
 
 class TurnDiagnostics:
-    """Builds the line of each turn, with what the theory says of a good run (DESIGN section 1, its last paragraph).
+    """Builds the line of each turn: loss, seconds, and what the update did to the weights (DESIGN section 6).
 
     Remembers the updates of the last `previous` turns and one drawn from all before them, as factors: `previous` + 1
     times N (d_k + d_v) numbers a module, however many turns there are. Each is compared at a cost of N^2 (d_k + d_v).
