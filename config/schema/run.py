@@ -145,8 +145,9 @@ def training_data_mistakes(run: RunConfig) -> list[str]:
     preheat, mistakes = run.editor.preheat_mode, []
     if run.dataset.train_path is None and not run.dataset.has_sample:
         if run.warms_up():
+            no_warm_up = f"editor.preheat_mode=none or {run.dataset.warm_up_key}=0"
             reason = f"warm-up turns (editor.preheat_mode={preheat.name})"
-            mistakes.append(f"dataset.train_path=null: {reason} need it; set it, or editor.preheat_mode=none")
+            mistakes.append(f"dataset.train_path=null: {reason} need it; set it, or {no_warm_up}")
         if isinstance(run.editor, HyperNetworkConfig) and run.editor.trains():
             reason = f"meta-training (editor.n_epochs={run.editor.n_epochs})"
             mistakes.append(f"dataset.train_path=null: {reason} needs it; set it, or editor.n_epochs=0")

@@ -181,7 +181,9 @@ def test_editors_of_other_families_do_what_they_do_in_one(place: Commands, forks
     )
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+        # another share pads other texts, which rounds otherwise; where gradients are near 0, Adam's division makes more
+        # of that (GRACE's values: 7e-7 of 0.7), while FT-L's updates end at their bound, where nothing of it is left
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-5)
     assert many.scores() == about(one.scores())
 
 
