@@ -12,6 +12,7 @@ layer 2, against the forwards and backwards from that layer up that it needs, ov
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -33,9 +34,7 @@ CONTEXTS, PREFIX, PROMPT, ANSWER = 6, 10, 12, 3  # of a fact; tokens
 
 def layers(d_k: int, facts: int, kept: int, rounds: int, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
+    drawn = partial(torch.randn, generator=generator, device=device)
 
     scale = torch.logspace(1, -2, d_k, device=device)
     keys, earlier, residual = drawn(facts, d_k) * scale, drawn(kept, d_k) * scale, drawn(facts, 2 * d_k // 7)

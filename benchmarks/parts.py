@@ -22,6 +22,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,9 +171,7 @@ def a_turn(
     count, tokens = arguments.rows // shrink, arguments.tokens // shrink
     model = small_model(arguments, shrink)
     generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
+    drawn = partial(torch.randn, generator=generator, device=device)
 
     def captures() -> dict[str, Capture]:  # rows of heavy-tailed length
         return {

@@ -18,6 +18,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,9 +44,7 @@ def captured(arguments: argparse.Namespace, device: torch.device) -> Iterator[Te
 def made(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:  # (N, d_v) float32
     d_v, turns = arguments.d_v, arguments.warm_up + arguments.turns
     generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
+    drawn = partial(torch.randn, generator=generator, device=device)
 
     spread = 1e-4 * torch.arange(1, d_v + 1, device=device) ** (-arguments.decay / 2)
     first = torch.linalg.qr(drawn(d_v, d_v)).Q

@@ -99,8 +99,9 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, partial(as_tokens, as_target=True))
     network = plan_network(cfg, model_outline.shapes)
-    generation = plan_generation(cfg, tokenizer)
-    examples = plan_examples(cfg, tokenizer, stream)
+    generation = plan_generation(cfg, tokenizer, cfg.evaluation.generation)
+    asked = plan_generation(cfg, tokenizer, cfg.evaluation.examples)
+    examples = Examples(stream.edited(), asked, cfg.seed) if asked else None
     if model_outline.context_length is not None:
         check = partial(check_context, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
@@ -274,23 +275,14 @@ def plan_form(cfg: RunConfig, tokenizer: Any, source: ModelSource) -> PromptForm
     return prompt_form(tokenizer, cast(FormName, cfg.dataset.prompt_form.name), ends, "dataset.prompt_form")
 
 
-def plan_generation(cfg: RunConfig, tokenizer: Any) -> Generation | None:
-    """How answers are generated, None where none are."""
-    asked = cfg.evaluation.generation
-    return _generation(cfg, tokenizer, asked if isinstance(asked, int) else None) if asked else None
-
-
-def plan_examples(cfg: RunConfig, tokenizer: Any, stream: EditStream) -> Examples | None:
-    """The questions that the run ends with, None for none."""
-    size = cfg.evaluation.examples
-    return Examples(stream.edited(), _generation(cfg, tokenizer, size), cfg.seed) if size else None
-
-
-def _generation(cfg: RunConfig, tokenizer: Any, sample: int | None) -> Generation:
+def plan_generation(cfg: RunConfig, tokenizer: Any, asked: int | str) -> Generation | None:
+    """How the model answers `asked` records by itself, all that are scored where that is no number; None for 0."""
+    if not asked:
+        return None
     settings = cfg.evaluation
     option = "dataset.prompt_form" if settings.prompt is None else "evaluation.prompt"
     form = prompt_form(tokenizer, cast(FormName, cfg.asked_form().name), option=option)
-    return Generation(tokenizer, form, settings.max_new_tokens, sample)
+    return Generation(tokenizer, form, settings.max_new_tokens, asked if isinstance(asked, int) else None)
 
 
 def plan_passage(cfg: RunConfig, tokenizer: Any, context_length: int | None) -> Passage | None:
