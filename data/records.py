@@ -216,7 +216,7 @@ class RecordScore:
 
     @classmethod
     def of_line(cls, line: Mapping[str, Any]) -> Self:
-        """What stands in a line beside the score, as the stage, is left aside."""
+        """What else stands in the line, as its stage, is left aside."""
         return cls(**{name: line[name] for name in cls.__slots__ if name in line})
 
     def line(self) -> dict[str, Any]:
@@ -245,9 +245,9 @@ def row_offsets(sequences: Sequence[TokenSequence], every_token: bool = False) -
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def row_indices(sequences: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
-    """The rows of these sequences, in their order; `first_row` (of `row_offsets`) says where those of each begin."""
-    own = [torch.arange(int(first_row[i]), int(first_row[i + 1])) for i in sequences]
+def row_indices(indices: Sequence[int], first_row: Sequence[int] | Tensor) -> Tensor:  # int64
+    """The rows of the sequences at `indices`, in their order; `first_row` (of `row_offsets`) says where each begins."""
+    own = [torch.arange(int(first_row[i]), int(first_row[i + 1])) for i in indices]
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
 
 
