@@ -11,8 +11,9 @@ of that bare work for the model at hand (`own_flops`), of which the capture itse
 Counts are means of turns whose statistics already hold the rows of --turn others: the root takes as many steps as it
 does there. Decompositions, log(rows) times a run, are not among them.
 
-Waits are numbers and lists read from tensors, and copies between devices that torch shows. On a CPU no copy is one, and
-tensors of the host cannot be told from those of the device: capture then counts three of the host's own.
+Waits are numbers and lists read from tensors, checks of factorisations, and copies between devices that torch shows. On
+a CPU no copy is one, and tensors of the host cannot be told from those of the device: capture then counts three of the
+host's own.
 Seconds are those of this machine and of the sizes that were run.
 """
 
@@ -45,6 +46,7 @@ from model import edited as edited_modules
 from nets import RENEWED_AT, LifelongNormalizer
 
 VIEWS = {"view", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "diagonal", "split"}
+READ = {"_local_scalar_dense", "_linalg_check_errors"}  # of a number, and of whether a factorisation has failed
 COUNTED = ("float64", "other", "bytes", "waits", "seconds")
 CAPTURE, CHECKSUMS = "capture, beside the bare", "checksums (several ranks)"
 FACTS = 10  # of the captured turn, which share its tokens and its rows
@@ -101,7 +103,7 @@ class Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name, into = func._schema.name.removeprefix("aten::").rstrip("_"), self.parts[self.part]
         tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
-        if name == "_local_scalar_dense":
+        if name in READ:
             into["waits"] += tensors[0].device.type == self.device.type
         elif name not in VIEWS:
             into["waits"] += name in ("_to_copy", "copy") and len({one.device for one in tensors}) > 1
@@ -203,7 +205,7 @@ def a_turn(
         with counter.measure("whitening, the root"):
             whitenings = rule._whitenings(Phase.EDIT)
         with counter.measure("value shifts and solve"):
-            updates = {name: rule._module_update(name, capture, whitenings) for name, capture in made.items()}
+            updates = rule._updates(made, whitenings)
         with counter.measure("apply"):
             changes = model.apply(updates)
         with counter.measure("the turn's line"):

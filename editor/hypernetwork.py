@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LowRankUpdate, Phase, TrainingTurn
+from data.records import Capture, LowRankUpdate, Phase, TrainingTurn, read_together
 from editor import linalg
 from editor.base import StatisticsScope, shape_name, statistics_group
 from nets import HyperNetwork
@@ -109,7 +109,9 @@ class HyperNetworkEditor(nn.Module):
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         """All rows of the turn enter the statistics before any of them is normalised."""
         self.observe(captures)
-        return {name: self.propose(name, capture).update for name, capture in captures.items()}
+        updates = {name: self.propose(name, capture).update for name, capture in captures.items()}
+        self.require_solved()
+        return updates
 
     def observe(self, captures: Mapping[str, Capture]) -> None:
         """The rows enter the statistics."""
@@ -118,8 +120,11 @@ class HyperNetworkEditor(nn.Module):
             normalizer.observe([(capture.keys, capture.value_grads)], self.settings.batch_size)
 
     def propose(self, name: str, capture: Capture) -> Proposal:
-        """The update of one module from rows that are in the statistics already."""
+        """The update of one module from rows that are in the statistics already; it counts once `require_solved`."""
         raise NotImplementedError
+
+    def require_solved(self) -> None:
+        """FloatingPointError for the first module whose system, of those since the last call, had no solution."""
 
     def network(self, name: str) -> HyperNetwork:
         network = self.networks[shape_name(self.shapes[name])]
@@ -160,12 +165,24 @@ class RidgeEditor(HyperNetworkEditor):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: RidgeSettings, device: torch.device) -> None:
         super().__init__(shapes, settings, device)
         self.log_lambda = nn.Parameter(torch.full((len(shapes),), math.log(settings.alpha), device=device))
+        self._infos: dict[str, Tensor] = {}  # of systems, not read yet
 
     def ridge(self, name: str) -> Tensor:  # ()
         return self.log_lambda[self._index[name]].exp()
 
     def propose(self, name: str, capture: Capture) -> Proposal:
-        return _RidgeProposal(self, name, capture)
+        proposal = _RidgeProposal(self, name, capture)
+        self._infos[name] = proposal.system.info
+        return proposal
+
+    def require_solved(self) -> None:
+        infos, self._infos = self._infos, {}
+        for name, info in zip(infos, read_together(list(infos.values())), strict=True):
+            if info != 0:
+                raise FloatingPointError(
+                    f"the ridge lambda={self.ridge(name).item():.3g} of {name} is too small for the size of its keys; "
+                    "a larger editor.alpha to start from, or a smaller editor.meta_lr, may keep it in bounds"
+                )
 
     def value_shifts(self, name: str, capture: Capture) -> Iterator[tuple[slice, Tensor]]:
         """The rows of a chunk and their D (b, d_v)."""
@@ -180,14 +197,8 @@ class RidgeEditor(HyperNetworkEditor):
 class _RidgeProposal:
     def __init__(self, editor: RidgeEditor, name: str, capture: Capture) -> None:
         self.editor, self.name, self.capture = editor, name, capture
-        ridge = editor.ridge(name).item()
-        try:
-            self.system = linalg.RidgeSystem(capture.keys, ridge, editor.device, editor.settings.batch_size)
-        except torch.linalg.LinAlgError as error:
-            raise FloatingPointError(
-                f"the ridge lambda={ridge:.3g} of {name} is too small for the size of its keys; "
-                "a larger editor.alpha to start from, or a smaller editor.meta_lr, may keep it in bounds"
-            ) from error
+        ridge, chunk = editor.ridge(name).item(), editor.settings.batch_size
+        self.system = linalg.RidgeSystem(capture.keys, ridge, editor.device, chunk, check_errors=False)
         with torch.no_grad():
             shifts = torch.cat([shift for _, shift in editor.value_shifts(name, capture)])
         self.update = LowRankUpdate(*self.system.update(shifts))

@@ -23,8 +23,11 @@ class RidgeSystem:
     """The normal equations of ||K DeltaW - V||^2 + alpha ||DeltaW||^2, factored once by Cholesky on the smaller side.
 
     With N <= d_k that is K K^T + alpha I (N, N), else K^T K + alpha I (d_k, d_k). Keys are read `chunk` rows at a time.
-    `alpha` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor.
+    `alpha` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a factor or, with
+    `check_errors=False`, for which the host does not wait, has an `info` that is not 0; no solution then counts.
     """
+
+    info: Tensor  # () int32
 
     def __init__(
         self,
@@ -32,13 +35,15 @@ class RidgeSystem:
         alpha: float,
         device: torch.device,
         chunk: int | None = None,
+        *,
+        check_errors: bool = True,
     ) -> None:
         self.keys, self.device, self.chunk = keys, device, chunk
         count, d_k = keys.shape
         self.dual = count <= d_k
         matrix = self._gram() if self.dual else self._transposed_keys_times(keys)
         matrix.diagonal().add_(alpha)
-        self._factor = torch.linalg.cholesky(matrix)
+        self._factor, self.info = torch.linalg.cholesky_ex(matrix, check_errors=check_errors)
 
     def update(
         self,
@@ -138,22 +143,39 @@ class CholeskyCoordinates:
         return torch.linalg.solve_triangular(self.factor.T, left, upper=True)
 
 
-def preserving_update(
-    keys: Tensor,  # (N, d_k)
-    value_shifts: Tensor,  # (N, d_v)
-    coordinates: CholeskyCoordinates,  # of A = alpha I + beta C
-    chunk: int | None = None,
-) -> Factors:
-    """The minimiser DeltaW of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), in the keys' precision (DESIGN section 13).
+class PreservingSystem:
+    """The normal equations of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), factored once (DESIGN section 13).
 
-    With A = alpha I + beta C that is the ridge update of K and of beta tokens of text whose keys are asked to stay:
-    DeltaW = A^(-1) K^T (K A^(-1) K^T + I)^(-1) V.
+    With A = alpha I + beta C that is the ridge system of K and of beta tokens of text whose keys are asked to stay. It
+    is solved in A's coordinates, where it is a `RidgeSystem` with a ridge of 1. `check_errors` and `info` are that's.
     """
-    inside = coordinates.enter(keys.to(value_shifts.device).double())
-    left, right = ridge_update(inside, value_shifts, 1.0, chunk)
-    if left is None:
-        return None, coordinates.leave(right).to(keys.dtype)
-    return coordinates.leave(left).to(keys.dtype), right.to(keys.dtype)
+
+    def __init__(
+        self,
+        keys: Tensor,  # (N, d_k)
+        coordinates: CholeskyCoordinates,  # of A
+        chunk: int | None = None,
+        *,
+        check_errors: bool = True,
+    ) -> None:
+        self.coordinates, self.dtype = coordinates, keys.dtype
+        device = coordinates.factor.device
+        inside = coordinates.enter(keys.to(device).double())
+        self._inside = RidgeSystem(inside, 1.0, device, chunk, check_errors=check_errors)
+
+    @property
+    def info(self) -> Tensor:  # () int32
+        return self._inside.info
+
+    def update(
+        self,
+        value_shifts: Tensor,  # (N, d_v)
+    ) -> Factors:
+        """DeltaW = A^(-1) K^T (K A^(-1) K^T + I)^(-1) V in the keys' precision."""
+        left, right = self._inside.update(value_shifts)
+        if left is None:
+            return None, self.coordinates.leave(right).to(self.dtype)
+        return self.coordinates.leave(left).to(self.dtype), right.to(self.dtype)
 
 
 def row_chunks(count: int, chunk: int | None) -> Iterator[slice]:

@@ -73,6 +73,7 @@ class _Proposing:
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
         self.editor.observe(captures)
         self._proposals = {name: self.editor.propose(name, capture) for name, capture in captures.items()}
+        self.editor.require_solved()
         return {name: proposal.update for name, proposal in self._proposals.items()}
 
     def taken(self) -> dict[str, Proposal]:

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LowRankUpdate, Phase
+from data.records import Capture, LowRankUpdate, Phase, read_together
 from editor import linalg
 from editor.base import SecondMoments, StatisticsScope, statistics_group
 from nets import LifelongNormalizer, Whitening
@@ -111,8 +111,7 @@ class StableEdit(nn.Module):
         """All rows of the turn enter the statistics before any of them is normalised."""
         self._turn_statistics = {group: {} for group in self.normalizers}
         self._observe(captures, phase)
-        whitenings = self._whitenings(phase)
-        return {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
+        return self._updates(captures, self._whitenings(phase))
 
     def _observe(self, captures: Mapping[str, Capture], phase: Phase) -> None:
         mode = self.settings.RunningMeanStd_mode
@@ -165,23 +164,37 @@ class StableEdit(nn.Module):
                 }
         return found
 
-    def _module_update(self, name: str, capture: Capture, whitenings: Mapping[str, Whitening]) -> LowRankUpdate:
+    def _updates(
+        self, captures: Mapping[str, Capture], whitenings: Mapping[str, Whitening]
+    ) -> dict[str, LowRankUpdate]:
+        """FloatingPointError for the first module whose system rounding leaves without a factor."""
+        solved = {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
+        for name, info in zip(solved, read_together([info for _, info in solved.values()]), strict=True):
+            if info != 0:
+                raise FloatingPointError(
+                    f"the keys of {name} are too large for a ridge of editor.alpha={self.settings.alpha}; "
+                    "set a larger one"
+                )
+        return {name: update for name, (update, _) in solved.items()}
+
+    def _module_update(
+        self, name: str, capture: Capture, whitenings: Mapping[str, Whitening]
+    ) -> tuple[LowRankUpdate, Tensor]:
+        """And the `info` of its system."""
         chunks = linalg.row_chunks(capture.keys.shape[0], self.settings.batch_size)
         shifts = [
             self._value_shifts(name, capture.keys[rows], capture.value_grads[rows], whitenings) for rows in chunks
         ]
+        system = self._system(name, capture.keys)
+        return LowRankUpdate(*system.update(torch.cat(shifts))), system.info
+
+    def _system(self, name: str, keys: Tensor) -> linalg.RidgeSystem | linalg.PreservingSystem:
+        """Whether it has a factor is not looked at: the host would wait for the device, once a module."""
         alpha, chunk = self.settings.alpha, self.settings.batch_size
         assert bool(self._preserving) == (self.settings.preserve > 0), "the preserving solve takes second moments"
-        try:
-            if self._preserving:
-                left, right = linalg.preserving_update(capture.keys, torch.cat(shifts), self._preserving[name], chunk)
-            else:
-                left, right = linalg.ridge_update(capture.keys, torch.cat(shifts), alpha, chunk)
-        except torch.linalg.LinAlgError as error:
-            raise FloatingPointError(
-                f"the keys of {name} are too large for a ridge of editor.alpha={alpha}; set a larger one"
-            ) from error
-        return LowRankUpdate(left, right)
+        if self._preserving:
+            return linalg.PreservingSystem(keys, self._preserving[name], chunk, check_errors=False)
+        return linalg.RidgeSystem(keys, alpha, self.device, chunk, check_errors=False)
 
     def _value_shifts(
         self,

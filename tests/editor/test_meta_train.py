@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -414,6 +415,19 @@ def test_gradients_are_formed_for_edited_weights_and_nothing_below_the_first(mon
     model.weight_gradients([LossTerm(training_turn(0).rephrases, 1.0)])
     assert asking == {f"{name}.weight" for name in LLAMA}
     assert graphs == {0: False, 1: True, 2: True, 3: True}
+
+
+@pytest.mark.parametrize("beyond", [[0], [1], [0, 1]])
+def test_keys_beyond_any_ridge_name_their_module(beyond: list[int]) -> None:
+    """The first of them."""
+    shapes = dict.fromkeys(LLAMA, (40, 24))
+    sizes = [1e25 if place in beyond else 1.0 for place in range(2)]
+    rows = {
+        name: Capture(size * torch.ones(30, 40), torch.randn(30, 24)) for name, size in zip(LLAMA, sizes, strict=True)
+    }
+    words = rf"the ridge lambda=2 of {re.escape(LLAMA[beyond[0]])} is too small"
+    with pytest.raises(FloatingPointError, match=words):
+        malmen()(shapes).update(rows, Phase.EDIT)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_where_rows_outnumber_keys_the_preserving_solve_is_the_same() -> None:
     text = torch.randn(400, 12, generator=generator, dtype=torch.float64)
     A = 2 * torch.eye(12, dtype=torch.float64) + 7 * text.T @ text / len(text)
     for rows in (slice(0, 90), slice(0, 6)):
-        found = linalg.preserving_update(keys[rows], values[rows], linalg.CholeskyCoordinates(A), chunk=4)
+        found = linalg.PreservingSystem(keys[rows], linalg.CholeskyCoordinates(A), chunk=4).update(values[rows])
         expected = torch.linalg.solve(keys[rows].T @ keys[rows] + A, keys[rows].T @ values[rows])
         torch.testing.assert_close(linalg.dense(found), expected, rtol=1e-10, atol=1e-12)
 
@@ -131,7 +132,7 @@ def test_what_is_preserved_moves_less_and_without_weight_nothing_changes() -> No
     moved = [float((text @ plain).norm())]
     for beta in (0.0, 1.0, 100.0):
         A = torch.eye(30, dtype=torch.float64) + beta * text.T @ text / len(text)
-        update = linalg.dense(linalg.preserving_update(keys, values, linalg.CholeskyCoordinates(A)))
+        update = linalg.dense(linalg.PreservingSystem(keys, linalg.CholeskyCoordinates(A)).update(values))
         if beta == 0:
             torch.testing.assert_close(update, plain)
         else:
@@ -282,8 +283,14 @@ def test_value_gradients_of_zero_ask_for_no_update() -> None:
     assert not any(dense(update).any() for update in editor.update(captures, EDIT).values())
 
 
-def test_keys_beyond_any_ridge_name_their_module() -> None:
-    captures = {LLAMA[0]: Capture(1e25 * torch.ones(30, 40), torch.randn(30, 24))}
-    editor = StableEdit({LLAMA[0]: (40, 24)}, settings(), torch.device("cpu"))
-    with pytest.raises(FloatingPointError, match=r"the keys of model\.layers\.1\.mlp\.down_proj are too large"):
+@pytest.mark.parametrize("beyond", [[0], [1], [0, 1]])
+def test_keys_beyond_any_ridge_name_their_module(beyond: list[int]) -> None:
+    """The first of them."""
+    shapes = dict.fromkeys(LLAMA[:2], (40, 24))
+    sizes = [1e25 if place in beyond else 1.0 for place in range(2)]
+    captures = {
+        name: Capture(size * torch.ones(30, 40), torch.randn(30, 24)) for name, size in zip(shapes, sizes, strict=True)
+    }
+    editor = StableEdit(shapes, settings(), torch.device("cpu"))
+    with pytest.raises(FloatingPointError, match=rf"the keys of {re.escape(LLAMA[beyond[0]])} are too large"):
         editor.update(captures, EDIT)
