@@ -6,8 +6,9 @@ Logits at answer positions only; nothing of the harness but the choice of batche
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,25 @@ from data.records import TokenBatch, TokenSequence
 from model import LanguageModel
 from model.tracing import hooks
 
-BUDGETS = {"cpu": (256, 384, 512, 768, 1024), "cuda": (4096, 8192, 16384)}  # padded tokens of a compute batch
+
+class Cut(NamedTuple):
+    """How sequences fall into compute batches (`compute_batches`)."""
+
+    budget: int  # padded tokens of a batch
+    overhead: int | None = None  # what another batch counts as; None = batches are filled
+
+    def __str__(self) -> str:
+        return f"{self.budget}" if self.overhead is None else f"{self.budget}, cut at {self.overhead}"
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
+        return compute_batches(sequences, self.budget, self.overhead)
+
+
+# What is tried: on a GPU, filled batches of a turn of 100 facts are one, of which a third is padding.
+CUTS = {
+    "cpu": [Cut(budget) for budget in (256, 384, 512, 768, 1024)],
+    "cuda": [Cut(8192, overhead) for overhead in (None, 256, 128, 64, 32)],
+}
 
 
 def bare_logits(model: LanguageModel, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:  # (M, V)
@@ -51,17 +70,17 @@ def bare_batch(model: LanguageModel, batch: TokenBatch, backward: bool) -> None:
     torch.autograd.grad(loss, outputs)
 
 
-def bare(model: LanguageModel, sequences: Sequence[TokenSequence], budget: int, backward: bool = True) -> None:
+def bare(model: LanguageModel, sequences: Sequence[TokenSequence], cut: Cut, backward: bool = True) -> None:
     with torch.set_grad_enabled(backward):
-        for batch in compute_batches(sequences, budget):
+        for batch in cut.batches(sequences):
             bare_batch(model, batch, backward)
 
 
-def best_budget(model: LanguageModel, sequences: Sequence[TokenSequence]) -> int:
-    """The compute batch, in padded tokens, in which the bare work is fastest."""
-    budgets = {f"bare in batches of {size}": size for size in BUDGETS[model.device.type]}
-    work = {name: partial(bare, model, sequences, size) for name, size in budgets.items()}
+def best_cut(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Cut:
+    """In which the bare work is fastest."""
+    cuts = {f"bare in batches of {cut}": cut for cut in CUTS[model.device.type]}
+    work = {name: partial(bare, model, sequences, cut) for name, cut in cuts.items()}
     medians = {name: statistics.median(times) for name, times in race(work, model.device, rounds=2).items()}
     for name, median in medians.items():
-        print(f"  {name:<28} {median:8.3f} s", flush=True)
-    return budgets[min(medians, key=medians.__getitem__)]
+        print(f"  {name:<36} {median:8.3f} s", flush=True)
+    return cuts[min(medians, key=medians.__getitem__)]

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.bare import bare, bare_loss, best_budget
+from benchmarks.bare import Cut, bare, bare_loss, best_cut
 from benchmarks.common import race, ratio
 from benchmarks.turn import build, parser_of
-from data.batches import compute_batches
 from data.records import TokenSequence, TrainingTurn
 from data.stream import tokenize
 from editor.hypernetwork import HyperNetworkEditor, HyperNetworkSettings, RidgeSettings
@@ -34,21 +33,21 @@ from model import LanguageModel
 BACK_DEPTH = 2
 
 
-def bare_to_weights(model: LanguageModel, sequences: Sequence[TokenSequence], budget: int) -> None:
+def bare_to_weights(model: LanguageModel, sequences: Sequence[TokenSequence], cut: Cut) -> None:
     """A forward, and the backward to the edited weights."""
     weights = [edited.weight.requires_grad_(True) for edited in model.edited.values()]
-    for batch in compute_batches(sequences, budget):
+    for batch in cut.batches(sequences):
         torch.autograd.grad(bare_loss(model, batch), weights)
     for weight in weights:
         weight.requires_grad_(False)
 
 
-def bare_turn(model: LanguageModel, turn: TrainingTurn, budget: int, depth: int) -> None:
-    bare(model, turn.edits.sequences, budget)
-    bare(model, turn.localities, budget, backward=False)
+def bare_turn(model: LanguageModel, turn: TrainingTurn, cut: Cut, depth: int) -> None:
+    bare(model, turn.edits.sequences, cut)
+    bare(model, turn.localities, cut, backward=False)
     for _ in range(depth):
-        bare_to_weights(model, turn.rephrases, budget)
-        bare_to_weights(model, turn.localities, budget)
+        bare_to_weights(model, turn.rephrases, cut)
+        bare_to_weights(model, turn.localities, cut)
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
     )
     print(f"a turn of meta-training: {len(edits.sequences)} facts, {len(turn.rephrases)} rephrases, "
           f"{len(turn.localities)} localities")  # fmt: skip
-    budget = best_budget(model, edits.sequences)
+    cut = best_cut(model, edits.sequences)
 
     shapes, device = model.shapes, model.device
     network: dict[str, Any] = {"lr": 1e-9, "batch_size": 512, "statistics_scope": "shape"}
@@ -84,7 +83,7 @@ def main() -> None:
     }
     for name, editor in editors.items():
         trainer = MetaTrainer(model, editor, MetaSettings(1e-9, 0.6, 1.0))
-        asked = partial(bare_turn, model, turn, budget, editor.horizon.back_depth)
+        asked = partial(bare_turn, model, turn, cut, editor.horizon.back_depth)
         times = race({"bare": asked, name: partial(trainer.turn, turn)}, device, arguments.rounds)
         print(f"  bare, as {name:<19} {statistics.median(times['bare']):8.3f} s")
         taken = statistics.median(times[name])

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.bare import bare
+from benchmarks.bare import Cut, bare
 from benchmarks.common import DTYPES, parser_with
 from benchmarks.gpu.made import MINI_BATCH, Shape, build, editable
 from data.records import Capture, EditRecord, Phase, Question, TokenSequence, Turn
@@ -197,7 +197,7 @@ def a_turn(
             steps.clear()
         turn, made = made_turn(index, tokens, count), captures()
         with counter.measure("bare"):
-            bare(model, turn.sequences, model.compute_tokens)
+            bare(model, turn.sequences, Cut(model.compute_tokens, model.overhead))
         with counter.measure(CAPTURE):
             model.capture(turn)
         with counter.measure("statistics"):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.bare import bare, best_budget
+from benchmarks.bare import bare, best_cut
 from benchmarks.common import DTYPES, median_seconds, parser_with, race, ratio, seconds
 from data import DATASETS
 from data.files import open_records
@@ -57,7 +57,7 @@ def turns(model: LanguageModel, turn: Turn, rounds: int) -> None:
     sequences = turn.sequences
     tokens = sum(len(sequence.ids) - 1 for sequence in sequences)
     print(f"turn: {len(sequences)} facts, {tokens} tokens, {len(model.shapes)} edit modules")
-    best = best_budget(model, sequences)
+    best = best_cut(model, sequences)
 
     ultraedit, stableedit = editor(model, "original", 1.0), editor(model, "stable", 10.0)
     contenders = {

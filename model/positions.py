@@ -28,13 +28,14 @@ class PositionModel(TextModel):
     """The part of `LanguageModel` that reads and moves what it has inside."""
 
     precise: torch.dtype
+    overhead: int | None  # of a compute batch (`compute_batches`)
     edited: Mapping[str, EditModule]
     below = BlocksBelow(())  # what is read once; nothing, but in `reading_once`
     _found: dict[tuple[str, ...], Sequence[nn.Module]] | None = None  # blocks, by the modules that they lie below
 
     def batches(self, sequences: Sequence[TokenSequence]) -> Iterator[TokenBatch]:
         """The compute batches of this model for these sequences."""
-        return compute_batches(sequences, self.compute_tokens)
+        return compute_batches(sequences, self.compute_tokens, self.overhead)
 
     def _logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
         """Logits at the answer positions only.

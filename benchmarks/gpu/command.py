@@ -23,6 +23,7 @@ import psutil
 import torch
 import transformers
 
+from benchmarks.bare import Cut
 from benchmarks.common import DTYPES
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Check
@@ -146,9 +147,10 @@ def work(options: Options) -> list[Check]:
     for check in checks.refusals(course):
         tell(check)
     report["bare"] = bare_cost(course)
+    cut = Cut(report["bare"]["budget"], report["bare"]["overhead"])
     keep()
     for name in options.editors:
-        report["editors"][name] = one_editor(course, name, report["bare"]["budget"], tell)
+        report["editors"][name] = one_editor(course, name, cut, tell)
         keep()
     report["targets"] = targets(report, course)
     keep()

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import bare, best_budget
+from benchmarks.bare import Cut, bare, best_cut
 from benchmarks.common import race, seconds
 from benchmarks.gpu import checks, peak
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.runs import Course, Run
-from data.batches import compute_batches
 from data.records import Phase, Turn
 from editor.stopwatch import Stopwatch
 from harness.watch import memory
@@ -37,19 +36,19 @@ def bare_cost(course: Course) -> dict[str, Any]:
     tokens = sum(len(one.ids) - 1 for one in sequences)
     answers = sum(one.answer_length for one in sequences)
     print(f"the model alone, {len(sequences)} facts: {tokens} tokens, {answers} of answers")
-    budget = best_budget(model, sequences)
-    padded = sum(batch.input_ids.numel() for batch in compute_batches(sequences, budget))
-    work = {backward: partial(bare, model, sequences, budget, backward) for backward in (False, True)}
+    cut = best_cut(model, sequences)
+    padded = sum(batch.input_ids.numel() for batch in cut.batches(sequences))
+    work = {backward: partial(bare, model, sequences, cut, backward) for backward in (False, True)}
     times = race({"forward": work[False], "both": work[True]}, model.device, ROUNDS)
     forward, both = (statistics.median(times[name]) for name in ("forward", "both"))
     flops = peak.forward_flops(model, sequences)
     share, of = peak.share_of_peak(flops, forward, model.device, model.model.dtype)
     reached = f"{share:.1%} {of}" if share is not None else f"no share of a peak, for {of}"
-    padding = f"{padded / tokens - 1:.1%} padding, in batches of {budget}"
+    padding = f"{padded / tokens - 1:.1%} padding, in batches of {cut}"
     print(f"  forward                      {forward:8.4f} s   {flops / forward / 1e12:.3g} Tflop/s; {reached}")
     print(f"  forward and backward         {both:8.4f} s   {padding}", flush=True)
     return {
-        "tokens": tokens, "answer_tokens": answers, "padded_tokens": padded, "budget": budget,
+        "tokens": tokens, "answer_tokens": answers, "padded_tokens": padded, **cut._asdict(),
         "forward_seconds": forward, "forward_backward_seconds": both,
         "forward_flops": flops, "share_of_peak": share, "share_of": of,
     }  # fmt: skip
@@ -58,21 +57,21 @@ def bare_cost(course: Course) -> dict[str, Any]:
 class Beside:
     """Seconds of the bare work on each turn of edits, right after it: what makes a machine slower does so for both."""
 
-    def __init__(self, model: LanguageModel, budget: int) -> None:
-        self.model, self.budget = model, budget
+    def __init__(self, model: LanguageModel, cut: Cut) -> None:
+        self.model, self.cut = model, cut
         self.seconds: dict[str, list[float]] = {"forward": [], "both": []}
 
     def take(self, turn: Turn) -> None:
         if turn.phase is Phase.EDIT:
-            work = partial(bare, self.model, turn.sequences, self.budget)
+            work = partial(bare, self.model, turn.sequences, self.cut)
             self.seconds["forward"].append(seconds(partial(work, False), self.model.device))
             self.seconds["both"].append(seconds(work, self.model.device))
 
 
-def one_editor(course: Course, name: str, budget: int, tell: Callable[[Check], None]) -> dict[str, Any]:
+def one_editor(course: Course, name: str, cut: Cut, tell: Callable[[Check], None]) -> dict[str, Any]:
     """Three runs, one after the other: with a checkpoint in the middle, the one that is timed, the resumed one.
 
-    `budget` is the compute batch of the bare work that the timed one is compared with.
+    `cut` is that of the bare work that the timed one is compared with.
     """
     device = course.model.device
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +90,7 @@ def one_editor(course: Course, name: str, budget: int, tell: Callable[[Check], N
             torch.cuda.reset_peak_memory_stats(device)
         run = Run(course, name)
         run.begin()
-        beside = Beside(course.model, budget)
+        beside = Beside(course.model, cut)
         run.go_on(run.last, beside.take)
         cost = {**cost_of(run, beside), "checkpoint_seconds": watch.seconds["checkpoint"]}
         show(name, cost, device)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bare import bare
+from benchmarks.bare import CUTS, Cut, bare
 from benchmarks.gpu import checks, command, peak
 from benchmarks.gpu.command import main
 from benchmarks.gpu.cost import targets
@@ -27,6 +27,7 @@ from data.records import Phase
 from editor.meta_train import MetaSettings
 from editor.registry import EDITORS
 from harness.job import settings_of
+from model.language_model import BATCH_OVERHEAD, COMPUTE_TOKENS
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -186,6 +187,20 @@ def test_a_turn_is_as_long_as_the_design_counts_with() -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_turn_on_a_gpu_has_little_padding() -> None:
+    """Cut as a capture cuts it there; and the bare work that it is compared with is tried in that cut too."""
+    capture = Cut(COMPUTE_TOKENS["cuda"], BATCH_OVERHEAD["cuda"])
+    facts = Facts(100, 1024)
+    turns = [facts.turn(index, Phase.EDIT).sequences for index in range(20)]
+    real = sum(len(sequence.ids) - 1 for turn in turns for sequence in turn)
+    batches = {cut: [batch for turn in turns for batch in cut.batches(turn)] for cut in (Cut(8192), capture)}
+    padding = {cut: 1 - real / sum(one.input_ids.numel() for one in found) for cut, found in batches.items()}
+    assert padding[Cut(8192)] > 0.3
+    assert padding[capture] < 0.09
+    assert len(batches[capture]) <= 4 * len(turns)
+    assert capture in CUTS["cuda"]
+
+
 def test_flops_are_those_that_torch_counts() -> None:
     """Of one batch without padding. Plain attention is counted for all pairs of positions, and norms are not."""
     shape = SHAPES["small"]
@@ -193,7 +208,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     model.model.set_attn_implementation("eager")
     sequence = Facts(1, 1024).turn(0, Phase.EDIT).sequences[0]
     with FlopCounterMode(display=False) as counter:
-        bare(model, [sequence] * 3, 512, backward=False)
+        bare(model, [sequence] * 3, Cut(512), backward=False)
     tokens, width, layers = len(sequence.ids) - 1, shape.sizes["hidden_size"], shape.sizes["num_hidden_layers"]
     norms = 2 * (2 * layers + 1) * width * tokens
     unseen = 2 * tokens**2 * width * layers

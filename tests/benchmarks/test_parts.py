@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks.bare import bare
+from benchmarks.bare import Cut, bare
 from benchmarks.gpu.made import SHAPES, build, editable
 from benchmarks.parts import Counter, a_turn, made_turn, own_flops
 
@@ -18,7 +18,7 @@ ROOT_OF_SIGMA = "whitening, the root"  # its steps wait, however many modules th
 def test_the_measure_is_what_the_bare_work_multiplies() -> None:
     model, counter = editable(build(SHAPES["small"], torch.float32, CPU), 3), Counter(CPU)
     with counter.measure("bare"):
-        bare(model, made_turn(0, tokens=40, rows=20).sequences, budget=512)
+        bare(model, made_turn(0, tokens=40, rows=20).sequences, Cut(512))
     own = own_flops(layers=4, edited=3, d_k=336, d_v=96, kv=48, vocabulary=1024, tokens=40, rows=20)
     assert counter.parts["bare"]["other"] == sum(own)
 

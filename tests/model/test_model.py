@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, WeightChange
 from data.stream import mini_batch_weights
 from harness.run.same_bits import use_deterministic_algorithms
-from model import LanguageModel, edited
+from model import LanguageModel, edited, language_model
 from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -132,6 +132,25 @@ def test_capture_forms_no_parameter_gradient_and_no_graph_below() -> None:
     model.capture(a_turn())
     assert seen == {f"model.layers.{layer}.mlp": layer >= 2 for layer in range(4)}
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.model.parameters())
+
+
+def test_captures_and_losses_are_cut_where_padding_is_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has an overhead; the facts are the same."""
+
+    def tokens_computed(**overhead: int) -> int:
+        monkeypatch.setattr(language_model, "BATCH_OVERHEAD", overhead)
+        model, seen = llama(compute_tokens=10_000), []
+        model.model.register_forward_pre_hook(
+            lambda _model, _args, options: seen.append(options["input_ids"].numel()), with_kwargs=True
+        )
+        model.capture(a_turn())
+        model.losses([LossTerm(a_turn().sequences, 1.0)])
+        model.keys_at(a_turn().sequences, [len(one.ids) - 2 for one in a_turn().sequences])
+        return sum(seen)
+
+    real = 3 * sum(len(one.ids) - 1 for one in a_turn().sequences)
+    assert tokens_computed(cuda=0) > 1.2 * real
+    assert tokens_computed(cpu=0) == real
 
 
 def test_an_update_step_lowers_the_loss() -> None:
