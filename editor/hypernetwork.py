@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.records import Capture, LowRankUpdate, Phase, TrainingTurn, read_together
 from editor import linalg
 from editor.base import StatisticsScope, shape_name, statistics_group
-from nets import HyperNetwork
+from nets import HyperNetwork, LifelongNormalizer
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,12 @@ class HyperNetworkEditor(nn.Module):
         return updates
 
     def observe(self, captures: Mapping[str, Capture]) -> None:
-        """The rows enter the statistics."""
+        """The rows enter the statistics, those of modules that share them one module after another."""
+        sharing: dict[LifelongNormalizer, list[Capture]] = {}
         for name, capture in captures.items():
-            normalizer = self.network(name).normalizer(self._number[name])
-            normalizer.observe([(capture.keys, capture.value_grads)], self.settings.batch_size)
+            sharing.setdefault(self.network(name).normalizer(self._number[name]), []).append(capture)
+        for normalizer, own in sharing.items():
+            normalizer.observe([(each.keys, each.value_grads) for each in own], self.settings.batch_size)
 
     def propose(self, name: str, capture: Capture) -> Proposal:
         """The update of one module from rows that are in the statistics already; it counts once `require_solved`."""
@@ -153,7 +155,12 @@ class HyperNetworkEditor(nn.Module):
 
     def learned(self) -> dict[str, dict[str, float]]:
         """The scalars that each module has learned, by their names."""
-        return {name: {"eta": self.eta(name).item()} for name in self.shapes}
+        by_name = self._learned()
+        numbers = iter(read_together([scalar for scalars in by_name.values() for scalar in scalars.values()]))
+        return {name: {what: next(numbers) for what in scalars} for name, scalars in by_name.items()}
+
+    def _learned(self) -> dict[str, dict[str, Tensor]]:
+        return {name: {"eta": self.eta(name).detach()} for name in self.shapes}
 
 
 class RidgeEditor(HyperNetworkEditor):
@@ -190,14 +197,14 @@ class RidgeEditor(HyperNetworkEditor):
             match = (capture.keys[rows].to(new_keys) * new_keys).sum(1, keepdim=True)
             yield rows, -self.eta(name) * match * new_grads
 
-    def learned(self) -> dict[str, dict[str, float]]:
-        return {name: {**scalars, "lambda": self.ridge(name).item()} for name, scalars in super().learned().items()}
+    def _learned(self) -> dict[str, dict[str, Tensor]]:
+        return {name: {**own, "lambda": self.ridge(name).detach()} for name, own in super()._learned().items()}
 
 
 class _RidgeProposal:
     def __init__(self, editor: RidgeEditor, name: str, capture: Capture) -> None:
         self.editor, self.name, self.capture = editor, name, capture
-        ridge, chunk = editor.ridge(name).item(), editor.settings.batch_size
+        ridge, chunk = editor.ridge(name).detach(), editor.settings.batch_size
         self.system = linalg.RidgeSystem(capture.keys, ridge, editor.device, chunk, check_errors=False)
         with torch.no_grad():
             shifts = torch.cat([shift for _, shift in editor.value_shifts(name, capture)])
@@ -207,4 +214,5 @@ class _RidgeProposal:
         shifts_gradient, ridge_gradient = self.system.adjoint(gradient, (self.update.left, self.update.right))
         for rows, shifts in self.editor.value_shifts(self.name, self.capture):
             shifts.backward(shifts_gradient[rows].to(shifts))
-        (ridge_gradient * self.editor.ridge(self.name)).backward()
+        ridge = self.editor.ridge(self.name)
+        ridge.backward(ridge_gradient.to(ridge))

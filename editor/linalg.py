@@ -32,7 +32,7 @@ class RidgeSystem:
     def __init__(
         self,
         keys: Tensor,  # (N, d_k)
-        alpha: float,
+        alpha: float | Tensor,  # ()
         device: torch.device,
         chunk: int | None = None,
         *,
@@ -61,8 +61,8 @@ class RidgeSystem:
         self,
         gradient: Tensor,  # (d_k, d_v) dL/dDeltaW
         update: Factors,  # what `update` gave
-    ) -> tuple[Tensor, float]:
-        """dL/dV (N, d_v) float64 and dL/dalpha (MALMEN, section 3.2, from the implicit function theorem).
+    ) -> tuple[Tensor, Tensor]:
+        """dL/dV (N, d_v) and dL/dalpha (), float64 (MALMEN, section 3.2, from the implicit function theorem).
 
         dL/dV = K (K^T K + alpha I)^(-1) G and dL/dalpha = -<(K^T K + alpha I)^(-1) G, DeltaW>. In the dual form
         DeltaW = K^T B, so that these are dV = (K K^T + alpha I)^(-1) K G and -<dV, B>.
@@ -71,9 +71,9 @@ class RidgeSystem:
         right = update[1].to(self.device).double()
         if self.dual:
             shifts_gradient = self._solve(self._keys_times(target))
-            return shifts_gradient, -float((shifts_gradient * right).sum())
+            return shifts_gradient, -(shifts_gradient * right).sum()
         solution = self._solve(target)
-        return self._keys_times(solution), -float((solution * right).sum())
+        return self._keys_times(solution), -(solution * right).sum()
 
     def _solve(
         self,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LossTerm, LowRankUpdate, Phase, TrainingTurn
+from data.records import Capture, LossTerm, LowRankUpdate, Phase, TrainingTurn, read_together
 from editor import linalg
 from editor.base import Edit, EditableModel
 from editor.capture import CaptureEditor, CaptureSettings
@@ -115,8 +115,8 @@ class MetaTrainer:
             terms = self._terms(self.horizon.back_depth)
             gradients, losses = self.model.weight_gradients([part.term for part in terms])
             loss = self._judge(turn, terms, losses, edit.updates)
-            for name, gradient in gradients.items():
-                size = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+            sizes = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
+            for name, size in zip(gradients, read_together(sizes), strict=True):
                 _require_finite(turn, f"the gradient of the loss at {name}", size)
         with watch.measure("backward"):
             for name, proposal in proposals.items():

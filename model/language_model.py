@@ -236,7 +236,7 @@ class LanguageModel(PositionModel):
         """
         total = {name: torch.zeros_like(edited.weight, dtype=self.precise) for name, edited in self.edited.items()}
         weights = [edited.weight for edited in self.edited.values()]
-        losses = []
+        losses: list[Tensor] = []
         for weight in weights:
             weight.requires_grad_(True)
         try:
@@ -248,16 +248,22 @@ class LanguageModel(PositionModel):
                         for name, gradient in zip(total, gradients, strict=True):
                             total[name] += gradient
                         mean += loss.detach()
-                    losses.append(float(mean))
+                    losses.append(mean)
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
-        return {n: total[n].T if edited.transposed else total[n] for n, edited in self.edited.items()}, losses
+        gradient_of = {n: total[n].T if edited.transposed else total[n] for n, edited in self.edited.items()}
+        return gradient_of, read_together(losses)
 
     @torch.no_grad()
     def losses(self, terms: Sequence[LossTerm]) -> list[float]:
         """Each term's mean loss, not weighted."""
-        return [float(sum(loss.double() for loss in self._batch_losses(term))) for term in terms]
+        means = []
+        for term in terms:
+            means.append(torch.zeros((), dtype=torch.float64, device=self.device))
+            for loss in self._batch_losses(term):
+                means[-1] += loss
+        return read_together(means)
 
     def _batch_losses(self, term: LossTerm) -> Iterator[Tensor]:
         """Each compute batch's share of the term's mean."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.bare import Cut, bare
-from benchmarks.gpu.made import SHAPES, build, editable
+from benchmarks.gpu.made import SHAPES, Facts, build, editable
 from benchmarks.parts import Counter, a_turn, made_turn, own_flops
+from data.records import Phase
+from editor.capture import CaptureEditor
+from editor.malmen import MALMEN
+from editor.mend import MEND
+from editor.meta_train import MetaSettings, MetaTrainer
+from editor.rledit import RLEdit
 
 CPU = torch.device("cpu")
 ROOT_OF_SIGMA = "whitening, the root"  # its steps wait, however many modules there are
@@ -31,6 +38,30 @@ def test_numbers_and_lists_that_are_read_are_waits() -> None:
         bool(numbers.any())
         numbers + numbers
     assert counter.parts["some"]["waits"] == 3
+
+
+@pytest.mark.parametrize("learns", [MEND, MALMEN, RLEdit])
+def test_no_turn_of_a_trained_editor_waits_once_a_module(learns: Any) -> None:
+    """Neither one of meta-training, nor one of edits, nor its line."""
+    own: dict[str, Any] = {"alpha": 1.0} if learns is not MEND else {}
+    if learns is RLEdit:
+        own |= {"reg_coef": 0.1, "time_decay": 0.9, "back_depth": 2, "update_every": "turn", "trajectory_length": 2}
+    facts = Facts(6, 1024)
+
+    def waits(modules: int) -> dict[str, float]:
+        model, counter = editable(build(SHAPES["small"], torch.float32, CPU), modules), Counter(CPU)
+        editor = learns(model.shapes, learns.Settings(1e-3, 64, "shape", 8, 2, 0, **own), CPU)
+        trainer = MetaTrainer(model, editor, MetaSettings(1e-3, 0.6, 1.0))
+        for index in range(2):
+            with counter.measure("meta-training"):
+                trainer.turn(facts.training_turn(index))
+        with counter.measure("edits"):
+            CaptureEditor(editor, CPU).edit(model, facts.turn(0, Phase.EDIT))
+        with counter.measure("statistics"):
+            editor.statistics()
+        return {part: found["waits"] for part, found in counter.parts.items()}
+
+    assert waits(1) == waits(3)
 
 
 @pytest.mark.parametrize("whitens", [False, True])
