@@ -12,7 +12,7 @@ Counts are means of turns whose statistics already hold the rows of --turn other
 does there. Decompositions, log(rows) times a run, are not among them.
 
 Waits are numbers and lists read from tensors, checks of factorisations, and copies between devices that torch shows. On
-a CPU no copy is one, and tensors of the host cannot be told from those of the device: capture then counts three of the
+a CPU no copy is one, and tensors of the host cannot be told from those of the device: capture then counts two of the
 host's own.
 Seconds are those of this machine and of the sizes that were run.
 """

@@ -8,7 +8,7 @@ model the cost vanishes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -315,14 +315,29 @@ def _norm_a_row(matrix: Tensor) -> float:  # (d, d)
 
 
 def inner_product(first: Factors, second: Factors) -> Tensor:  # () float64
-    """<DeltaW_1, DeltaW_2> of two updates from their factors, at a cost of r_1 r_2 (d_k + d_v).
+    """<DeltaW_1, DeltaW_2>, as `inner_products` has it."""
+    return inner_products(first, [second])[0]
+
+
+def inner_products(update: Factors, others: Sequence[Factors]) -> list[Tensor]:  # () float64 each
+    """<DeltaW, DeltaW_i> of an update with others from their factors, at a cost of r r_i (d_k + d_v) each.
 
     <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed. Left and right
-    factors may lie on different devices, as keys in memory-mapped files do. Factors are brought near 1 first: those
-    of a huge step have products that overflow float32.
+    factors may lie on different devices, as keys in memory-mapped files do. Factors are brought near 1 first, those of
+    each update once: those of a huge step have products that overflow float32.
     """
-    left, right, scale = _near_one(first)
-    other_left, other_right, other_scale = _near_one(second)
+    if not others:
+        return []
+    near = _near_one(update)
+    return [_product(near, near if other is update else _near_one(other)) for other in others]
+
+
+_NearOne = tuple[Tensor | None, Tensor, Tensor]  # left, right, () float64 that their product is to be multiplied by
+
+
+def _product(first: _NearOne, second: _NearOne) -> Tensor:  # () float64
+    left, right, scale = first
+    other_left, other_right, other_scale = second
     if left is None and other_left is None:
         products = right * other_right
     elif other_left is None:
@@ -335,15 +350,20 @@ def inner_product(first: Factors, second: Factors) -> Tensor:  # () float64
     return products.sum(dtype=torch.float64) * scale * other_scale
 
 
-def _near_one(update: Factors) -> tuple[Tensor | None, Tensor, Tensor]:  # the last () float64
-    """The factors divided by powers of two, which rounds nothing, and what the product is to be multiplied by."""
+def _near_one(update: Factors) -> _NearOne:
+    """The factors divided by powers of two, which rounds nothing."""
     left, right = update
-    exponent = torch.frexp(right.abs().amax()).exponent
+    exponent = _exponent(right)
     right = torch.ldexp(right, -exponent)
     if left is not None:
-        own = torch.frexp(left.abs().amax()).exponent
+        own = _exponent(left)
         left, exponent = torch.ldexp(left, -own), exponent + own.to(right.device)
     return left, right, torch.exp2(exponent.double())
+
+
+def _exponent(factor: Tensor) -> Tensor:  # () of the largest |entry|
+    least, most = torch.aminmax(factor)
+    return torch.frexp(torch.maximum(-least, most)).exponent
 
 
 def dense(update: Factors) -> Tensor:

@@ -171,17 +171,21 @@ def _cosines(now: PastUpdate, kept: Sequence[PastUpdate]) -> list[dict[str, floa
     None where one is zero, or it is no finite number.
     """
     scales = [{name: now.norms[name] * before.norms.get(name, 0.0) for name in now.updates} for before in kept]
-    pairs = [
-        (now.updates[name], before.updates[name])
-        for before, of_turn in zip(kept, scales, strict=True)
-        for name, scale in of_turn.items()
-        if scale != 0
+    compared = {name: [place for place, of_turn in enumerate(scales) if of_turn[name] != 0] for name in now.updates}
+    products = [
+        linalg.inner_products(_factors(now.updates[name]), [_factors(kept[place].updates[name]) for place in places])
+        for name, places in compared.items()
     ]
-    products = iter(read_together([linalg.inner_product((a.left, a.right), (b.left, b.right)) for a, b in pairs]))
+    asked = [(place, name) for name, places in compared.items() for place in places]
+    found = dict(zip(asked, read_together([one for each in products for one in each]), strict=True))
     return [
-        {name: _finite(next(products) / scale) if scale != 0 else None for name, scale in of_turn.items()}
-        for of_turn in scales
+        {name: _finite(found[place, name] / scale) if scale != 0 else None for name, scale in of_turn.items()}
+        for place, of_turn in enumerate(scales)
     ]
+
+
+def _factors(update: LowRankUpdate) -> linalg.Factors:
+    return update.left, update.right
 
 
 def _finite(cosine: float) -> float | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.schema import ConfigError, DiagnosticsConfig
 from data.records import (
@@ -24,6 +25,7 @@ from data.records import (
     Turn,
     WeightChange,
 )
+from editor import linalg
 from editor.base import Edit
 from editor.stableedit import StableEdit, StableEditSettings
 from harness.run.checkpoint import write_safetensors
@@ -107,6 +109,30 @@ def test_each_update_is_compared_with_the_last_few_and_one_from_before() -> None
             else:
                 assert earlier < turn - 3
                 assert module["cosine_earlier"] == pytest.approx(cosine(turn, earlier, name), abs=1e-6)
+
+
+class Scalings(TorchDispatchMode):
+    """Counts the factors that are brought near 1."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "frexp" in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_that_is_compared_several_times_is_scaled_once() -> None:
+    diagnostics = TurnDiagnostics(CPU, previous=3)
+    for turn in (0, 3, 6):
+        line_of(diagnostics, turn)
+    with Scalings() as scalings:
+        line_of(diagnostics, 9)
+    assert scalings.count == 2 * len(SHAPES) * (1 + 3)
+    updates = [turn_updates(turn)["a"] for turn in (9, 6)]
+    now, before = ((update.left, update.right) for update in updates)
+    with Scalings() as scalings:
+        linalg.inner_products(now, [now, before, now])
+    assert scalings.count == 2 * 2
 
 
 def test_the_earlier_update_is_any_of_those_before_with_equal_chance() -> None:
