@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.common import race
-from data.batches import compute_batches
+from data.batches import compute_batches, on_device
 from data.records import TokenBatch, TokenSequence
 from model import LanguageModel
 from model.tracing import hooks
@@ -49,14 +49,16 @@ def bare_logits(model: LanguageModel, ids: Tensor, rows: Tensor, positions: Tens
 
 def bare_loss(model: LanguageModel, batch: TokenBatch) -> Tensor:  # ()
     """The cross-entropy of the answer tokens."""
-    logits = bare_logits(model, batch.input_ids, batch.rows, batch.positions)
-    return functional.cross_entropy(logits.float(), batch.targets.to(model.device), reduction="sum")
+    here, _ = on_device(batch, model.device)
+    logits = bare_logits(model, here.input_ids, here.rows, here.positions)
+    return functional.cross_entropy(logits.float(), here.targets, reduction="sum")
 
 
 def bare_batch(model: LanguageModel, batch: TokenBatch, backward: bool) -> None:
     """A forward, and the backward to the outputs of the edit modules."""
     if not backward:
-        bare_logits(model, batch.input_ids, batch.rows, batch.positions)
+        here, _ = on_device(batch, model.device)
+        bare_logits(model, here.input_ids, here.rows, here.positions)
         return
     outputs: list[Tensor] = []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.records import TokenBatch, TokenSequence
 
@@ -53,6 +55,31 @@ def _cheapest(lengths: np.ndarray, most: np.ndarray, overhead: int) -> list[int]
     while ends and begin[ends[-1]]:
         ends.append(int(begin[ends[-1]]))
     return ends[::-1]
+
+
+def on_device(batch: TokenBatch, device: torch.device, *others: Tensor) -> tuple[TokenBatch, list[Tensor]]:
+    """A batch, and other tensors of 8-byte numbers that go with it, by one copy for all of them.
+
+    On a GPU that comes from pinned memory, for the host waits for every copy that does not.
+    """
+    if device.type == "cpu":
+        return batch, list(others)
+    tensors = [*(getattr(batch, field.name) for field in dataclasses.fields(batch)), *others]
+    packed = pack(tensors, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    found, own = unpack(packed, tensors), len(tensors) - len(others)
+    return TokenBatch(*found[:own]), found[own:]
+
+
+def pack(tensors: Sequence[Tensor], pin_memory: bool = False) -> Tensor:  # int64
+    """The bits of tensors of 8-byte numbers, one after another."""
+    packed = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.int64, pin_memory=pin_memory)
+    return torch.cat([tensor.reshape(-1).view(torch.int64) for tensor in tensors], out=packed)
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack` made of tensors of these types and shapes, wherever it lies now."""
+    pieces = packed.split([tensor.numel() for tensor in like])
+    return [piece.view(one.dtype).view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
 
 def padded(

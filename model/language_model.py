@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.batches import on_device
 from data.disk import sync
 from data.records import (
     Allocate,
@@ -141,13 +142,15 @@ class LanguageModel(PositionModel):
         worst = torch.zeros(len(turn.sequences), dtype=self.precise, device=self.device)
         with same_bits():
             for batch in self.batches(turn.sequences):
-                at = _every_position(batch) if every_token else (batch.rows, batch.positions)
+                rows, positions = _every_position(batch) if every_token else (batch.rows, batch.positions)
+                target = first_row[batch.members[rows]] + count_within(rows)
                 fact = batch.members[batch.rows]  # (M,)
-                weight = weights[fact].to(self.device)
-                losses, missed = self._capture_batch(batch, at, weight, first_row, captures)
+                beside = (rows, positions, target, fact, weights[fact])
+                here, (rows, positions, target, fact, weight) = on_device(batch, self.device, *beside)
+                losses, missed = self._capture_batch(batch, here, (rows, positions), target, weight, captures)
                 loss += (losses.double() * weight).sum()
-                wrong.index_add_(0, fact.to(self.device), missed.long())
-                worst.scatter_reduce_(0, fact.to(self.device), losses, "amax")
+                wrong.index_add_(0, fact, missed.long())
+                worst.scatter_reduce_(0, fact, losses, "amax")
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
         if not math.isfinite(mean):
@@ -169,27 +172,26 @@ class LanguageModel(PositionModel):
     def _capture_batch(
         self,
         batch: TokenBatch,
-        at: tuple[Tensor, Tensor],  # rows and positions to capture
+        here: TokenBatch,  # it, and the tensors that follow, on the model's device
+        at: tuple[Tensor, Tensor],  # (N,) rows and positions to capture
+        target: Tensor,  # (N,) rows of the captures where they go
         weights: Tensor,  # (M,) of each answer token's loss
-        first_row: Tensor,  # of `row_offsets`: where each sequence's rows begin in the captures
         captures: Mapping[str, Capture],
     ) -> tuple[Tensor, Tensor]:  # (M,), (M,) bool
         """Fill the batch's rows of the captures; the losses of its answer tokens, and which it would not choose."""
-        trace = Tracer(batch.input_ids.shape, at[0].to(self.device), at[1].to(self.device))
+        trace = Tracer(batch.input_ids.shape, *at)
         with hooks({edited.module: trace.hook(name) for name, edited in self.edited.items()}):
-            logits = self._logits(batch)
+            logits = self._logits(batch, here)
             require_ran(self.edited, trace.outputs)
-            targets = batch.targets.to(self.device)
-            losses = functional.cross_entropy(logits.to(self.precise), targets, reduction="none")
+            losses = functional.cross_entropy(logits.to(self.precise), here.targets, reduction="none")
             loss = (losses * weights.to(losses)).sum()
             grads = torch.autograd.grad(loss, list(trace.outputs.values()))
-        target = (first_row[batch.members[at[0]]] + count_within(at[0])).to(self.device)
         for name, grad in zip(trace.outputs, grads, strict=True):
             into = captures[name]
             there = target.to(into.keys.device)
             into.keys[there] = trace.keys[name].to(into.keys)
             into.value_grads[there] = trace.at_positions(grad).to(into.value_grads)
-        return losses.detach(), logits.detach().argmax(-1) != targets
+        return losses.detach(), logits.detach().argmax(-1) != here.targets
 
     # -- scoring
 
@@ -222,10 +224,11 @@ class LanguageModel(PositionModel):
         first_row = row_offsets(sequences)
         reference: Tensor | None = None
         for batch in self.batches(sequences):
-            logits = self._logits(batch)
+            here, (at,) = on_device(batch, self.device, answer_row_indices(batch, first_row))
+            logits = self._logits(batch, here)
             if reference is None:
                 reference = logits.new_empty((int(first_row[-1]), logits.shape[1]))
-            reference[answer_row_indices(batch, first_row).to(self.device)] = logits
+            reference[at] = logits
         assert reference is not None, "a loss term without sequences has no reference"
         return reference
 
@@ -269,15 +272,12 @@ class LanguageModel(PositionModel):
         """Each compute batch's share of the term's mean."""
         first_row = row_offsets(term.sequences)
         for batch in self.batches(term.sequences):
-            logits = self._logits(batch).to(self.precise)
+            here, (at,) = on_device(batch, self.device, answer_row_indices(batch, first_row))
+            logits = self._logits(batch, here).to(self.precise)
             if term.reference is None:
-                loss = functional.cross_entropy(logits, batch.targets.to(self.device), reduction="sum")
+                loss = functional.cross_entropy(logits, here.targets, reduction="sum")
             else:
-                expected = (
-                    term.reference[answer_row_indices(batch, first_row).to(self.device)]
-                    .to(self.precise)
-                    .log_softmax(-1)
-                )
+                expected = term.reference[at].to(self.precise).log_softmax(-1)
                 loss = functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
             yield loss / int(first_row[-1])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batches import PADDING, compute_batches
+from data.batches import PADDING, compute_batches, on_device
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
@@ -37,19 +37,20 @@ class PositionModel(TextModel):
         """The compute batches of this model for these sequences."""
         return compute_batches(sequences, self.compute_tokens, self.overhead)
 
-    def _logits(self, batch: TokenBatch) -> Tensor:  # (M, V)
-        """Logits at the answer positions only.
+    def _logits(self, batch: TokenBatch, here: TokenBatch | None = None) -> Tensor:  # (M, V)
+        """Logits at the answer positions only. `here` is the batch on the model's device, from who has it there.
 
         The head sees only the rows it is asked about: a hook picks them from its input, so whatever a model does to its
         logits afterwards is kept. No attention mask is needed: padding stands on the right and attention is causal.
         """
-        at = (batch.rows.to(self.device), batch.positions.to(self.device))
+        if here is None:
+            here, _ = on_device(batch, self.device)
         lengths = batch.lengths.tolist()
         texts: list[tuple[int, ...]] = []
         if self.below.in_use:
             texts = [tuple(ids[:length]) for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
-        with select_head_rows(self.model, *at), self.below.read_once(texts, lengths):
-            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
+        with select_head_rows(self.model, here.rows, here.positions), self.below.read_once(texts, lengths):
+            logits = self.model(input_ids=here.input_ids, use_cache=False).logits
         assert logits.shape[:2] == (1, len(batch.rows)), "the model's head is not the module it names as such"
         return logits[0].to(self.device)
 
@@ -102,15 +103,16 @@ class PositionModel(TextModel):
         cut = [TokenSequence((*s.ids[: at + 1], PADDING), at + 1) for s, at in zip(sequences, positions, strict=True)]
         found: dict[str, Tensor] = {}
         for batch in self.batches(cut):
+            here, _ = on_device(batch, self.device)
 
-            def keep(name: str, tensor: Tensor, batch: TokenBatch = batch) -> None:
-                at = batch.rows.to(tensor.device), batch.positions.to(tensor.device)
-                rows = tensor.reshape(*batch.input_ids.shape, -1)[at]
+            def keep(name: str, tensor: Tensor, here: TokenBatch = here) -> None:
+                at = here.rows.to(tensor.device), here.positions.to(tensor.device)
+                rows = tensor.reshape(*here.input_ids.shape, -1)[at]
                 if name not in found:
                     found[name] = rows.new_empty((len(cut), rows.shape[1]), dtype=self.precise, device=self.device)
-                found[name][batch.members.to(self.device)] = rows.to(found[name])
+                found[name][here.members] = rows.to(found[name])
 
-            self._read_in(batch, wanted, seen, keep)
+            self._read_in(batch, here, wanted, seen, keep)
         require_ran(wanted, found)
         return found
 
@@ -126,11 +128,16 @@ class PositionModel(TextModel):
                 rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
                 found[name] = rows.to(self.device, self.precise)
 
-            self._read_in(batch, wanted, _input, keep)
+            self._read_in(batch, None, wanted, _input, keep)
             yield found
 
     def _read_in(
-        self, batch: TokenBatch, wanted: Mapping[str, nn.Module], seen: Seen, keep: Callable[[str, Tensor], None]
+        self,
+        batch: TokenBatch,
+        here: TokenBatch | None,  # as of `_logits`
+        wanted: Mapping[str, nn.Module],
+        seen: Seen,
+        keep: Callable[[str, Tensor], None],
     ) -> None:
         """A forward that ends where the last of the wanted modules has been read."""
         left = set(wanted)
@@ -142,7 +149,7 @@ class PositionModel(TextModel):
                 raise _AllRead
 
         with contextlib.suppress(_AllRead), hooks({m: _reader(name, seen, kept) for name, m in wanted.items()}):
-            self._logits(batch)
+            self._logits(batch, here)
         require_ran(wanted, wanted.keys() - left)
 
     def _block_of(self, name: str) -> nn.Module:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data.batches import compute_batches
+from data.batches import compute_batches, pack, unpack
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, TokenSequence
 from data.stream import EditStream, check_context, mini_batch_weights, subject_ends, tokenize
@@ -286,6 +286,16 @@ class TestComputeBatches:
         lengths = [n for batch in batches for n in batch.lengths.tolist()]
         assert lengths == sorted(lengths, reverse=True)
         assert all(b.input_ids.numel() + b.input_ids.shape[1] > 40 for b in batches[:-1])
+
+    @given(sequences=token_sequences())
+    def test_packed_tensors_come_back_bit_for_bit(self, sequences: list[TokenSequence]) -> None:
+        """Those of a batch, and others of 8-byte numbers that go with it, of any size."""
+        tensors = [torch.zeros(0, dtype=torch.int64), torch.tensor([[0.1, float("inf")], [-0.0, 1e-320]]).double()]
+        for batch in compute_batches(sequences, 40):
+            tensors += [batch.input_ids, batch.targets, torch.rand(len(batch.rows), dtype=torch.float64)]
+        for found, expected in zip(unpack(pack(tensors), tensors), tensors, strict=True):
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(found.view(torch.int64), expected.view(torch.int64))
 
     def test_every_tensor_is_int64(self) -> None:
         batch = next(compute_batches([TokenSequence((5, 6, 7), 1)], 8))

@@ -401,9 +401,9 @@ def test_gradients_are_formed_for_edited_weights_and_nothing_below_the_first(mon
     graphs: dict[int, bool] = {}
     forward = model._logits
 
-    def watched(batch: Any) -> Tensor:
+    def watched(batch: Any, here: Any) -> Tensor:
         asking.update(name for name, weight in model.model.named_parameters() if weight.requires_grad)
-        return forward(batch)
+        return forward(batch, here)
 
     monkeypatch.setattr(model, "_logits", watched)
     for place, layer in enumerate(model.model.model.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedTokenizerFast, masking_utils
 
 from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, WeightChange
 from data.stream import mini_batch_weights
@@ -151,6 +153,44 @@ def test_captures_and_losses_are_cut_where_padding_is_least(monkeypatch: pytest.
     real = 3 * sum(len(one.ids) - 1 for one in a_turn().sequences)
     assert tokens_computed(cuda=0) > 1.2 * real
     assert tokens_computed(cpu=0) == real
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the host to the meta device, which asks for them where a GPU would."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, found = (
+            {one.device.type for one in tree_leaves(part) if isinstance(one, torch.Tensor)} for part in (args, result)
+        )
+        self.count += "cpu" in given and "meta" in found
+        return result
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model, turn: model.capture(turn),
+        lambda model, turn: model.capture(turn, every_token=True),
+        lambda model, turn: model.losses([LossTerm(turn.sequences, 1.0)]),
+        lambda model, turn: model.weight_gradients([LossTerm(turn.sequences, 1.0)]),
+        lambda model, turn: model.reference_logits(turn.sequences),
+        lambda model, turn: model.keys_at(turn.sequences, [len(one.ids) - 2 for one in turn.sequences]),
+    ],
+)
+def test_a_batch_goes_to_the_device_in_one_copy(
+    work: Callable[[LanguageModel, Turn], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that belongs to it."""
+    # transformers reads there whether positions are those of several texts, which no tensor on meta can say
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _positions: None)
+    plain = tiny_llama().to("meta")
+    model = LanguageModel(plain, None, find_edit_modules(plain, LLAMA_MODULES, 0), compute_tokens=30)
+    with Copies() as copies, contextlib.suppress(RuntimeError):  # of the numbers that are read at the end
+        work(model, a_turn())
+    assert copies.count == len(list(model.batches(a_turn().sequences))) > 1
 
 
 def test_an_update_step_lowers_the_loss() -> None:
