@@ -43,8 +43,8 @@ PROTOCOLS = {"edit": "ES", "rephrase": "GS", "locality": "LS", "persona": "PS", 
 # What is said of a probe beside its token accuracy: all tokens right; these and the end after them; the generated text
 # is the answer, contains it; first choices as the base model's, and KL(base || edited) in nats.
 FORMS = ("", "_seq", "_end", "_gen", "_contains", "_agree", "_kl")
-# What the questions of a block fill at least, which a process scores together: enough for batches of sequences of about
-# one length, little enough to forget.
+# What the questions of a block fill at least, which are scored together: compute batches of each process, and tokens of
+# all; enough for batches of sequences of about one length, little enough to forget.
 BLOCK_BATCHES = 32
 BLOCK_TOKENS = 1 << 16
 TOKENIZED_TOGETHER = 128  # questions
@@ -141,7 +141,7 @@ def score_records(
         for field, question in questions_of(record).items()
         if field in protocols and (field == "locality" or place not in locality_only)
     )
-    block = max(BLOCK_BATCHES * model.compute_tokens, BLOCK_TOKENS) * model.world_size
+    block = max(BLOCK_BATCHES * model.compute_tokens * model.world_size, BLOCK_TOKENS)
     for probes, sequences in _blocks(asked, tokenize, block):
         hits, moved = _teacher_forced(model, probes, sequences, locality)
         texts = _generated(model, probes, generation, generated)

@@ -216,7 +216,7 @@ def terminate_while_scoring() -> None:
     """In the middle of a task of the second evaluation of edited facts."""
     from harness.evaluation import evaluate
 
-    original, calls = evaluate._answer, 0
+    original, calls = evaluate._score_share, 0
 
     def answer(*arguments: Any) -> Any:
         nonlocal calls
@@ -226,7 +226,7 @@ def terminate_while_scoring() -> None:
         return original(*arguments)
 
     answer.__module__, answer.__qualname__ = original.__module__, original.__qualname__
-    evaluate._answer = answer
+    evaluate._score_share = answer
 
 
 @pytest.mark.slow
