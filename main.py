@@ -53,7 +53,7 @@ from harness.run import (
     share_terminal,
 )
 from harness.run.places import CACHE
-from harness.watch import Tracker, TurnDiagnostics, show_results
+from harness.watch import Tracker, TurnDiagnostics, show_results, turn_note
 from model import BESIDE_WEIGHTS
 from model.source import stamp
 
@@ -239,7 +239,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                         tracker.turn(line)
                         state.done = turn.index + 1
                         state.save_if_due(cfg.checkpoint_every, len(stream))
-                    bar.advance(1, f"{line['edits_total']:,} edits, {turn.phase.value.replace('_', '-')}")
+                    bar.advance(1, turn_note(line["edits_total"], turn.phase))
 
             final = score("final", state.done)
             retained = score.retained()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data.records import Capture, LowRankUpdate, Phase, TrainingTurn, read_together
 from editor import linalg
 from editor.base import StatisticsScope, shape_name, statistics_group
+from editor.updates import first_unsolved
 from nets import HyperNetwork, LifelongNormalizer
 
 
@@ -184,12 +185,11 @@ class RidgeEditor(HyperNetworkEditor):
 
     def require_solved(self) -> None:
         infos, self._infos = self._infos, {}
-        for name, info in zip(infos, read_together(list(infos.values())), strict=True):
-            if info != 0:
-                raise FloatingPointError(
-                    f"the ridge lambda={self.ridge(name).item():.3g} of {name} is too small for the size of its keys; "
-                    "a larger editor.alpha to start from, or a smaller editor.meta_lr, may keep it in bounds"
-                )
+        if name := first_unsolved(infos):
+            raise FloatingPointError(
+                f"the ridge lambda={self.ridge(name).item():.3g} of {name} is too small for the size of its keys; "
+                "a larger editor.alpha to start from, or a smaller editor.meta_lr, may keep it in bounds"
+            )
 
     def value_shifts(self, name: str, capture: Capture) -> Iterator[tuple[slice, Tensor]]:
         """The rows of a chunk and their D (b, d_v)."""

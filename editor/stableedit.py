@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from data.records import Capture, LowRankUpdate, Phase, read_together
+from data.records import Capture, LowRankUpdate, Phase
 from editor import linalg
 from editor.base import SecondMoments, StatisticsScope, statistics_group
+from editor.updates import first_unsolved
 from nets import LifelongNormalizer, Whitening
 
 Mode = Literal["stable", "original", "none", "batch", "frozen"]
@@ -169,12 +170,11 @@ class StableEdit(nn.Module):
     ) -> dict[str, LowRankUpdate]:
         """FloatingPointError for the first module whose system rounding leaves without a factor."""
         solved = {name: self._module_update(name, capture, whitenings) for name, capture in captures.items()}
-        for name, info in zip(solved, read_together([info for _, info in solved.values()]), strict=True):
-            if info != 0:
-                raise FloatingPointError(
-                    f"the keys of {name} are too large for a ridge of editor.alpha={self.settings.alpha}; "
-                    "set a larger one"
-                )
+        if unsolved := first_unsolved({name: info for name, (_, info) in solved.items()}):
+            raise FloatingPointError(
+                f"the keys of {unsolved} are too large for a ridge of editor.alpha={self.settings.alpha}; "
+                "set a larger one"
+            )
         return {name: update for name, (update, _) in solved.items()}
 
     def _module_update(

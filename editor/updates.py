@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from data.records import LowRankUpdate, WeightChange, read_together
 from editor import linalg
@@ -36,3 +37,9 @@ def _sum(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     if len(lefts) == len(updates):
         return LowRankUpdate(torch.cat(lefts, dim=1), torch.cat([update.right for update in updates]))
     return LowRankUpdate(None, torch.stack([linalg.dense((update.left, update.right)) for update in updates]).sum(0))
+
+
+def first_unsolved(infos: Mapping[str, Tensor]) -> str | None:
+    """The first module whose system has no factor, by the `info` of each (editor/linalg.py), all read together."""
+    read = read_together(list(infos.values()))
+    return next((name for name, info in zip(infos, read, strict=True) if info != 0), None)

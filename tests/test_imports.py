@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "harness/run/launching.py": "",
     "harness/run/lock.py": "",
     "harness/run/__init__.py": "harness.run.*",
-    "harness/watch/console.py": "rich.* data.progress harness.run.*",
+    "harness/watch/console.py": "rich.* data.progress data.records harness.run.*",
     "harness/watch/diagnostics.py": "psutil torch editor.linalg editor.base model data.records",
     "harness/watch/tracking.py": "wandb.* data.records harness.run.*",
     "harness/watch/__init__.py": "harness.watch.*",

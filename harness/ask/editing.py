@@ -13,6 +13,7 @@ from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
 from harness.job import build_editor, editor_inputs, load_model, make_plan
 from harness.ranks import init_ranks
+from harness.watch import turn_note
 
 FACTS_A_TURN = 100  # as published
 
@@ -50,8 +51,7 @@ def edit(
             for turn in plan.stream.from_turn(0):
                 with edited.reading_once():
                     chosen.edit(edited, turn)
-                edits = len(plan.stream.edited(turn.index + 1))
-                bar.advance(1, f"{edits:,} edits, {turn.phase.value.replace('_', '-')}")
+                bar.advance(1, turn_note(len(plan.stream.edited(turn.index + 1)), turn.phase))
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 

@@ -11,6 +11,7 @@ from harness.watch.console import (
     printable,
     score_words,
     show_results,
+    turn_note,
 )
 from harness.watch.diagnostics import SMALLER_STEPS, TurnDiagnostics, memory
 from harness.watch.tracking import Tracker, WandbMode, WandbSettings, check_wandb

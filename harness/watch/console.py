@@ -1,4 +1,4 @@
-"""What a run says when it is done: the result table, and examples."""
+"""What a run says: beside its bar over turns, and when it is done, the result table and examples."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.progress import duration
+from data.records import Phase
 from harness.run import read_examples
 
 SCORE_NAMES: Final = {
@@ -37,6 +38,11 @@ FORM_NAMES: Final = {  # in the order of the table: what the model says comes fi
 PROBE_NAMES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
 EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
+
+
+def turn_note(edits: int, phase: Phase) -> str:
+    """Beside the bar, after a turn of that phase: the edits so far."""
+    return f"{edits:,} edits, {phase.value.replace('_', '-')}"
 
 
 def is_share(name: str) -> bool:

@@ -171,16 +171,16 @@ def _cosines(now: PastUpdate, kept: Sequence[PastUpdate]) -> list[dict[str, floa
     None where one is zero, or it is no finite number.
     """
     scales = [{name: now.norms[name] * before.norms.get(name, 0.0) for name in now.updates} for before in kept]
-    compared = {name: [place for place, of_turn in enumerate(scales) if of_turn[name] != 0] for name in now.updates}
+    compared = {name: [i for i, of_turn in enumerate(scales) if of_turn[name] != 0] for name in now.updates}
     products = [
-        linalg.inner_products(_factors(now.updates[name]), [_factors(kept[place].updates[name]) for place in places])
-        for name, places in compared.items()
+        linalg.inner_products(_factors(now.updates[name]), [_factors(kept[i].updates[name]) for i in turns])
+        for name, turns in compared.items()
     ]
-    asked = [(place, name) for name, places in compared.items() for place in places]
+    asked = [(i, name) for name, turns in compared.items() for i in turns]
     found = dict(zip(asked, read_together([one for each in products for one in each]), strict=True))
     return [
-        {name: _finite(found[place, name] / scale) if scale != 0 else None for name, scale in of_turn.items()}
-        for place, of_turn in enumerate(scales)
+        {name: _finite(found[i, name] / scale) if scale != 0 else None for name, scale in of_turn.items()}
+        for i, of_turn in enumerate(scales)
     ]
 
 

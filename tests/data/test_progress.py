@@ -114,6 +114,48 @@ def test_bytes_are_scaled_and_their_total_may_be_unknown(clock: list[float], cap
     assert caplog.messages == ["zsre.json: 5.00MB", "zsre.json: 120M of 200MB, again, 4.00 s left"]
 
 
+def test_without_a_terminal_progress_is_a_few_clean_log_lines(
+    clock: list[float], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("editing", 200, "turns", keep=True) as bar:
+        for turn in range(200):
+            clock[0] += 2.0
+            bar.advance(1, f"{100 * (turn + 1):,} edits")
+    lines = caplog.messages
+    assert capsys.readouterr() == ("", "")
+    assert lines[0] == "editing: 1 of 200 turns, 100 edits, 6 min 38 s left"  # 199 turns of 2 s
+    assert lines[-1] == "editing: 200 of 200 turns, 20,000 edits, done in 6 min 40 s"
+    assert 10 <= len(lines) <= 13
+
+
+def test_slow_turns_are_reported_by_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with progress_bar("editing", 20_000, "turns", keep=True) as bar:
+        for _ in range(100):
+            clock[0] += 30.0
+            bar.advance()
+    assert 45 <= len(caplog.messages) <= 55
+
+
+def test_a_resumed_run_judges_its_speed_by_its_own_turns(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with progress_bar("editing", 100, "turns", done=90, keep=True) as bar:
+        clock[0] += 3.0
+        bar.advance()
+    assert caplog.messages == ["editing: 91 of 100 turns, 27 s left"]
+
+
+def test_an_evaluation_and_a_training_are_called_what_they_are(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with progress_bar("evaluating base model", 4, "questions") as bar:
+        bar.advance(4)
+    with progress_bar("training the editor", 1, "turns", keep=True) as bar:
+        bar.advance(1, "loss 1.000")
+    assert [line.split(", done")[0] for line in caplog.messages] == [
+        "evaluating base model: 4 of 4 questions",
+        "training the editor: 1 of 1 turns, loss 1.000",
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.25, "0.25 s"), (42, "42 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7805, "2 h 10 min")],
