@@ -11,7 +11,6 @@ package alone knows matplotlib; a run imports it when it is over.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,10 @@ DRAWINGS: tuple[Draw, ...] = (  # in the order of the page
     method_figures.time_over_turns,
 )
 
-BOARD_DRAWINGS: tuple[Draw, ...] = (
+BOARD_DRAWINGS: tuple[Draw, ...] = (  # of the runs that ended with as many edits
+    trade_figure.methods_against_harm,
+)
+LONGER_DRAWINGS: tuple[Draw, ...] = (  # of those that went on, too
     score_figures.written_over_edits,
     score_figures.harm_over_edits,
     score_figures.edits_by_age,
@@ -84,12 +86,20 @@ def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Pictur
 
 
 def _group_drawn(group: Group, is_one_of_several: bool) -> list[tuple[Picture, bytes]]:
-    drawn = _drawn(named_runs(group.runs), BOARD_DRAWINGS)
+    named = named_runs([*group.runs, *group.longer])
+    ended = [one for one in named if one.run in group.runs]
+    drawn = _drawn(ended, BOARD_DRAWINGS) + _drawn(named, LONGER_DRAWINGS)
     if not is_one_of_several:
         return drawn
-    slug = re.sub(r"\W+", "_", group.title).strip("_")
     return [
-        (replace(picture, name=f"{picture.name}_{slug}", title=f"{picture.title}: {group.title}"), png)
+        (
+            replace(
+                picture,
+                name=f"{picture.name}_{leaderboard_files.slug(group.title)}",
+                title=f"{picture.title}: {group.title}",
+            ),
+            png,
+        )
         for picture, png in drawn
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from harness.report.runs import Columns, Run, configurations, labels
+from harness.report.names import configurations, labels
+from harness.report.runs import Columns, Run
 
 # Okabe and Ito's colours, which readers with any common colour blindness tell apart; line styles come to their help.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -140,6 +141,12 @@ def legend_above(figure: Figure, *axes: Axes, extra: Sequence[Any] = ()) -> None
         columns = max(1, min(len(entries), int(width / widest)))
         figure.set_size_inches(width, height + (math.ceil(len(entries) / columns) - 1) * LEGEND_ROW)
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+
+
+def left_out(names: Iterable[str]) -> str:
+    """The end of a caption that names what a picture cannot show."""
+    told = "; ".join(names)
+    return f" Not scored so, and not here: {told}." if told else ""
 
 
 def count_axis(ax: Axes, what: str) -> None:

@@ -6,16 +6,17 @@ the same model with equally many facts of the same file, and were asked in the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from harness.report.averages import adjusted, compared, scores_of
+from harness.report.averages import adjusted, compared
 from harness.report.drawing import interval
-from harness.report.page import LEVEL, source_name
-from harness.report.paired import Average, Scores, average
-from harness.report.runs import Run, configurations, shared_choices
-from harness.run import form_of_run
+from harness.report.names import CHANGED, code, configurations, shared_choices
+from harness.report.page import LEVEL
+from harness.report.paired import Average, Difference, Scores, average, mean_difference, record_scores
+from harness.report.runs import Run
+from harness.report.standings import Standing, group_names, standings
 from harness.watch import SCORE_NAMES
 
 ASKED: Final = tuple(name for name in SCORE_NAMES if name != "LS")  # protocols whose answers were edited
@@ -25,28 +26,34 @@ SCORE_COLUMNS: Final = (
     *("LS_agree", "LS_kl", "perplexity"),
 )
 SECONDS, PEAK, GPU_PEAK = "seconds_per_edit", "peak_bytes", "gpu_peak_bytes"
-Key = tuple[str, str, int, str, str]  # of a group: data, model, edits, file of facts, weights
+COSTS: Final = (SECONDS, PEAK, GPU_PEAK)
+COLUMNS: Final = (*SCORE_COLUMNS, *COSTS)
+NEVER_BEST: Final = ("LS",)
+"""Scores of which more is not better: LS is best where it is the base model's."""
+ENOUGH: Final = 0.8  # of the records of the method with fewer, for a comparison that needs no word
 
-COLUMNS: Final = (*SCORE_COLUMNS, SECONDS, PEAK, GPU_PEAK)
+Methods = Mapping[str, Sequence[Standing]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number; without an interval where records have no number of their own, or several seeds were averaged."""
+    """A number; without an interval where records have no number of their own."""
 
     mean: float
     low: float | None = None
     high: float | None = None
+    by_seed: tuple[float, ...] = ()
     bold: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method, or the base model, for which `seeds` is None."""
+    """A method, or the base model, which has neither seeds nor code."""
 
     method: str
     seeds: int | None
     cells: Mapping[str, Cell]  # by column; of what its runs have not, there is none
+    codes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Group:
     edits: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[Run, ...]  # that ended here
+    longer: tuple[Run, ...]  # that were scored here on their way
 
     @property
     def title(self) -> str:
@@ -86,182 +94,259 @@ class Board:
 
 def board_of(runs: Sequence[Run]) -> Board:
     """The table of all runs that came to their end; ValueError where none did."""
-    reasons = [(run, _unfit(run)) for run in runs]
-    left_out = tuple(f"{run.folder}: left out, {reason}" for run, reason in reasons if reason)
-    fit = [run for run, reason in reasons if not reason]
-    if not fit:
+    groups, left_out = standings(runs)
+    if not groups:
         raise ValueError(f"no run has finished its edits and final scores ({left_out[0]}); name one that has")
-    groups: dict[Key, list[Run]] = {}
-    for run in fit:
-        groups.setdefault(_key(run), []).append(run)
-    return Board(tuple(_group(_names(key, groups), groups[key]) for key in sorted(groups)), left_out)
+    return Board(tuple(_group(group_names(key, groups), groups[key]) for key in sorted(groups)), left_out)
 
 
-def _unfit(run: Run) -> str | None:
-    """Why a run cannot be in the table."""
-    if not run.finished:
-        return run.state
-    if not run.results.get("final") or not run.results.get("cost", {}).get("edits"):
-        return "it has edited nothing" if run.results.get("final") else "it has no final scores"
-    for section, key in (("evaluation", "prompt"), ("dataset", "prompt_form")):
-        if key not in run.about["config"].get(section, {}):
-            return f"its run.json has no {section}.{key}: it does not say how its questions were put"
-    return None
-
-
-def _key(run: Run) -> Key:
-    """Data and form, model, edits; file of facts and weights, which tell apart what has the same name."""
-    config = run.about["config"]
-    data = f"{source_name(config, 'dataset')} ({form_of_run(config)} prompts)"
-    facts, weights = run.about.get("inputs", {}).get("eval"), run.about.get("model", {}).get("fingerprint")
-    return data, source_name(config, "model"), int(run.results["cost"]["edits"]), str(facts), str(weights)
-
-
-def _names(key: Key, keys: Iterable[Key]) -> tuple[str, str, int]:
-    """Data, model and edits; with the start of a hash where others of the same names differ in it."""
-    data, model, edits, facts, weights = key
-    alike = [one for one in keys if one[:3] == key[:3]]
-    if any(one[3] != facts for one in alike):
-        data = f"{data}, facts {facts[:8]}"
-    if any(one[4] != weights for one in alike):
-        model = f"{model} {weights[:8]}"
-    return data, model, edits
-
-
-def _group(names: tuple[str, str, int], runs: Sequence[Run]) -> Group:
-    methods: dict[str, list[Run]] = {}
-    for label, run in zip(configurations(runs), runs, strict=True):
-        methods.setdefault(label, []).append(run)
-    scores = {label: _shown(scores_of(members, "final")) for label, members in methods.items()}
-    rows = [Row(label, len(members), _cells(members, scores[label])) for label, members in methods.items()]
-    notes = [f"All with {', '.join(shared)}."] if (shared := shared_choices(runs)) else []
-    notes += _unlike(methods, scores)
-    for column in SCORE_COLUMNS:
-        bold, more = _not_below_the_best(column, rows, methods, scores)
-        notes += more
-        rows = [_with_bold(row, column) if row.method in bold else row for row in rows]
+def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
+    methods: dict[str, list[Standing]] = {}
+    for label, one in zip(configurations([one.run for one in members]), members, strict=True):
+        methods.setdefault(label, []).append(one)
+    rows = [Row(label, len(own), _cells(own), _codes(own)) for label, own in methods.items()]
+    apart, unlike = _not_compared(methods)
+    ended = [one.run for one in members if one.turns is None]
+    notes = [f"All with {', '.join(shared)}."] if (shared := shared_choices([one.run for one in members])) else []
+    notes += [*_scored(members), *_ways(methods), *unlike]
+    comparisons = {
+        column: _against_the_best(column, rows, methods)
+        for column in SCORE_COLUMNS
+        if column not in (*NEVER_BEST, *apart)
+    }
+    notes += _said_of_comparisons([one for found in comparisons.values() for one in found], methods)
+    rows = [
+        replace(row, cells={name: _judged(cell, row, comparisons.get(name, ())) for name, cell in row.cells.items()})
+        for row in rows
+    ]
     first = next((name for name in COLUMNS if any(name in row.cells for row in rows)), SECONDS)
     rows.sort(key=lambda row: -row.cells[first].mean if first in row.cells else float("inf"))
     data, model, edits = names
-    return Group(model, data, edits, (_base(runs), *rows), tuple(dict.fromkeys(notes)), tuple(runs))
-
-
-def _shown(runs: Sequence[Scores]) -> list[Scores]:
-    return [{name: column for name, column in scores.items() if name in SCORE_COLUMNS} for scores in runs]
+    longer = tuple(one.run for one in members if one.turns is not None)
+    return Group(model, data, edits, (_base(ended), *rows), tuple(dict.fromkeys(notes)), tuple(ended), longer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
-def _cells(runs: Sequence[Run], scores: Sequence[Scores], stage: str = "final") -> dict[str, Cell]:
+def _cells(members: Sequence[Standing]) -> dict[str, Cell]:
     """Averages over records and seeds, as the report has them; of what no record has, over seeds."""
-    averages = average(scores)
+    return _score_cells([one.scores for one in members], [one.records for one in members]) | _costs(members)
+
+
+def _score_cells(scores: Sequence[Mapping[str, Any]], records: Sequence[Scores]) -> dict[str, Cell]:
+    averages = average([{name: one[name] for name in one if name in SCORE_COLUMNS} for one in records])
     cells = {}
     for name in SCORE_COLUMNS:
-        every = [run.results[stage][name] for run in runs if run.results.get(stage, {}).get(name) is not None]
+        every = [one[name] for one in scores if one.get(name) is not None]
         if every:
             cells[name] = _cell(every, averages.get(name))
-    return cells | (_costs(runs) if stage == "final" else {})
-
-
-def _cell(every: Sequence[Any], found: Average | None) -> Cell:
-    if found is not None:
-        return Cell(found.mean, found.low, found.high)
-    if len(every) == 1 and isinstance(every[0], Mapping):
-        return Cell(*interval(every[0]))
-    return Cell(sum(interval(score)[0] for score in every) / len(every))
-
-
-def _base(runs: Sequence[Run]) -> Row:
-    """The base model on the facts of each seed, once a seed."""
-    asked = list({run.seed: run for run in reversed(runs) if run.results.get("base")}.values())
-    return Row("base model", None, _cells(asked, _shown(scores_of(asked, "base")), "base"))
-
-
-def _costs(runs: Sequence[Run]) -> dict[str, Cell]:
-    """Seconds of the edit turns over the facts edited in them, all runs together; the largest peak of any run."""
-    cells = {}
-    spent = [_spent(run) for run in runs]
-    if facts := sum(edits for _, edits in spent):
-        cells[SECONDS] = Cell(sum(seconds for seconds, _ in spent) / facts)
-    peaks = [run.results["cost"].get("peak_memory", {}) for run in runs]
-    if own := [peak[PEAK] for peak in peaks if PEAK in peak]:
-        cells[PEAK] = Cell(max(own))
-    on_gpus = [[size for name, size in peak.items() if name.endswith(f"_{PEAK}")] for peak in peaks]
-    if any(on_gpus):
-        cells[GPU_PEAK] = Cell(max(map(sum, on_gpus)))
     return cells
 
 
-def _spent(run: Run) -> tuple[float, float]:
-    """(seconds, facts) of the run's edit turns; warm-up and meta-training are not among them."""
-    turns = run.turns
+def _cell(every: Sequence[Any], found: Average | None) -> Cell:
+    by_seed = tuple(interval(score)[0] for score in every)
+    if found is not None:
+        return Cell(found.mean, found.low, found.high, by_seed)
+    if len(every) == 1 and isinstance(every[0], Mapping):
+        return Cell(*interval(every[0]), by_seed)
+    return Cell(sum(by_seed) / len(by_seed), by_seed=by_seed)
+
+
+def _base(runs: Sequence[Run]) -> Row:
+    """The base model on the facts of each seed, once a seed: as the run scored it that has the most scores of it."""
+    scored = sorted((run for run in runs if run.results.get("base")), key=lambda run: len(run.results["base"]))
+    asked = list({run.seed: run for run in scored}.values())
+    records = [record_scores(run.lines("records.jsonl"), "base") for run in asked]
+    return Row("base model", None, _score_cells([run.results["base"] for run in asked], records))
+
+
+def _costs(members: Sequence[Standing]) -> dict[str, Cell]:
+    """Seconds of the edit turns over the facts edited in them, all runs together; the largest peak of any run.
+
+    The peak of a run that went on is not known.
+    """
+    cells = {}
+    spent = [_spent(one) for one in members]
+    if facts := sum(edits for _, edits in spent):
+        by_seed = tuple(seconds / edits for seconds, edits in spent if edits)
+        cells[SECONDS] = Cell(sum(seconds for seconds, _ in spent) / facts, by_seed=by_seed)
+    peaks = [one.run.results["cost"].get("peak_memory", {}) for one in members if one.turns is None]
+    if own := [peak[PEAK] for peak in peaks if PEAK in peak]:
+        cells[PEAK] = Cell(max(own), by_seed=tuple(own))
+    on_gpus = [sum(size for name, size in peak.items() if name.endswith(f"_{PEAK}")) for peak in peaks]
+    if any(on_gpus):
+        cells[GPU_PEAK] = Cell(max(on_gpus), by_seed=tuple(on_gpus))
+    return cells
+
+
+def _spent(one: Standing) -> tuple[float, float]:
+    """(seconds, facts) of the run's edit turns so far; warm-up and meta-training are not among them."""
+    turns = one.run.turns
     if "seconds/total" not in turns:
         return 0.0, 0.0
     editing = turns["warm_up"] == 0
+    if one.turns is not None:
+        editing &= turns["turn"] < one.turns
     return float(turns["seconds/total"][editing].sum()), float(turns["edits"][editing].sum())
+
+
+def _codes(members: Sequence[Standing]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for standing in members if (one := code(standing.run))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The best, and what cannot be told from it
 
 
-def _not_below_the_best(
-    column: str, rows: Sequence[Row], methods: Mapping[str, Sequence[Run]], scores: Mapping[str, Sequence[Scores]]
-) -> tuple[set[str], list[str]]:
-    """Methods with the highest mean or not shown to be below it, and what to say of those that cannot be tested.
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the one with a column's highest mean; `reason`: why they cannot be compared."""
 
-    The test is over records, paired, two-sided, its p-values adjusted (Holm) for all comparisons in the column. None
-    where fewer than two methods have scores of single records.
+    column: str
+    best: str
+    method: str
+    found: Difference | None
+    reason: str | None
+    is_below: bool  # by the test, and in every seed that both have
+
+
+def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> list[Comparison]:
+    """Of each method with scores of single records; of the best too. None where fewer than two have such.
+
+    The test is over records, paired, two-sided, its p-values adjusted (Holm) for all comparisons in the column.
     """
-    only = {label: [{column: one[column]} for one in every if column in one] for label, every in scores.items()}
-    means = {row.method: row.cells[column].mean for row in rows if only[row.method] and column in row.cells}
+    having = {label: [one for one in own if column in one.records] for label, own in methods.items()}
+    means = {row.method: row.cells[column].mean for row in rows if having[row.method] and column in row.cells}
     if len(means) < 2:
-        return set(), []
+        return []
     best = max(means, key=means.__getitem__)
-    having = {
-        label: [run for run, one in zip(methods[label], scores[label], strict=True) if column in one] for label in means
-    }
-    differences = {
-        label: compared(having[best], only[best], having[label], only[label]) for label in means if label != best
-    }
+    differences = {label: _difference(column, having[best], having[label]) for label in means if label != best}
     p = adjusted(differences)
-    bold, notes = {best}, []
+    comparisons = [Comparison(column, best, best, None, None, is_below=False)]
     for label, found in differences.items():
         if isinstance(found, str):
-            notes.append(f"{label} is not compared with {best}, {column}'s best: {found}.")
-        elif found[column].mean >= 0 or p.get((label, column), 1.0) >= LEVEL:
-            bold.add(label)
-    return bold, notes
+            comparisons.append(Comparison(column, best, label, None, found, is_below=True))
+            continue
+        below = found[column].mean < 0 and p.get((label, column), 1.0) < LEVEL
+        below &= all(one < 0 for one in _by_seed(column, having[best], having[label]))
+        comparisons.append(Comparison(column, best, label, found[column], None, is_below=below))
+    return comparisons
 
 
-def _with_bold(row: Row, column: str) -> Row:
-    return replace(row, cells={**row.cells, column: replace(row.cells[column], bold=True)})
+def _difference(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Mapping[str, Difference] | str:
+    (runs, scores), (other_runs, other_scores) = (
+        ([one.run for one in own], [{column: one.records[column]} for one in own]) for own in (first, second)
+    )
+    return compared(runs, scores, other_runs, other_scores)
 
 
-def _unlike(methods: Mapping[str, Sequence[Run]], scores: Mapping[str, Sequence[Scores]]) -> Iterable[str]:
-    """A line for each way in which methods of a group were not run or scored alike."""
-    first, *others = methods
-    rows = {
-        label: {
-            run.seed: set(next(iter(one.values()))[0].tolist())
-            for run, one in zip(methods[label], every, strict=True)
-            if one
-        }
-        for label, every in scores.items()
-    }
-    for label in others:
-        shared = rows[first].keys() & rows[label].keys()
-        if rows[first] and rows[label] and not shared:
-            yield f"{label} and {first} have no seed in common: each run is compared with each."
-        elif any(rows[first][seed] != rows[label][seed] for seed in shared):
-            both = sum(len(rows[first][seed] & rows[label][seed]) for seed in shared)
-            own, theirs = (sum(len(rows[one][seed]) for seed in shared) for one in (label, first))
-            yield (
-                f"{label} was scored on {own:,} records and {first} on {theirs:,}, of which {both:,} are the same: "
-                "only those are compared."
-            )
-    devices = dict.fromkeys(str(run.about.get("device")) for runs in methods.values() for run in runs)
+def _by_seed(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Iterator[float]:
+    """The mean difference, second minus first, within each seed that both have."""
+    for a in first:
+        for b in second:
+            if a.run.seed == b.run.seed:
+                found = mean_difference(a.records[column], b.records[column])
+                if found is not None:
+                    yield found
+
+
+def _judged(cell: Cell, row: Row, comparisons: Sequence[Comparison]) -> Cell:
+    return replace(cell, bold=any(one.method == row.method and not one.is_below for one in comparisons))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to say beside the numbers
+
+
+def _said_of_comparisons(comparisons: Sequence[Comparison], methods: Methods) -> Iterator[str]:
+    """Of methods that cannot be compared, or on few of their records, or on other seeds: a line each."""
+    few: dict[tuple[str, str, int, int, int], list[str]] = {}
+    for one in comparisons:
+        if one.method == one.best:
+            continue
+        if one.reason:
+            yield f"{one.method} is not compared with {one.best}, {one.column}'s best: {one.reason}."
+            continue
+        own, theirs = ({standing.run.seed for standing in methods[name]} for name in (one.method, one.best))
+        assert one.found is not None
+        counts = [_count(one.column, methods[name], own & theirs or own | theirs) for name in (one.method, one.best)]
+        if one.found.n < ENOUGH * min(counts):
+            few.setdefault((one.method, one.best, counts[0], counts[1], one.found.n), []).append(one.column)
+    for (method, best, own_count, its_count, shared), columns in few.items():
+        yield (
+            f"{' and '.join(columns)}: {method} was asked about {own_count:,} records and {best}, the best, about "
+            f"{its_count:,}; only the {shared:,} that both were asked about are compared."
+        )
+    seeds = {label: sorted({str(one.run.seed) for one in own}) for label, own in methods.items()}
+    if len({tuple(one) for one in seeds.values()}) > 1:
+        told = "; ".join(f"{label} {', '.join(own)}" for label, own in seeds.items())
+        yield f"Seeds differ ({told}): compared within those that both have; without any, each run with each."
+
+
+def _count(column: str, members: Sequence[Standing], seeds: set[Any]) -> int:
+    """Rows of the data file that the runs with these seeds were asked about."""
+    rows = [one.records[column][0].tolist() for one in members if column in one.records and one.run.seed in seeds]
+    return len(set().union(*rows))
+
+
+def _not_compared(methods: Methods) -> tuple[set[str], list[str]]:
+    """Columns that do not compare, as runs were asked in different ways, and a line for each difference."""
+    columns: set[str] = set()
+    notes = []
+    there = {name for own in methods.values() for one in own for name in one.scores}
+    written = [name for name in SCORE_COLUMNS if name.endswith("_gen") and name in there]
+    for what, of, affected in (
+        ("evaluation.max_new_tokens", lambda run: run.about["config"]["evaluation"].get("max_new_tokens"), written),
+        ("the text of perplexity", lambda run: str(run.about.get("inputs", {}).get("perplexity"))[:8], ["perplexity"]),
+        (
+            "evaluation.perplexity_window",
+            lambda run: run.about["config"]["evaluation"].get("perplexity_window"),
+            ["perplexity"],
+        ),
+    ):
+        values: dict[Any, list[str]] = {}
+        for label, own in methods.items():
+            for one in own:
+                if any(name in one.scores for name in affected):
+                    values.setdefault(of(one.run), []).append(label)
+        if len(values) > 1:
+            told = "; ".join(f"{value}: {', '.join(dict.fromkeys(labels))}" for value, labels in values.items())
+            notes.append(f"Runs differ in {what} ({told}), which leaves no comparison of {' and '.join(affected)}.")
+            columns |= set(affected)
+    return columns, notes
+
+
+def _scored(members: Sequence[Standing]) -> Iterator[str]:
+    """How many records a run was scored on."""
+    asked, written = (
+        sorted({len(one.records[name][0]) for one in members if name in one.records}) for name in ("ES", "ES_gen")
+    )
+    if asked:
+        more = f", and wrote its own answers to {_span(written)} of them" if written else ""
+        yield f"Each run was scored on {_span(asked)} records{more}."
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+
+def _ways(methods: Methods) -> Iterator[str]:
+    """A line for each way in which methods were not run alike: length, code, devices."""
+    longer = [label for label, own in methods.items() if any(one.turns is not None for one in own)]
+    if longer:
+        yield f"Longer runs, as they stood after as many edits: {'; '.join(longer)}."
+    codes = {label: _codes(own) for label, own in methods.items()}
+    every = dict.fromkeys(one for own in codes.values() for one in own)
+    if len(every) > 1:
+        yield f"Runs are of {len(every)} versions of the code, which the CSV names."
+    mixed = [label for label, own in codes.items() if len(own) > 1]
+    if mixed:
+        yield f"Averages over several versions of the code: {'; '.join(mixed)}."
+    changed = [label for label, own in codes.items() if any(one.endswith(CHANGED) for one in own)]
+    if changed:
+        yield f"Made with uncommitted changes to the code: {'; '.join(changed)}."
+    devices = dict.fromkeys(str(one.run.about.get("device")) for own in methods.values() for one in own)
     if len(devices) > 1:
         yield f"Runs were on different devices ({', '.join(devices)}): their costs do not compare."

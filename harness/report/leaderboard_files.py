@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Final
 
 from harness.report.drawing import Picture
-from harness.report.leaderboard import GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
+from harness.report.leaderboard import COLUMNS, COSTS, GPU_PEAK, PEAK, SCORE_COLUMNS, SECONDS, Board, Cell, Group, Row
 from harness.report.page import LEVEL, document, figure, table
-from harness.watch import as_number
+from harness.watch import SCORE_NAMES, as_number
 
 TITLE: Final = "Leaderboard"
 HEADINGS: Final = {SECONDS: "seconds an edit", PEAK: "peak memory, GiB", GPU_PEAK: "GPU peak, GiB"}
@@ -20,6 +22,7 @@ LATEX: Final = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''", "\n": " ", "\r": " ", "\t": " ",
 }  # fmt: skip
+LOWER: Final = ("LS_kl", "perplexity", *COSTS)  # is better
 MARKDOWN: Final = {one: f"\\{one}" for one in "\\|*`<>[]"} | {"\n": " ", "\r": " "}
 
 
@@ -40,17 +43,21 @@ def caption(board: Board) -> str:
     """What a reader must know of the numbers, and of what is bold."""
     columns, tested = board.columns, board.tested
     parts = [
-        "Means over records and seeds with 95% bootstrap intervals over records; percent where a score is a share."
+        "Means over records and seeds; percent where a score is a share. In brackets 95% bootstrap intervals over "
+        "records: they say nothing of other orders of the facts. Without brackets, the least and the largest of the "
+        "seeds."
     ]
     if tested:
         parts.append(
-            "Bold: the highest mean of a column, and every method that the paired test does not show to be below it "
-            f"(two-sided sign-flip test over records, Holm-corrected for the comparisons in the column, p < {LEVEL})."
+            "Bold: the highest mean of a column, and what is not significantly below it (two-sided paired sign-flip "
+            f"test over records, p < {LEVEL}, Holm-corrected within the column; below it in every seed that both have)."
         )
     if untested := [HEADINGS.get(name, name) for name in columns if name not in tested]:
         parts.append(f"Not tested, so never bold: {'; '.join(untested)}.")
-    if several := [name for name in ("LS_kl", "perplexity") if name in columns]:
-        parts.append(f"{' and '.join(several)}: lower is better; means over seeds.")
+    if "LS" in columns:
+        parts.append("LS: best where it is the base model's.")
+    if several := [name for name in LOWER if name in columns and name in SCORE_COLUMNS]:
+        parts.append(f"{' and '.join(several)}: lower is better.")
     if SECONDS in columns:
         parts.append("Seconds an edit are those of the edit turns, without warm-up, meta-training and scoring.")
     if any(PEAK in name for name in columns):
@@ -58,6 +65,11 @@ def caption(board: Board) -> str:
     if any(name not in row.cells for group in board.groups for row in group.rows for name in columns):
         parts.append("An empty cell: the runs have no such number.")
     return " ".join(parts)
+
+
+def slug(title: str) -> str:
+    """A title as a part of names of files and labels."""
+    return re.sub(r"\W+", "_", title).strip("_")
 
 
 def shown(name: str, value: float) -> str:
@@ -69,8 +81,13 @@ def shown(name: str, value: float) -> str:
 
 
 def bounds(name: str, cell: Cell) -> str:
-    """Its interval, in brackets; nothing where it has none."""
-    return "" if cell.low is None or cell.high is None else f"[{shown(name, cell.low)}, {shown(name, cell.high)}]"
+    """Its interval, in brackets; where it has none, how far seeds lie apart; nothing for what is the largest of any."""
+    if cell.low is not None and cell.high is not None:
+        return f"[{shown(name, cell.low)}, {shown(name, cell.high)}]"
+    if name in (PEAK, GPU_PEAK) or not cell.by_seed:
+        return ""
+    least, most = (shown(name, of(cell.by_seed)) for of in (min, max))
+    return "" if least == most else f"{least} to {most}"
 
 
 def headings(board: Board) -> list[str]:
@@ -144,11 +161,15 @@ def _cell(name: str, cell: Cell | None, bold: Callable[[str], str], small: Calla
 
 
 def comma_separated(board: Board) -> str:
-    """A line a method, in full precision: shares of 1, nats, seconds, bytes; `bold` names the columns that are."""
+    """A line a method, in full precision: shares of 1, nats, seconds, bytes.
+
+    `..._by_seed` holds a number for each run, `bold` names the columns that are, `code` the commits.
+    """
     scores = [name for name in board.columns if name in SCORE_COLUMNS]
     costs = [name for name in board.columns if name not in SCORE_COLUMNS]
     head = ["data", "model", "edits", "method", "seeds"]
-    head += [f"{name}{part}" for name in scores for part in ("", "_low", "_high")] + [*costs, "bold"]
+    head += [f"{name}{part}" for name in scores for part in ("", "_low", "_high", "_by_seed")]
+    head += [*costs, "bold", "code"]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
@@ -157,13 +178,16 @@ def comma_separated(board: Board) -> str:
             numbers = [part for name in scores for part in _parts(row.cells.get(name))]
             numbers += [_parts(row.cells.get(name))[0] for name in costs]
             bold = " ".join(name for name in board.columns if name in row.cells and row.cells[name].bold)
-            writer.writerow([group.data, group.model, group.edits, row.method, seeds(row), *numbers, bold])
+            start = [group.data, group.model, group.edits, row.method, seeds(row)]
+            writer.writerow([*start, *numbers, bold, "; ".join(row.codes)])
     return text.getvalue()
 
 
-def _parts(cell: Cell | None) -> tuple[float | None, float | None, float | None]:
-    """Mean, low and high; csv writes floats as they are read back, bit for bit, and None as an empty field."""
-    return (None, None, None) if cell is None else (cell.mean, cell.low, cell.high)
+def _parts(cell: Cell | None) -> tuple[float | None, float | None, float | None, str]:
+    """Mean, low, high, seeds; csv writes floats as they are read back, bit for bit, and None as an empty field."""
+    if cell is None:
+        return None, None, None, ""
+    return cell.mean, cell.low, cell.high, " ".join(map(repr, cell.by_seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,26 +195,32 @@ def _parts(cell: Cell | None) -> tuple[float | None, float | None, float | None]
 
 
 def latex(board: Board) -> str:
-    r"""A table a group, to \input; intervals stand below their means, so that it is narrow."""
+    r"""Two tables a group, to \input: scores, and costs. Intervals stand below their means, so that it is narrow."""
     lines = ["% needs \\usepackage{booktabs,graphicx}"]
     lines += [f"% {latex_text(line)}" for line in board.left_out]
     for group in board.groups:
-        lines += ["", *_latex_table(board, group)]
+        for what, columns in (("scores", SCORE_COLUMNS), ("costs", COSTS)):
+            there = [name for name in columns if any(name in row.cells for row in group.rows)]
+            if there:
+                lines += ["", *_latex_table(group, what, there, caption(board) if what == "scores" else "")]
     return "\n".join(lines) + "\n"
 
 
-def _latex_table(board: Board, group: Group) -> Iterator[str]:
+def _latex_table(group: Group, what: str, names: Sequence[str], about: str) -> Iterator[str]:
+    """Columns of a protocol stand side by side under its name; what is said of the numbers stands below."""
+    names = sorted(names, key=_protocol_place)
+    rows = [row for row in group.rows if any(name in row.cells for name in names)]
     yield r"\begin{table*}"
-    yield r"\centering"
-    about = " ".join([f"{group.title}.", *group.notes, caption(board)])
-    yield rf"\caption{{{latex_text(about)}}}"
+    yield r"\centering\small\setlength{\tabcolsep}{4pt}"
+    yield rf"\caption{{{latex_text(f'{group.title}: {what}.')}}}"
+    yield rf"\label{{tab:{slug(group.title)}-{what}}}"
     yield r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-    yield rf"\begin{{tabular}}{{l{'r' * (len(board.columns) + 1)}}}"
+    yield rf"\begin{{tabular}}{{l{'r' * (len(names) + 1)}}}"
     yield r"\toprule"
-    yield _latex_line([latex_text(one) for one in headings(board)])
+    yield from _latex_head(names)
     yield r"\midrule"
-    for row in group.rows:
-        cells = [(name, row.cells.get(name)) for name in board.columns]
+    for row in rows:
+        cells = [(name, row.cells.get(name)) for name in names]
         means = [_cell(name, cell, lambda text: rf"\textbf{{{text}}}", lambda _: "") for name, cell in cells]
         between = [bounds(name, cell) if cell else "" for name, cell in cells]
         yield _latex_line([latex_text(row.method), *means, seeds(row)])
@@ -198,7 +228,39 @@ def _latex_table(board: Board, group: Group) -> Iterator[str]:
             yield _latex_line(["", *(rf"{{\scriptsize {one}}}" if one else "" for one in between), ""])
     yield r"\bottomrule"
     yield r"\end{tabular}}"
+    if notes := " ".join([about, *group.notes] if about else []):
+        yield rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {latex_text(notes)}}}"
     yield r"\end{table*}"
+
+
+def _protocol_place(name: str) -> int:
+    """Columns of one protocol together, in the order in which protocols first come."""
+    return list(dict.fromkeys(one.partition("_")[0] for one in COLUMNS)).index(name.partition("_")[0])
+
+
+def _latex_head(names: Sequence[str]) -> Iterator[str]:
+    """A line of protocols over those of their forms, and rules between; with arrows to where better is."""
+    spans = [(name, len(list(own))) for name, own in itertools.groupby(names, lambda one: one.partition("_")[0])]
+    if any(protocol in SCORE_NAMES for protocol, _ in spans):
+        over = [
+            rf"\multicolumn{{{width}}}{{c}}{{{protocol if protocol in SCORE_NAMES else ''}}}"
+            for protocol, width in spans
+        ]
+        yield _latex_line(["", *over, ""])
+        ends = list(itertools.accumulate([1, *(width for _, width in spans)]))
+        yield "".join(
+            rf"\cmidrule(lr){{{start + 1}-{end}}}"
+            for (protocol, _), start, end in zip(spans, ends, ends[1:], strict=False)
+            if protocol in SCORE_NAMES
+        )
+    yield _latex_line(["method", *(_latex_heading(name) for name in names), "seeds"])
+
+
+def _latex_heading(name: str) -> str:
+    protocol, _, form = name.partition("_")
+    words = (form or "tokens") if protocol in SCORE_NAMES else HEADINGS.get(name, name)
+    arrow = r"$\downarrow$" if name in LOWER else r"$\uparrow$" if name in SCORE_COLUMNS and name != "LS" else ""
+    return f"{latex_text(words)}{arrow}"
 
 
 def _latex_line(cells: list[str]) -> str:

@@ -32,7 +32,8 @@ from harness.report.drawing import (
     values_of,
     with_columns,
 )
-from harness.report.runs import Columns, short_module_names, under
+from harness.report.names import short_module_names
+from harness.report.runs import Columns, under
 
 MOST_LINES: Final = len(COLOURS)  # of more modules than this the whole update alone is drawn
 MOMENTS: Final = {

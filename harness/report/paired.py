@@ -51,6 +51,12 @@ def compare(pairs: Sequence[tuple[Scores, Scores]]) -> dict[str, Difference]:
     return {name: paired_difference(sums, counts) for name, (sums, counts) in found.items() if len(sums)}
 
 
+def mean_difference(first: Column, second: Column) -> float | None:
+    """Second minus first, the mean over the rows that both have; None without any."""
+    rows, differences = _shared(first, second)
+    return float(differences.mean()) if len(rows) else None
+
+
 def _shared(first: Column, second: Column) -> Column:
     rows, here, there = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
     return rows, second[1][there] - first[1][here]

@@ -10,19 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from harness.run import EXAMPLES_FILE, TRAINING_PHASES
 
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
-
-# Beginnings of overrides that say nothing of what was edited, and how.
-NOT_A_LABEL: Final = (
-    *("hydra.", "tracker.", "evaluation.", "diagnostics.", "glue.", "downstream_eval_steps"),
-    *("checkpoint_every", "keep", "resume", "model_cache", "editor.save_checkpoint"),
-)
 
 
 @dataclass(frozen=True)
@@ -202,81 +196,3 @@ def under(table: Columns, prefix: str) -> dict[str, Columns]:
             name, _, field = path.removeprefix(f"{prefix}/").partition("/")
             found.setdefault(name, {})[field] = column
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names that tell runs, and modules, apart
-
-
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run: its editor, and of its overrides those that not all runs share. No name is twice."""
-    return _numbered(_names(runs, [_overrides(run) for run in runs]))
-
-
-def configurations(runs: Sequence[Run]) -> list[str]:
-    """The name of each run's configuration: of all that was chosen but the seed. Runs that repeat a seed are apart."""
-    chosen = [{key: value for key, value in _overrides(run).items() if key != "seed"} for run in runs]
-    facts = [run.about.get("inputs", {}).get("eval") for run in runs]
-    names = _names(runs, chosen)
-    keys = [(name, tuple(sorted(one.items())), data) for name, one, data in zip(names, chosen, facts, strict=True)]
-    seeded = [(key, run.seed) for key, run in zip(keys, runs, strict=True)]
-    apart = [(key, seeded[:place].count(seeded[place])) for place, key in enumerate(keys)]
-    distinct = list(dict.fromkeys(apart))
-    name_of = dict(zip(distinct, _numbered([name for (name, *_), _ in distinct]), strict=True))
-    return [name_of[one] for one in apart]
-
-
-def but_for_the_step(runs: Sequence[Run]) -> list[str]:
-    """What runs have in common that differ in step size and seed alone."""
-    left_out = ("seed", "model.lr", "editor.lr")
-    return _names(runs, [{key: value for key, value in _overrides(run).items() if key not in left_out} for run in runs])
-
-
-def shared_choices(runs: Sequence[Run]) -> list[str]:
-    """What was chosen alike in all of them, but the seed and the editor, and so is in no name."""
-    shared = set.intersection(*(set(_overrides(run).items()) for run in runs))
-    return _told({key: value for key, value in sorted(shared) if key != "seed"}, set())
-
-
-def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
-    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
-    return [
-        " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
-        for run, one in zip(runs, chosen, strict=True)
-    ]
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    return [
-        name if names.count(name) == 1 else f"{name} #{names[: place + 1].count(name)}"
-        for place, name in enumerate(names)
-    ]
-
-
-def _overrides(run: Run) -> dict[str, str]:
-    pairs = (str(override).lstrip("+").partition("=") for override in run.about.get("overrides", ()))
-    return {key: value for key, _, value in pairs if not key.startswith(NOT_A_LABEL)}
-
-
-def _told(overrides: Mapping[str, str], shared: set[tuple[str, str]]) -> list[str]:
-    """Values alone where the value says enough (a word), else key=value; of a path, its last part. The seed is last."""
-    told = []
-    for key, value in sorted(overrides.items(), key=lambda item: item[0] == "seed"):
-        if (key, value) in shared or key == "editor":
-            continue
-        short = value.rsplit("/", 1)[-1]
-        told.append(short if key in ("ablation", "experiment", "dataset", "model") else f"{key.split('.')[-1]}={short}")
-    return told
-
-
-def short_module_names(names: Sequence[str]) -> dict[str, str]:
-    """Module names without what all of them share, but for the part before the first difference: `layers.28`."""
-    parts = [name.split(".") for name in names]
-    if len(parts) < 2:
-        return {name: ".".join(split[-3:]) for name, split in zip(names, parts, strict=True)}
-    least = min(map(len, parts))
-    start = next(i for i in range(least + 1) if i == least or len({split[i] for split in parts}) > 1)
-    end = next(i for i in range(least - start + 1) if i == least - start or len({split[-1 - i] for split in parts}) > 1)
-    return {
-        name: ".".join(split[max(start - 1, 0) : len(split) - end]) for name, split in zip(names, parts, strict=True)
-    }

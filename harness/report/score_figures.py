@@ -95,7 +95,11 @@ def harm_over_edits(runs: Sequence[Named]) -> Picture | None:
 def some_over_edits(name: str, title: str, names: Sequence[str], runs: Sequence[Named]) -> Picture | None:
     on_the_way = [named for named in runs if any(line["stage"] == "eval" for line in named.run.evaluations)]
     there = {score for named in on_the_way for line in named.run.evaluations for score in line["scores"]}
-    return over_edits(name, title, all_runs_panels(on_the_way, [one for one in names if one in there]), on_the_way)
+    others = dict.fromkeys(named.label for named in runs if named not in on_the_way)
+    note = f"Not scored on the way, so not here: {'; '.join(others)}." if others else ""
+    return over_edits(
+        name, title, all_runs_panels(on_the_way, [one for one in names if one in there]), on_the_way, note
+    )
 
 
 def over_edits(

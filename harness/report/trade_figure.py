@@ -1,34 +1,107 @@
-"""What was written against the harm that it did: a curve a configuration, a point a step size."""
+"""What was written against the harm that it did: a curve over step sizes, or a mark a method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from harness.report.drawing import PERCENT, Named, Picture, interval, legend_above, look, marker, panel_grid
-from harness.report.runs import Run, but_for_the_step
+from harness.report.drawing import (
+    PERCENT,
+    Look,
+    Named,
+    Picture,
+    interval,
+    left_out,
+    legend_above,
+    log_axis,
+    look,
+    marker,
+    panel_grid,
+)
+from harness.report.names import but_for_the_step
+from harness.report.runs import Run
 
 WRITTEN: Final = {"ES_gen": "edited facts said exactly", "ES_seq": "edited answers, all tokens"}
 """What counts as written: the first of these that every run has."""
 
 
 def written_against_harm(runs: Sequence[Named]) -> Picture | None:
-    """None where no two finished runs differ in their step size alone, or scores are missing."""
-    done = [named.run for named in runs if named.run.finished and "LS_agree" in named.run.results["final"]]
-    score = next((name for name in WRITTEN if done and all(name in run.results["final"] for run in done)), None)
-    curves = dict(zip(map(id, done), but_for_the_step(done), strict=True))
-    steps = {(curves[id(run)], step_of(run)) for run in done}
-    if score is None or len(steps) == len({curve for curve, _ in steps}):
+    """A curve a configuration, a point a step size; None where no two finished runs differ in their step size alone."""
+    done = [named.run for named in _judged(runs)]
+    names = but_for_the_step(done)
+    steps = {(name, step_of(run)) for name, run in zip(names, done, strict=True)}
+    if len(steps) == len(set(names)):
         return None
-    with_text = all("perplexity" in run.results["final"] for run in done)
+    curves = [
+        Curve(name, look(place), _points(own, [f"{step_of(run):g}" for run in own]))
+        for place, name in enumerate(dict.fromkeys(names))
+        for own in [sorted((run for run, one in zip(done, names, strict=True) if one == name), key=step_of)]
+    ]
+    return drawn(
+        "written_against_harm",
+        curves,
+        done,
+        "Each mark is a run with its 95% interval over records, each curve joins the step sizes of a configuration by "
+        "their means over seeds. Up is better, and so is left: compare curves at equal harm, never at equal step.",
+    )
+
+
+def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
+    """A mark a method, its mean over seeds, with its seeds behind it; None for one method alone."""
+    done = _judged(runs)
+    methods = dict.fromkeys(named.configuration for named in done)
+    if len(methods) < 2:
+        return None
+    curves = [
+        Curve(name, own[0].look, _points([named.run for named in own], [""] * len(own)))
+        for name in methods
+        for own in [[named for named in done if named.configuration == name]]
+    ]
+    return drawn(
+        "methods_against_harm",
+        curves,
+        [named.run for named in done],
+        "Each large mark is a method's mean over seeds, the pale ones its runs with 95% intervals over records. Up is "
+        "better, and so is left: a method is better than another where it is above it at equal harm."
+        + left_out(dict.fromkeys(named.configuration for named in runs if named not in done)),
+    )
+
+
+def _judged(runs: Sequence[Named]) -> list[Named]:
+    """Runs that came to their end and say what they moved."""
+    return [named for named in runs if named.run.finished and "LS_agree" in named.run.results["final"]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points that belong together: what is written beside each, and its runs."""
+
+    name: str
+    style: Look
+    points: Mapping[str, Sequence[Run]]
+
+
+def _points(runs: Sequence[Run], words: Sequence[str]) -> dict[str, list[Run]]:
+    points: dict[str, list[Run]] = {}
+    for run, word in zip(runs, words, strict=True):
+        points.setdefault(word, []).append(run)
+    return points
+
+
+def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str) -> Picture | None:
+    """None where scores are missing."""
+    score = next((one for one in WRITTEN if all(one in run.results["final"] for run in runs)), None)
+    if score is None:
+        return None
+    with_text = all("perplexity" in run.results["final"] for run in runs)
     figure, axes = panel_grid(1 + with_text, 2)
-    for place, name in enumerate(dict.fromkeys(curves.values())):
-        own = [run for run in done if curves[id(run)] == name]
+    for curve in curves:
         for ax, harm in zip(axes, (moved, perplexity), strict=False):
-            draw(ax, own, harm, score, name, look(place))
+            draw(ax, curve, harm, score)
     for ax in axes:
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set_title(WRITTEN[score])
@@ -36,32 +109,28 @@ def written_against_harm(runs: Sequence[Named]) -> Picture | None:
     axes[0].set_xlabel("unrelated first choices moved")
     if with_text:
         axes[1].set_xlabel("perplexity of a fixed text")
+        harms = [perplexity(run)[0] for run in runs]
+        if max(harms) > 4 * min(harms) > 0:
+            log_axis(axes[1], "x", min(harms), max(harms))
     legend_above(figure, *axes)
-    return Picture(
-        "written_against_harm",
-        "What was written against the harm done",
-        "Each mark is a run with its 95% interval over records, each curve joins the step sizes of a configuration by "
-        "their means over seeds. Up is better, and so is left: compare curves at equal harm, never at equal step.",
-        figure,
-    )
+    return Picture(name, "What was written against the harm done", caption, figure)
 
 
-def draw(ax: Axes, runs: Sequence[Run], harm: Any, score: str, name: str, style: Any) -> None:
-    colour = style["color"]
-    for run in runs:
-        mean, low, high = interval(run.results["final"][score])
-        x, left, right = harm(run)
+def draw(ax: Axes, curve: Curve, harm: Callable[[Run], tuple[float, float, float]], score: str) -> None:
+    colour, shape = curve.style["color"], marker(curve.style)
+    means = []
+    for own in curve.points.values():
+        x, left, right = np.array([harm(run) for run in own]).T
+        y, low, high = np.array([interval(run.results["final"][score]) for run in own]).T
         ax.errorbar(
-            x, mean, yerr=[[mean - low], [high - mean]], xerr=[[x - left], [right - x]], color=colour,
-            marker=marker(style), linestyle="none", linewidth=0.8, alpha=0.45,
+            x, y, yerr=[y - low, high - y], xerr=[x - left, right - x], color=colour,
+            marker=shape, linestyle="none", linewidth=0.8, alpha=0.45,
         )  # fmt: skip
-    by_step: dict[float, list[tuple[float, float]]] = {}
-    for run in runs:
-        by_step.setdefault(step_of(run), []).append((harm(run)[0], interval(run.results["final"][score])[0]))
-    points = np.array([np.mean(by_step[step], axis=0) for step in sorted(by_step)])
-    ax.plot(points[:, 0], points[:, 1], label=name, marker=marker(style), **style)
-    for step, (x, y) in zip(sorted(by_step), points, strict=True):
-        ax.annotate(f"{step:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=9, color=colour)
+        means.append((x.mean(), y.mean()))
+    line = {**curve.style} if len(means) > 1 else {**curve.style, "linestyle": "none", "markersize": 9}
+    ax.plot(*np.array(means).T, label=curve.name, marker=shape, **line)
+    for word, (x, y) in zip(curve.points, means, strict=True):
+        ax.annotate(word, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=9, color=colour)
 
 
 def step_of(run: Run) -> float:

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness.report.__main__ import main
+from harness.report.drawing import named_runs
 from harness.report.leaderboard import Group, Row, board_of
 from harness.report.leaderboard_files import files, latex_text
 from harness.report.runs import open_runs
+from harness.report.trade_figure import methods_against_harm
 from tests.report.test_report import make_run, score, text_of, write_lines
 
 EVERY = 40  # records
@@ -139,8 +142,13 @@ def test_other_records_and_devices_are_noted(tmp_path: Path) -> None:
     made(tmp_path / "c", {"ES": right(9)}, "num_seq=4", "seed=7", editor="c", first_row=500)
     notes = only_group(tmp_path).notes
     assert notes[0] == "All with num_seq=4."
-    assert "b was scored on 30 records and a on 40, of which 20 are the same: only those are compared." in notes
-    assert "c and a have no seed in common: each run is compared with each." in notes
+    assert notes[1] == "Each run was scored on 30 to 40 records."
+    both = "only the 20 that both were asked about are compared"
+    assert f"ES: a was asked about 40 records and b, the best, about 30; {both}." in notes
+    assert (
+        "Seeds differ (a 42; b 42; c 7): compared within those that both have; without any, each run with each."
+        in notes
+    )
     assert "Runs were on different devices (cpu, cuda): their costs do not compare." in notes
     assert "c is not compared with b, ES's best: no record was scored in both." in notes
     assert bold(only_group(tmp_path), "ES") == {"a", "b"}
@@ -168,6 +176,108 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
     )
     for text in files(board, []).values():
         assert ("still running" in text) == ("method,seeds" not in text), "in all but the CSV"
+
+
+def test_a_method_is_what_was_chosen_by_default_too(tmp_path: Path) -> None:
+    """Runs of one command whose defaults changed are not averaged; a key that one code does not know is no change."""
+    runs = [made(tmp_path / name, {"ES": right(9)}, f"seed={seed}") for seed, name in enumerate("abcd")]
+    for run, alpha in zip(runs, (10, 10, 1000), strict=False):
+        change(run, "editor", "alpha", alpha)
+    change(runs[0], "editor", "unknown_to_the_others", 1)
+    assert [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]] == [("plain", 4)]
+    change(runs[3], "editor", "alpha", 10)
+    rows = [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]]
+    assert sorted(rows) == [("plain alpha=10", 3), ("plain alpha=1000", 1)]
+
+
+def test_a_number_is_one_setting_however_it_is_written(tmp_path: Path) -> None:
+    for seed, step in enumerate(("1e-3", "0.001", "2e-3")):
+        made(tmp_path / step, {"ES": right(9)}, f"seed={seed}", f"model.lr={step}", f"corpus.tokens={seed}000")
+    change_override(tmp_path / "0.001", "corpus.tokens=1000", "corpus.tokens=0000")
+    names = {one.method: one.seeds for one in only_group(tmp_path).rows[1:]}
+    assert names == {"plain lr=0.001 corpus.tokens=0000": 2, "plain lr=0.002 corpus.tokens=2000": 1}
+
+
+def change_override(run: Path, before: str, after: str) -> None:
+    text = (run / "run.json").read_text()
+    assert before in text
+    (run / "run.json").write_text(text.replace(before, after))
+
+
+def test_a_seed_run_again_is_told_apart_by_its_code(tmp_path: Path) -> None:
+    for name, commit, dirty in (("a", "1" * 40, False), ("b", "2" * 40, True)):
+        run = made(tmp_path / name, {"ES": right(9)}, "seed=1")
+        about = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(about | {"git": {"commit": commit, "dirty": dirty}}))
+    group = only_group(tmp_path)
+    assert [one.method for one in group.rows[1:]] == ["plain at 1111111", "plain at 2222222 with changes"]
+    assert "Runs are of 2 versions of the code, which the CSV names." in group.notes
+    assert "Made with uncommitted changes to the code: plain at 2222222 with changes." in group.notes
+    _, last = csv.DictReader(files(board_of(open_runs([tmp_path / "b"])), [])["leaderboard.csv"].splitlines())
+    assert last["code"] == "2222222 with changes"
+
+
+def test_what_one_seed_denies_is_not_below_the_best(tmp_path: Path) -> None:
+    """Over both orders b is far below, with p < 0.001; with seed 2 it is ahead, so another order may say so too."""
+    for seed, (a, b) in {1: (40, 5), 2: (10, 12)}.items():
+        for name, count in (("a", a), ("b", b)):
+            made(tmp_path / f"{name}{seed}", {"ES": right(count)}, f"seed={seed}", editor=name, first_row=1000 * seed)
+    assert bold(only_group(tmp_path), "ES") == {"a", "b"}
+    made(tmp_path / "c1", {"ES": right(5)}, "seed=1", editor="c", first_row=1000)
+    made(tmp_path / "c2", {"ES": right(9)}, "seed=2", editor="c", first_row=2000)
+    assert bold(only_group(tmp_path), "ES") == {"a", "b"}
+
+
+def test_more_ls_is_not_better(tmp_path: Path) -> None:
+    made(tmp_path / "a", {"LS": right(30)}, editor="a")
+    made(tmp_path / "b", {"LS": right(9)}, editor="b")
+    assert bold(only_group(tmp_path), "LS") == set()
+
+
+def test_answers_of_different_lengths_are_not_compared(tmp_path: Path) -> None:
+    for name, length in (("a", 8), ("b", 16)):
+        run = made(tmp_path / name, {"ES": right(30)}, editor=name, numbers={"ES_gen": score(0.5)})
+        change(run, "evaluation", "max_new_tokens", length)
+        lines = (run / "records.jsonl").read_text().splitlines()
+        write_lines(run / "records.jsonl", [json.loads(line) | {"exact": True, "contains": True} for line in lines])
+    group = only_group(tmp_path)
+    assert bold(group, "ES") == {"a", "b"}
+    assert bold(group, "ES_gen") == set()
+    assert (
+        "Runs differ in evaluation.max_new_tokens (8: a; 16: b), which leaves no comparison of ES_gen." in group.notes
+    )
+
+
+def test_a_longer_run_stands_as_it_was_after_as_many_edits(tmp_path: Path) -> None:
+    """40 edits of a short run beside a run of 80, scored after 20 and 40 on its way; its end has a table of its own."""
+    made(tmp_path / "short", {"ES": right(9)}, editor="short")
+    long = made(tmp_path / "long", {"ES": right(3)}, editor="long", turns=10)
+    results = json.loads((long / "results.json").read_text())
+    results["cost"]["edits"] = 80
+    (long / "results.json").write_text(json.dumps(results))
+    lines = [json.loads(line) for line in (long / "records.jsonl").read_text().splitlines()]
+    on_the_way = [
+        {"stage": "eval", "place": row, "index": row, "protocol": "ES", "correct": int(row < count), "tokens": 1}
+        for rows, count in ((20, 20), (40, 30))
+        for row in range(rows)
+    ]
+    write_lines(long / "records.jsonl", [*on_the_way, *lines])
+    evaluations = [
+        {"turn": turn, "stage": stage, "scores": {"ES": score(mean)}}
+        for turn, stage, mean in ((0, "base", 0.0), (4, "eval", 1.0), (6, "eval", 0.75), (10, "final", 0.1))
+    ]
+    write_lines(long / "scores.jsonl", evaluations)
+    at_40, at_80 = board_of(open_runs([tmp_path])).groups
+    assert (at_40.edits, [one.method for one in at_40.rows]) == (40, ["base model", "long", "short"])
+    assert row(at_40, "long").cells["ES"].mean == pytest.approx(0.75)
+    assert row(at_40, "long").cells["seconds_per_edit"].mean == pytest.approx(0.215)
+    assert "peak_bytes" not in row(at_40, "long").cells
+    assert bold(at_40, "ES") == {"long"}
+    assert "Longer runs, as they stood after as many edits: long." in at_40.notes
+    assert [one.method for one in at_80.rows] == ["base model", "long"]
+    assert row(at_80, "long").cells["ES"].mean == pytest.approx(3 / 40)
+    write_lines(long / "records.jsonl", [*on_the_way[:20], *lines])
+    assert len(board_of(open_runs([tmp_path])).groups[0].rows) == 2, "a piece is missing: which is which is not known"
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -258,23 +368,51 @@ def test_runs_scored_on_the_way_are_drawn_inside_the_page_and_beside_the_markdow
     assert set(re.findall(r"!\[.*?\]\((\w+)\.png\)", markdown)) == pictures
 
 
+def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:
+    """A mark a method that ended there, at the mean over its seeds; who lacks LS_agree is named."""
+    for name, seed, moved in (("a", 1, 0.2), ("a", 2, 0.4), ("b", 1, 0.6)):
+        harm = {"LS_agree": score(1 - moved), "ES_gen": score(0.5), "perplexity": 30.0}
+        made(tmp_path / f"{name}{seed}", {"ES": right(9)}, f"seed={seed}", editor=name, numbers=harm)
+    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    harm_axis, _ = picture.figure.axes
+    means = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in harm_axis.get_lines()}
+    assert means["a"] == [[pytest.approx(0.3), 0.5]]
+    assert means["b"] == [[pytest.approx(0.6), 0.5]]
+    assert "not here" not in picture.caption
+    made(tmp_path / "c1", {"ES": right(9)}, "seed=1", editor="c")
+    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    assert picture.caption.endswith(" Not scored so, and not here: c.")
+    assert methods_against_harm(named_runs(open_runs([tmp_path / "a1", tmp_path / "a2"]))) is None
+
+
 def test_the_latex_is_whole(written: Path) -> None:
     """No character is left that TeX would take for a command; rows have a cell a column; braces and tables close."""
     text = (written / "leaderboard.tex").read_text()
-    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    (columns,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)
-    assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {len(columns)}
-    assert all(line.startswith("{}") for line in rows)
+    scores, costs = re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", text, flags=re.S)
+    for table in (scores, costs):
+        rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+        (columns,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", table)
+        widths = [
+            sum(int(width or 1) for width in re.findall(r"(?:^\{\}|(?<!\\)&)(?: ?\\multicolumn\{(\d+)\})?", line))
+            for line in rows
+        ]
+        assert set(widths) == {len(columns)}
+        assert all(line.startswith("{}") for line in rows)
     bare = re.sub(r"\\.", "", text)
     assert bare.count("{") == bare.count("}")
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
-    assert re.findall(r"(?<!\\)[$#_~^]", body) == []
-    assert [line for line in body.splitlines() if re.search(r"(?<!\\)%", line)] == [
+    assert re.findall(r"(?<!\\)[#~^]", re.sub(r"\\label\{[^}]*\}", "", body)) == []
+    assert set(re.findall(r"(?<!\\)\$.*?(?<!\\)\$", body)) == {r"$\uparrow$", r"$\downarrow$"}
+    assert {line for line in body.splitlines() if re.search(r"(?<!\\)%", line)} == {
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-    ]
+    }
     for name in ("table*", "tabular"):
-        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
-    assert r"\textbf{75.0}" in text
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 2
+    assert r"\textbf{75.0}" in scores
+    assert len(set(re.findall(r"\\label\{(.*?)\}", text))) == 2
+    assert "seconds an edit" in costs
 
 
 def test_latex_escapes() -> None:

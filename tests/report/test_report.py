@@ -27,8 +27,9 @@ from harness.report import DRAWINGS, method_figures, projection, score_figures, 
 from harness.report.__main__ import main
 from harness.report.averages import adjusted, tables
 from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
+from harness.report.names import configurations, labels, short_module_names
 from harness.report.paired import Difference, average, compare, holm, paired_difference, record_scores
-from harness.report.runs import columns_by_phase, configurations, labels, open_runs, short_module_names
+from harness.report.runs import columns_by_phase, open_runs
 from harness.report.score_figures import retention_by_age, scores_by_age
 
 MODULES = ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj")

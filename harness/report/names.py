@@ -1,0 +1,157 @@
+"""Names that tell runs, configurations and modules apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from harness.report.runs import Run
+from harness.run import NOT_IN_RUN_ID, digest_of, leave_out, leaves
+
+# Beginnings of overrides that say nothing of what was edited, and how.
+NOT_A_LABEL: Final = (
+    *("hydra.", "tracker.", "evaluation.", "diagnostics.", "glue.", "downstream_eval_steps"),
+    *("checkpoint_every", "keep", "resume", "model_cache", "editor.save_checkpoint"),
+)
+CHOICES: Final = ("ablation", "experiment", "dataset", "model")
+"""Groups whose choice says enough by itself."""
+SECTIONS: Final = ("dataset", "model", "editor")
+"""Sections whose keys say by themselves what they are of."""
+
+# Keys of a configuration that make no other method of it: the seed, what is said of evaluation elsewhere, the machine.
+NO_CHOICE: Final = (
+    *NOT_IN_RUN_ID,
+    *("seed", "evaluation", "diagnostics", "glue", "downstream_eval_steps", "num_seq", "corpus.path"),
+    *("model_device", "editor_device", "model.compute_tokens", "model.device_map", "editor.batch_size"),
+)
+MOST_TOLD: Final = 3
+COMMIT: Final = 7  # digits
+CHANGED: Final = " with changes"
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run: its editor, and of its overrides those that not all runs share. No name is twice."""
+    return _numbered(_names(runs, [_overrides(run) for run in runs]))
+
+
+def configurations(runs: Sequence[Run]) -> list[str]:
+    """The name of each run's configuration: of all that was chosen, by override or by default, but the seed.
+
+    Where a default has changed between runs, the names have its values; keys that one of the runs does not know yet do
+    not count. Runs that repeat a seed are apart, by the version of their code or else by number.
+    """
+    chosen = [{key: value for key, value in _overrides(run).items() if key != "seed"} for run in runs]
+    names = _with_defaults(runs, _names(runs, chosen))
+    facts = [run.about.get("inputs", {}).get("eval") for run in runs]
+    keys = [(name, tuple(sorted(one.items())), data) for name, one, data in zip(names, chosen, facts, strict=True)]
+    seeded = [(key, run.seed) for key, run in zip(keys, runs, strict=True)]
+    repeated = {key for key, seed in seeded if seeded.count((key, seed)) > 1}
+    codes = [code(run) if key in repeated else "" for key, run in zip(keys, runs, strict=True)]
+    if len({(key, one) for key, one in zip(keys, codes, strict=True)}) > len(set(keys)):
+        names = [f"{name} at {one}" if one else name for name, one in zip(names, codes, strict=True)]
+    of_code = list(zip(names, keys, strict=True))
+    repeats = [(key, run.seed) for key, run in zip(of_code, runs, strict=True)]
+    apart = [(key, repeats[:place].count(repeats[place])) for place, key in enumerate(of_code)]
+    distinct = list(dict.fromkeys(apart))
+    name_of = dict(zip(distinct, _numbered([name for (name, _), _ in distinct]), strict=True))
+    return [name_of[one] for one in apart]
+
+
+def but_for_the_step(runs: Sequence[Run]) -> list[str]:
+    """What runs have in common that differ in step size and seed alone."""
+    left_out = ("seed", "model.lr", "editor.lr")
+    return _names(runs, [{key: value for key, value in _overrides(run).items() if key not in left_out} for run in runs])
+
+
+def shared_choices(runs: Sequence[Run]) -> list[str]:
+    """What was chosen alike in all of them, but the seed and the editor, and so is in no name."""
+    shared = set.intersection(*(set(_overrides(run).items()) for run in runs))
+    return _told({key: value for key, value in sorted(shared) if key != "seed"}, set())
+
+
+def code(run: Run) -> str:
+    """The commit that the run was made with, marked where files differed from it; empty where it is not known."""
+    state = run.about.get("git")
+    return f"{state['commit'][:COMMIT]}{CHANGED * bool(state['dirty'])}" if state else ""
+
+
+def _with_defaults(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Runs of one name whose resolved configurations differ all the same, told apart by what differs."""
+    told = list(names)
+    for name in dict.fromkeys(names):
+        members = [place for place, one in enumerate(names) if one == name]
+        settings = [_settings(runs[place]) for place in members]
+        known = [key for key in settings[0] if all(key in one for one in settings)]
+        unlike = [key for key in known if len({one[key] for one in settings}) > 1]
+        for place, own in zip(members, settings, strict=True):
+            told[place] = " ".join([name, *(_setting(key, own[key]) for key in unlike[:MOST_TOLD])])
+            if len(unlike) > MOST_TOLD:
+                told[place] += f" and {len(unlike) - MOST_TOLD} more settings {_digest(own, unlike)}"
+    return told
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """What its configuration says of the method, key by key, and the hashes of the files that it learnt from."""
+    config = leaves(leave_out(run.about["config"], NO_CHOICE), ".")
+    inputs = run.about.get("inputs", {})
+    read = {f"{name} file": str(inputs[name])[:8] for name in ("train", "corpus", "questions") if name in inputs}
+    return {key: json.dumps(value, sort_keys=True).strip('"') for key, value in config} | read
+
+
+def _digest(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    return digest_of({key: settings[key] for key in keys}, "settings")[:4]
+
+
+def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
+    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
+    return [
+        " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
+        for run, one in zip(runs, chosen, strict=True)
+    ]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    return [
+        name if names.count(name) == 1 else f"{name} #{names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    ]
+
+
+def _overrides(run: Run) -> dict[str, str]:
+    pairs = (str(override).lstrip("+").partition("=") for override in run.about.get("overrides", ()))
+    return {key: _plain(value) for key, _, value in pairs if not key.startswith(NOT_A_LABEL)}
+
+
+def _plain(value: str) -> str:
+    """A number in one form, so that 1e-3 and 0.001 are one setting."""
+    try:
+        return value if value.lstrip("-").isdigit() else f"{float(value):g}"
+    except ValueError:
+        return value
+
+
+def _told(overrides: Mapping[str, str], shared: set[tuple[str, str]]) -> list[str]:
+    """Values alone where the value says enough (a word), else key=value. The seed is last."""
+    told = [item for item in overrides.items() if item not in shared and item[0] != "editor"]
+    return [_setting(key, value) for key, value in sorted(told, key=lambda item: item[0] == "seed")]
+
+
+def _setting(key: str, value: str) -> str:
+    """Of a path, its last part; of a key, that without the section where this says nothing more."""
+    short = value.rsplit("/", 1)[-1]
+    section, _, inside = key.partition(".")
+    return short if key in CHOICES else f"{inside if section in SECTIONS and inside else key}={short}"
+
+
+def short_module_names(names: Sequence[str]) -> dict[str, str]:
+    """Module names without what all of them share, but for the part before the first difference: `layers.28`."""
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2:
+        return {name: ".".join(split[-3:]) for name, split in zip(names, parts, strict=True)}
+    least = min(map(len, parts))
+    start = next(i for i in range(least + 1) if i == least or len({split[i] for split in parts}) > 1)
+    end = next(i for i in range(least - start + 1) if i == least - start or len({split[-1 - i] for split in parts}) > 1)
+    return {
+        name: ".".join(split[max(start - 1, 0) : len(split) - end]) for name, split in zip(names, parts, strict=True)
+    }
