@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.export.delta import Origin, difference, read_delta, removed, write_delta
-from harness.export.load import change, edited_by_delta, edited_by_run, find_checkpoint, load, when_of
+from harness.export.load import (
+    change,
+    edited_by_delta,
+    edited_by_run,
+    find_checkpoint,
+    load,
+    require_in_weights,
+    when_of,
+)
 from harness.job import require_writable
 from harness.run import form_note, form_of_run, read_run
 from harness.run.command import Parser, log_to_terminal
@@ -108,6 +116,7 @@ def export(chosen: argparse.Namespace) -> str:
     """The model as a checkpoint of the run has it, whole or as a delta."""
     run = read_run(chosen.run)
     checkpoint, when = find_checkpoint(chosen.run, run, chosen.turn)
+    require_in_weights(checkpoint)
     model = edited_by_run(run, checkpoint, chosen.model)
     if not chosen.delta:
         model.export(chosen.to, form_note(form_of_run(run["config"])))

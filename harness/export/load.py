@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config.schema import Dtype, EditPrecision
 from harness.export.delta import Delta, Difference, added
-from harness.job import DTYPES
+from harness.job import DTYPES, memory_of_run
 from harness.run import TRAINING_PHASES, Checkpoint, Checkpoints, places
 from model import BESIDE_WEIGHTS, LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, outline
@@ -33,9 +33,10 @@ def edited_by_run(
     moved_to: str | None,
     device: torch.device = CPU,
 ) -> LanguageModel:
-    """The model as a checkpoint of the run has it; ValueError where the base model is no longer the run's."""
-    if not checkpoint.state["in_weights"]:
-        raise ValueError(f"{checkpoint.path}: {BESIDE_WEIGHTS}")
+    """The model as a checkpoint of the run has it, in its weights or, with the run's editor, beside them.
+
+    ValueError where the base model is no longer the run's.
+    """
     settings = run["config"]["model"]
     source = source_of_run(run, moved_to)
     model = LanguageModel.load(
@@ -50,7 +51,15 @@ def edited_by_run(
     require(model, run["model"]["fingerprint"], f"--model {name}: not the model that the run began with")
     for module, master in checkpoint.of_group("model"):
         model.edited[module].restore(master)
+    if not checkpoint.state["in_weights"]:
+        memory_of_run(run["config"], model, device).load_state_dict(dict(checkpoint.of_group("editor")))
     return model
+
+
+def require_in_weights(checkpoint: Checkpoint) -> None:
+    """ValueError where no weights hold the edits."""
+    if not checkpoint.state["in_weights"]:
+        raise ValueError(f"{checkpoint.path}: {BESIDE_WEIGHTS}")
 
 
 def source_of_run(run: dict[str, Any], moved_to: str | None) -> ModelSource:

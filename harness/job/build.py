@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from typing import Any
@@ -46,6 +47,23 @@ def editor_inputs(
     prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
     contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
     return LocateInputs(contexts, moments)
+
+
+def memory_of_run(
+    config: Mapping[str, Any],  # of run.json
+    model: EditableModel,
+    device: torch.device,
+) -> Editor:
+    """The editor of a run whose edits lie beside the weights, at work in `model`; its state is still to be loaded."""
+    kind = EDITORS[config["editor"]["name"]]
+    typed = {"seed": config["seed"], **config["editor"]}
+    missing = [entry.name for entry in fields(kind.Settings) if entry.name not in typed]
+    if missing:
+        raise ValueError(f"run.json: has no editor.{missing[0]}, another version wrote it; ask it with that version")
+    editor: Editor = kind(
+        model, kind.Settings(**{entry.name: typed[entry.name] for entry in fields(kind.Settings)}), device
+    )
+    return editor
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:

@@ -107,6 +107,26 @@ def test_an_exported_model_is_read_as_it_was_stored(commands: Commands, tmp_path
     assert opened.model.dtype is opened.base.model.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize(("editor", "step"), [("grace", 1.0), ("wise", 10.0)])
+def test_a_memory_beside_the_weights_is_asked_with_its_editor(commands: Commands, editor: str, step: float) -> None:
+    """The answers of the run's own end, at its end and on the way; export still refuses it."""
+    one = f"model.edit_modules=[{MODULES[0]}]"
+    short = (f"editor.lr={step}", "editor.num_steps=60", "dataset.prompt_form=qa", "dataset.answer_end=eos")
+    run = commands(*LOOP, f"editor={editor}", one, *short, "evaluation.examples=4", run=editor)
+    told = json.loads((run.folder / "examples.json").read_text())
+    questions = [example["question"] for example in told]
+    opened = open_edited(run.folder, max_new_tokens=16)
+    assert opened.language_model.is_wrapped
+    expected = [(example["base"].strip(), example["edited"].strip()) for example in told]
+    assert [(one.base, one.edited) for one in opened.ask(questions)] == expected
+    early, late = (open_edited(run.folder, turn=turn, max_new_tokens=FEW).ask(questions) for turn in (2, None))
+    assert [one.base for one in early] == [one.base for one in late]
+    assert [one.edited for one in early] != [one.edited for one in late]
+    assert any(one.base != one.edited for one in late)
+    with pytest.raises(SystemExit, match="beside the weights"):
+        export([str(run.folder), "--to", str(commands.folder / f"{editor} exported")])
+
+
 def test_one_model_is_in_memory_and_keeps_its_edits(commands: Commands, done: Path) -> None:
     """Asking puts the base model's weights in its place only for as long as that takes."""
     opened = open_edited(done, max_new_tokens=FEW)
