@@ -6,6 +6,17 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 
+for key in dataset.valid_path dataset.train_path; do
+    case " $* " in
+    *" $key="* | *" dataset="*) ;; # a data set of one's own choice may have enough
+    *)
+        echo "error: $key is not set, and the shipped sample has too few facts: add dataset.valid_path=FILE" \
+            "(CounterFact) and dataset.train_path=FILE (zsRE's training questions)" >&2
+        exit 1
+        ;;
+    esac
+done
+
 STEP_OF_5=${STEP_OF_5:-3.5e-4}
 LONG="dataset=counterfact dataset.shuffle=true num_seq=100 num_seq_zsre=10 evaluation.every=10 evaluation.sample=100 \
     evaluation.generation=100 evaluation.max_new_tokens=8 evaluation.retention=10 downstream_eval_steps=55"
