@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,6 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EDITOR = README.partition("## Your own editor")[2]
-PAGES = ["editors", "models", "runs", "scores"]
-SHOWN = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)])
-COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", SHOWN.replace("\\\n", " "), flags=re.M)
-
-
-@pytest.mark.parametrize("command", [command.split("#")[0] for command in COMMANDS])
-def test_commands_compose(command: str) -> None:
-    if "hydra/launcher" in command:
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs requirements-launchers.txt")
-    check_command_line([word for word in shlex.split(command) if word])
-
-
-def test_there_are_commands_to_try() -> None:
-    assert len(COMMANDS) >= 20
 
 
 def test_links_lead_somewhere() -> None:
