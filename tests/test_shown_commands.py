@@ -22,7 +22,7 @@ from config import compose
 from config.compose import check_command_line
 from tests.commands import command_line
 from tests.conftest import ROOT
-from tests.run.test_sweeps import started
+from tests.run.test_sweeps import SCRIPTS, jobs, started
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON = ("python", ".venv/bin/python")
@@ -119,6 +119,17 @@ def check_script(words: Sequence[str], folder: Path) -> None:
         for call in calls:
             if call[0] == "main.py":
                 check_command_line(call[1:])
+
+
+def test_pages_say_how_many_runs_a_script_starts(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    shown = re.findall(r"^ +sh sweeps/(\S+) (.*)# .*? (\d+) runs$", page, flags=re.M)
+    assert len(shown) == len(SCRIPTS)
+    for script, settings, runs in shown:
+        folder = tmp_path / script
+        folder.mkdir()
+        _, calls = started(folder, script, *shlex.split(settings))
+        assert sum(jobs(call) for call in calls if call[0] == "main.py") == int(runs)
 
 
 class Parsed(BaseException):

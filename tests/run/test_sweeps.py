@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import pickle
 import re
@@ -89,6 +90,12 @@ def started(folder: Path, script: str, *settings: str, code: int = 0) -> tuple[i
     return done.returncode, [call.splitlines() for call in said]
 
 
+def jobs(call: list[str]) -> int:
+    """Of a sweep: the combinations of its comma lists. Of a key that is set twice the later setting counts."""
+    settings = dict(word.split("=", 1) for word in call if "=" in word)
+    return math.prod(len(value.split(",")) for value in settings.values())
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
 def test_a_script_is_posix_shell(script: str) -> None:
     subprocess.run(["sh", "-n", str(ROOT / "sweeps" / script)], check=True)
@@ -104,6 +111,8 @@ def test_a_script_runs_sweeps_that_compose_and_resume_and_then_reports(tmp_path:
         assert call[1:3] == ["-m", "resume=auto"]
         assert call[-3:] == settings
         check_command_line([*call[1:-1], "dataset.valid_path=a.json"])
+    header = (ROOT / "sweeps" / script).read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) runs", header) == [str(sum(map(jobs, sweeps)))]
     reports = [call for call in calls if call not in sweeps]
     assert calls == sweeps + reports
     tables = [call for call in reports if "--leaderboard" in call]
@@ -148,6 +157,12 @@ def test_another_data_set_may_have_thousands_of_facts(tmp_path: Path) -> None:
     code, calls = started(tmp_path, "long.sh", "dataset=synthetic")
     assert code == 0
     assert all("dataset=synthetic" in call for call in calls if call[0] == "main.py")
+
+
+def test_an_editor_of_ones_own_choice_runs_without_what_others_lack(tmp_path: Path) -> None:
+    """Ablations are StableEdit's, and kept keys are those of two others."""
+    _, calls = started(tmp_path, "long.sh", "dataset=counterfact", "editor=ultraedit")
+    assert not any(word.startswith(("ablation=", "editor.keep_keys=")) for call in calls for word in call)
 
 
 def test_the_step_size_of_raw_rows_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
