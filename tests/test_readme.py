@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from config.compose import check_command_line
+from data import DATASETS
+from data.files import open_records
 from data.records import Capture, Phase
 from editor import linalg
 from editor.registry import EDITORS
@@ -105,6 +107,18 @@ def test_the_facts_of_the_readme_are_edited(run: Commands, capsys: pytest.Captur
     here = code.replace('"smollm2-135m", facts', f"{str(run.model)!r}, facts, settings={tiny}")
     exec(compile(here, "README.md", "exec"), {})
     assert "question='Who is the mayor of Nordhaven?', base=" in capsys.readouterr().out
+
+
+def test_the_file_of_the_readme_has_the_fields_that_its_command_names(tmp_path: Path) -> None:
+    shown = re.search(r"python main.py dataset=jsonl (.+)", README.replace("\\\n", " "))
+    assert shown
+    settings = dict(word.split("=") for word in shown[1].split())
+    field = "dataset.fields."
+    names = {key.removeprefix(field): theirs for key, theirs in settings.items() if key.startswith(field)}
+    dataset = DATASETS["jsonl"].with_fields(names)
+    records = list(open_records(ROOT / settings["dataset.valid_path"], dataset, cache_dir=tmp_path, seed=0))
+    assert len(records) == int(settings["dataset.n_edits"]) == 10
+    assert all(record.rephrase and record.locality for record in records)
 
 
 def test_a_new_editor_composes(shown_preset: str) -> None:
