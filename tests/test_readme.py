@@ -19,7 +19,7 @@ from tests.commands import MODULES, Commands
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EDITOR = README.partition("## Your own editor")[2]
+EDITOR = (ROOT / "docs" / "editors.md").read_text(encoding="utf-8").partition("## Your own editor")[2]
 
 
 def test_links_lead_somewhere() -> None:
@@ -40,10 +40,10 @@ def headings(page: Path) -> set[str]:
 
 
 def shown_editor() -> dict[str, Any]:
-    """The names in the file that the README shows."""
+    """The names in the file that docs/editors.md shows."""
     code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[0]
     room: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), room)
+    exec(compile(code, "editors.md", "exec"), room)
     return room
 
 
@@ -57,7 +57,7 @@ def shown_preset(tmp_path: Path) -> str:
     return str(path.parent.parent)
 
 
-def test_the_editor_of_the_readme_steps_down_the_gradient() -> None:
+def test_the_shown_editor_steps_down_the_gradient() -> None:
     room = shown_editor()
     keys, grads = torch.randn(5, 4), torch.randn(5, 3)
     editor = room["Plain"]({"m": (4, 3)}, room["PlainSettings"](lr=0.1), torch.device("cpu"))
@@ -65,9 +65,7 @@ def test_the_editor_of_the_readme_steps_down_the_gradient() -> None:
     torch.testing.assert_close(linalg.dense((update.left, update.right)), -0.1 * keys.T @ grads)
 
 
-def test_the_editor_of_the_readme_edits_with_main(
-    run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shown_editor_edits_with_main(run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class in the table, its YAML in a folder of the user's."""
     monkeypatch.setitem(EDITORS, "plain", shown_editor()["Plain"])
     done = run(f"--config-dir={shown_preset}", "editor=plain", "num_seq=2")
