@@ -7,6 +7,7 @@ script of sweeps/ is started with a Python that only notes what it is asked for.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import runpy
 import shlex
@@ -94,9 +95,11 @@ def _each_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shown", SHOWN)
-def test_a_command_takes_what_it_is_given(shown: str, tmp_path: Path) -> None:
+def test_a_command_takes_what_it_is_given(shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "hydra/launcher" in shown:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs requirements-launchers.txt")
+        (tmp_path / "sbatch").touch(mode=0o755)  # as if on a login node
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     starter, *words = SHOWN[shown]
     if starter == "torchrun":  # whose own options come first
         words = words[min(words.index(word) for word in ("-m", "main.py") if word in words) :]
