@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 
 from config.compose import check_command_line
+from data import DATASETS
+from data.files import open_records
 from data.records import Capture, Phase
 from editor import linalg
 from editor.registry import EDITORS
@@ -18,21 +19,7 @@ from tests.commands import MODULES, Commands
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EDITOR = README.partition("## Your own editor")[2]
-PAGES = ["editors", "models", "runs", "scores"]
-SHOWN = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)])
-COMMANDS = re.findall(r"^ +(?:sh run\.sh|python main\.py) (.+)$", SHOWN.replace("\\\n", " "), flags=re.M)
-
-
-@pytest.mark.parametrize("command", [command.split("#")[0] for command in COMMANDS])
-def test_commands_compose(command: str) -> None:
-    if "hydra/launcher" in command:
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs requirements-launchers.txt")
-    check_command_line([word for word in shlex.split(command) if word])
-
-
-def test_there_are_commands_to_try() -> None:
-    assert len(COMMANDS) >= 20
+EDITOR = (ROOT / "docs" / "editors.md").read_text(encoding="utf-8").partition("## Your own editor")[2]
 
 
 def test_links_lead_somewhere() -> None:
@@ -53,10 +40,10 @@ def headings(page: Path) -> set[str]:
 
 
 def shown_editor() -> dict[str, Any]:
-    """The names in the file that the README shows."""
+    """The names in the file that docs/editors.md shows."""
     code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[0]
     room: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), room)
+    exec(compile(code, "editors.md", "exec"), room)
     return room
 
 
@@ -70,7 +57,7 @@ def shown_preset(tmp_path: Path) -> str:
     return str(path.parent.parent)
 
 
-def test_the_editor_of_the_readme_steps_down_the_gradient() -> None:
+def test_the_shown_editor_steps_down_the_gradient() -> None:
     room = shown_editor()
     keys, grads = torch.randn(5, 4), torch.randn(5, 3)
     editor = room["Plain"]({"m": (4, 3)}, room["PlainSettings"](lr=0.1), torch.device("cpu"))
@@ -78,9 +65,7 @@ def test_the_editor_of_the_readme_steps_down_the_gradient() -> None:
     torch.testing.assert_close(linalg.dense((update.left, update.right)), -0.1 * keys.T @ grads)
 
 
-def test_the_editor_of_the_readme_edits_with_main(
-    run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shown_editor_edits_with_main(run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class in the table, its YAML in a folder of the user's."""
     monkeypatch.setitem(EDITORS, "plain", shown_editor()["Plain"])
     done = run(f"--config-dir={shown_preset}", "editor=plain", "num_seq=2")
@@ -120,6 +105,18 @@ def test_the_facts_of_the_readme_are_edited(run: Commands, capsys: pytest.Captur
     here = code.replace('"smollm2-135m", facts', f"{str(run.model)!r}, facts, settings={tiny}")
     exec(compile(here, "README.md", "exec"), {})
     assert "question='Who is the mayor of Nordhaven?', base=" in capsys.readouterr().out
+
+
+def test_the_file_of_the_readme_has_the_fields_that_its_command_names(tmp_path: Path) -> None:
+    shown = re.search(r"python main.py dataset=jsonl (.+)", README.replace("\\\n", " "))
+    assert shown
+    settings = dict(word.split("=") for word in shown[1].split())
+    field = "dataset.fields."
+    names = {key.removeprefix(field): theirs for key, theirs in settings.items() if key.startswith(field)}
+    dataset = DATASETS["jsonl"].with_fields(names)
+    records = list(open_records(ROOT / settings["dataset.valid_path"], dataset, cache_dir=tmp_path, seed=0))
+    assert len(records) == int(settings["dataset.n_edits"]) == 10
+    assert all(record.rephrase and record.locality for record in records)
 
 
 def test_a_new_editor_composes(shown_preset: str) -> None:

@@ -1,10 +1,16 @@
-"""Tasks for lm-evaluation-harness: their content, and that its `acc`, worked out from its own rules, is our score."""
+"""Tasks for lm-evaluation-harness: their content, and that its `acc`, worked out from its own rules, is our score.
+
+Where lm_eval is installed (requirements-lm-eval.txt), it judges an edited model itself.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,9 @@ from glue_eval.__main__ import main
 from glue_eval.lm_harness import write_tasks
 from glue_eval.score import evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, Task
+from harness.export.command import main as export
 from model import LanguageModel
+from tests.commands import Commands, save_tiny_model
 from tests.conftest import tiny_llama
 from tests.glue_eval.test_glue_score import NAMING, leaking_rows
 from tests.glue_eval.test_glue_tasks import reviews, write_rows
@@ -155,3 +163,38 @@ def test_the_command(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, ca
     with pytest.raises(SystemExit, match=r"^error: --lm-eval .*file: cannot be written \(File exists\)"):
         main([*line[:-1], str(tmp_path / "file")])
     logging.getLogger().handlers.clear()
+
+
+@pytest.mark.slow
+def test_lm_eval_answers_as_we_do_row_by_row(
+    run: Commands, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/models.md has it: an edited model is exported, tasks are written, and the line that is printed is run.
+
+    The answers to a question of both tasks have equally many tokens; this tiny model gives several of them.
+    """
+    pytest.importorskip("lm_eval", reason="needs requirements-lm-eval.txt")
+    base, edited, tasks, found = (tmp_path / name for name in ("base", "edited", "tasks", "found"))
+    save_tiny_model(base, byte_tokenizer, seed=2)
+    export([str(run(f"model.name_or_path={base}", "num_seq=1", "num_seq_zsre=1").folder), "--to", str(edited)])
+    of_tasks = ["--model", str(edited), "--tasks", "sst2", "mmlu", "--few-shot", "2"]
+    main([*of_tasks, "--output", str(tmp_path / "ours.json")])
+    capsys.readouterr()
+    main([*of_tasks, "--lm-eval", str(tasks)])
+    _, *words = shlex.split(capsys.readouterr().out)
+    logging.getLogger().handlers.clear()
+
+    command = [sys.executable, "-m", "lm_eval", *words, "--log_samples", "--output_path", str(found)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (results,) = found.rglob("results_*.json")
+    for task, ours in json.loads((tmp_path / "ours.json").read_text())["tasks"].items():
+        (samples,) = found.rglob(f"samples_stableedit_{task}_*.jsonl")
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        sums = [[float(log_prob) for log_prob, _ in row["filtered_resps"]] for row in rows]
+        answers = [answer["likelihood"] for answer in ours["answers"]]
+        assert [one.index(max(one)) for one in sums] == answers
+        assert len(set(answers)) > 1
+        acc = json.loads(results.read_text())["results"][f"stableedit_{task}"]["acc,none"]
+        assert acc == ours["likelihood"]["accuracy"]["mean"]

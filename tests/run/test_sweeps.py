@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import pickle
 import re
@@ -84,8 +85,15 @@ def started(folder: Path, script: str, *settings: str, code: int = 0) -> tuple[i
     """The script's exit code, and the arguments of each python that it starts, which ends with `code`."""
     place(folder, f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> calls; echo >> calls; exit {code}\n')
     done = subprocess.run(["sh", f"sweeps/{script}", *settings], cwd=folder, check=False, timeout=30)
-    calls = (folder / "calls").read_text(encoding="utf-8").strip().split("\n\n")
-    return done.returncode, [call.splitlines() for call in calls]
+    calls = folder / "calls"
+    said = calls.read_text(encoding="utf-8").strip().split("\n\n") if calls.exists() else []
+    return done.returncode, [call.splitlines() for call in said]
+
+
+def jobs(call: list[str]) -> int:
+    """Of a sweep: the combinations of its comma lists. Of a key that is set twice the later setting counts."""
+    settings = dict(word.split("=", 1) for word in call if "=" in word)
+    return math.prod(len(value.split(",")) for value in settings.values())
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
@@ -95,13 +103,16 @@ def test_a_script_is_posix_shell(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs_sweeps_that_compose_and_resume_and_then_reports(tmp_path: Path, script: str) -> None:
-    code, calls = started(tmp_path, script, "num_seq=3", "dataset.valid_path=a file.json")
+    settings = ["num_seq=3", "dataset.train_path=b.json", "dataset.valid_path=a file.json"]
+    code, calls = started(tmp_path, script, *settings)
     sweeps = [call for call in calls if call[0] == "main.py"]
     assert code == 0
     for call in sweeps:
         assert call[1:3] == ["-m", "resume=auto"]
-        assert call[-2:] == ["num_seq=3", "dataset.valid_path=a file.json"]
+        assert call[-3:] == settings
         check_command_line([*call[1:-1], "dataset.valid_path=a.json"])
+    header = (ROOT / "sweeps" / script).read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) runs", header) == [str(sum(map(jobs, sweeps)))]
     reports = [call for call in calls if call not in sweeps]
     assert calls == sweeps + reports
     tables = [call for call in reports if "--leaderboard" in call]
@@ -121,6 +132,37 @@ def test_a_failed_job_leaves_the_rest_to_run_and_a_signal_does_not(tmp_path: Pat
     ended, calls = started(tmp_path, "ablations.sh", code=code)
     assert ended == code
     assert [call[0] for call in calls].count("main.py") == sweeps
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        ([], "dataset.valid_path"),
+        (["num_seq=20", "dataset.train_path=b.json"], "dataset.valid_path"),
+        (["dataset.valid_path=a.json", "num_seq=20"], "dataset.train_path"),
+    ],
+)
+def test_thousands_of_facts_need_files_that_have_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], settings: list[str], lacking: str
+) -> None:
+    """The shipped sample has not, and each of the runs would find out by itself."""
+    assert started(tmp_path, "long.sh", *settings) == (1, [])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {lacking} is not set, ")
+    assert "dataset.valid_path=FILE" in line
+    assert "dataset.train_path=FILE" in line
+
+
+def test_another_data_set_may_have_thousands_of_facts(tmp_path: Path) -> None:
+    code, calls = started(tmp_path, "long.sh", "dataset=synthetic")
+    assert code == 0
+    assert all("dataset=synthetic" in call for call in calls if call[0] == "main.py")
+
+
+def test_an_editor_of_ones_own_choice_runs_without_what_others_lack(tmp_path: Path) -> None:
+    """Ablations are StableEdit's, and kept keys are those of two others."""
+    _, calls = started(tmp_path, "long.sh", "dataset=counterfact", "editor=ultraedit")
+    assert not any(word.startswith(("ablation=", "editor.keep_keys=")) for call in calls for word in call)
 
 
 def test_the_step_size_of_raw_rows_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
