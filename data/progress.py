@@ -99,6 +99,8 @@ class _LoggedBar:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done += n
+        if self._done == self._total == self._said:
+            return  # said so already
         now = monotonic()
         waited = now - self._said_at
         much = self._total is None or self._done - self._said >= LOG_SHARE * self._total

@@ -91,6 +91,15 @@ def test_there_is_no_more_than_a_line_in_ten_seconds_and_one_at_the_end(
     assert all(later - earlier <= 80 for earlier, later in pairwise(times))
 
 
+def test_the_end_is_told_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """Who counts in steps that may be empty comes to the end and then reports that nothing was left."""
+    with progress_bar("writing", 4, "tokens") as bar:
+        for step in (4, 0, 0):
+            clock[0] += 20
+            bar.advance(step)
+    assert [line for line in caplog.messages if "done in" in line] == ["writing: 4 of 4 tokens, done in 20 s"]
+
+
 def test_work_that_is_often_short_is_spoken_of_when_it_is_long(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
