@@ -18,6 +18,8 @@ from data.records import Phase, Turn
 from editor.base import Edit, EditableModel
 from editor.stopwatch import Stopwatch
 
+ROUTED = 0.999  # epsilon is that much less: the input it was found at goes through W', whatever rounding does
+
 
 @dataclass(frozen=True)
 class WISESettings:
@@ -49,7 +51,7 @@ class WISE:
 
     a_e at the positions that predict the facts' answers and a_u of unrelated text, means over both. What the shards
     have changed is merged by TIES (`ties`) and added to D. Epsilon is the least ||a_e D|| that any turn left behind,
-    times `route_ratio` (1 in the paper).
+    times `route_ratio`: 1 is the paper's, 0.88 the release's.
 
     Unrelated text is that of the warm-up turns: they edit nothing here, and leave `unrelated` of their inputs each.
     """
@@ -101,7 +103,7 @@ class WISE:
         except FloatingPointError as error:
             message = f"turn {turn.index}: {error}; the side memory is that of the turn before"
             raise FloatingPointError(message) from error
-        self.side, self.epsilon = side, min(self.epsilon, self.settings.route_ratio * least)
+        self.side, self.epsilon = side, min(self.epsilon, ROUTED * self.settings.route_ratio * least)
         return Edit(captured.loss, {}, {}, watch.seconds, {"least_activation": least})
 
     def _remember(
@@ -203,8 +205,9 @@ def ties(
 ) -> Tensor:
     """What several changes of one weight have in common (TIES, arXiv 2306.01708).
 
-    Of each, the `density` part of largest entries stays; where signs differ, that of the sum wins, and the mean is
-    taken over those that have it and are not 0.
+    Of each, the `density` part of its entries that are not 0 stays, the largest; where signs differ, that of the sum
+    wins, and the mean is taken over those that have it and are not 0. TIES keeps a part of all entries of a change: of
+    what is 0 because it was masked there is nothing to keep, and a part of all would be all that a mask has left.
     """
     trimmed = torch.stack([_trim(change, density) for change in changes])
     agree = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
@@ -213,6 +216,6 @@ def ties(
 
 def _trim(change: Tensor, density: float) -> Tensor:
     sizes = change.abs().flatten()
-    kept = max(1, round(density * len(sizes)))
+    kept = max(1, round(density * int(sizes.count_nonzero())))
     least = sizes.kthvalue(len(sizes) - kept + 1).values
     return change * (change.abs() >= least)

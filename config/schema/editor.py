@@ -424,11 +424,12 @@ class WiseConfig(MemoryConfig):
     mask_ratio: float = 0.2
     """Part of the side memory's entries that a shard may change, in (0, 1]."""
     merge_density: float = 0.53
-    """Part of a shard's changes that TIES keeps, the largest, in (0, 1]."""
+    """Part of the entries that a shard changed that TIES keeps, the largest, in (0, 1]."""
     merge_weight: float = 1.0
     """Factor of what was merged."""
     route_ratio: float = 1.0
-    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]."""
+    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]; 1 = the paper's,
+    0.88 = as released."""
     unrelated: int = 64
     """Inputs kept of each warm-up turn: those are what unrelated text is known by."""
 
