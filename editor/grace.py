@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.records import LossTerm, TokenSequence, Turn
 from editor import linalg
-from editor.base import Edit, EditableModel
+from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
 SKETCH = 128  # dimensions of a sketch at least, and ...
@@ -201,25 +201,35 @@ class GRACE:
         return flat.index_put((at.to(flat.device),), values).reshape(outputs.shape)
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
-        """Raises FloatingPointError, the codebook being that of the turn before, where a number is not finite."""
+        """Raises FloatingPointError, the codebook being that of the turn before, where a number is not finite.
+
+        `details`: what became of the facts, and `loss_after`, their loss with all of the turn's entries in force.
+        """
         watch = Stopwatch(*model.devices, self.device)
-        at = [one.answer_start - 1 for one in turn.sequences]
+        at, facts = [one.answer_start - 1 for one in turn.sequences], LossTerm(turn.sequences, 1.0)
         with watch.measure("keys"):
-            (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
+            (loss,) = model.losses([facts])
             keys = model.keys_at(turn.sequences, at)[self.name].to(self.device)
         with watch.measure("codebook"):
             codebook, done, trained = self._admitted(keys, [one.ids[one.answer_start :] for one in turn.sequences])
         with watch.measure("values"):
-            facts = list(trained.values())
-            values = self._trained(model, [turn.sequences[fact] for fact in facts], [at[fact] for fact in facts])
-        if not (math.isfinite(loss) and bool(torch.isfinite(values).all() & torch.isfinite(keys).all())):
-            raise FloatingPointError(
-                f"turn {turn.index}: the loss, a key or a value of {self.name} is not finite; set a smaller editor.lr; "
-                "the codebook is that of the turn before"
-            )
-        codebook.values[list(trained)] = values.to(codebook.values)
-        self.codebook = codebook
-        return Edit(loss, {}, {}, watch.seconds, {"codebook": done})
+            chosen = list(trained.values())
+            values = self._trained(model, [turn.sequences[fact] for fact in chosen], [at[fact] for fact in chosen])
+        before = self.codebook
+        try:
+            if not (math.isfinite(loss) and bool(torch.isfinite(values).all() & torch.isfinite(keys).all())):
+                raise FloatingPointError(
+                    f"the loss, a key or a value of {self.name} is not finite; set a smaller editor.lr"
+                )
+            codebook.values[list(trained)] = values.to(codebook.values)
+            self.codebook = codebook
+            with watch.measure("loss"):
+                loss_after = finite_loss(model, facts)
+        except FloatingPointError as error:
+            self.codebook = before
+            message = f"turn {turn.index}: {error}; the codebook is that of the turn before"
+            raise FloatingPointError(message) from error
+        return Edit(loss, {}, {}, watch.seconds, {"loss_after": loss_after, "codebook": done})
 
     def _admitted(
         self,

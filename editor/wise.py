@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from data.records import Phase, Turn
-from editor.base import Edit, EditableModel
+from data.records import LossTerm, Phase, Turn
+from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
 ROUTED = 0.999  # epsilon is that much less: the input it was found at goes through W', whatever rounding does
@@ -80,7 +80,12 @@ class WISE:
         return torch.where(through.to(outputs.device), moved, outputs)
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
-        """Raises FloatingPointError, the side memory being that of the turn before, where a number is not finite."""
+        """Raises FloatingPointError, the side memory being that of the turn before, where a number is not finite.
+
+        `details` of a turn that edits: the least activation of its facts, the share of unrelated inputs that go through
+        the side memory, and `loss_after`, the loss of the facts with what the shards changed merged and the router in
+        force.
+        """
         watch = Stopwatch(*model.devices, self.device)
         if turn.phase is Phase.WARM_UP:
             with watch.measure("capture"):
@@ -91,6 +96,7 @@ class WISE:
             captured = model.capture(turn)
         keys = captured.modules[self.name].keys.to(self.device)  # at the positions that predict answers
         self.side = self.side.to(keys)
+        before = self.side, self.epsilon
         try:
             with watch.measure("train"):
                 shards = self._dealt(turn)
@@ -100,11 +106,16 @@ class WISE:
                 least = float((keys @ side).norm(dim=1).min())
             if not math.isfinite(least):
                 raise FloatingPointError(f"what {self.name} adds is not finite; set a smaller editor.lr")
+            self.side, self.epsilon = side, min(self.epsilon, ROUTED * self.settings.route_ratio * least)
+            with watch.measure("loss"):
+                loss_after = finite_loss(model, LossTerm(turn.sequences, 1.0))
         except FloatingPointError as error:
+            self.side, self.epsilon = before
             message = f"turn {turn.index}: {error}; the side memory is that of the turn before"
             raise FloatingPointError(message) from error
-        self.side, self.epsilon = side, min(self.epsilon, ROUTED * self.settings.route_ratio * least)
-        return Edit(captured.loss, {}, {}, watch.seconds, {"least_activation": least})
+        routed = float(((self.unrelated.to(side) @ side).norm(dim=1) > self.epsilon).double().mean())
+        details = {"loss_after": loss_after, "least_activation": least, "unrelated_routed": routed}
+        return Edit(captured.loss, {}, {}, watch.seconds, details)
 
     def _remember(
         self,

@@ -137,6 +137,7 @@ def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules:
         tokens = [fact.answer_length for fact in turn.sequences]
         mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
         assert mean == pytest.approx(model.losses([LossTerm(turn.sequences, 1.0)])[0], rel=1e-6)
+        assert edit.details["loss_after"] == pytest.approx(mean, rel=1e-6)
     assert min(kinds.values()) > 0, kinds
 
 
@@ -294,6 +295,20 @@ def test_a_value_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.M
     assert editor.codebook is before
 
 
+def test_a_loss_that_is_not_finite_afterwards_leaves_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor = GRACE(model, chosen(), CPU)
+    editor.edit(model, random_turn(0, Phase.EDIT, records=3))
+    before = editor.codebook
+    losses = model.losses
+    monkeypatch.setattr(
+        model, "losses", lambda terms: losses(terms) if editor.codebook is before else [math.nan for _ in terms]
+    )
+    with pytest.raises(FloatingPointError, match=r"turn 1: the loss .* is nan after .* codebook is that of"):
+        editor.edit(model, random_turn(1, Phase.EDIT, records=3))
+    assert editor.codebook is before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -309,6 +324,7 @@ def test_a_run_goes_on_after_a_stop(run: Commands) -> None:
     assert last["modules"] == {}
     assert last["statistics"][MODULES[0]]["entries"] > 0
     assert set(last["codebook"]) == {"added", "expanded", "split", "replaced"}
+    assert last["loss_after"] < last["loss"]
     results = whole.json("results.json")
     assert results["final"]["ES"] != results["base"]["ES"]
 

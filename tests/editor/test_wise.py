@@ -132,13 +132,14 @@ def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules:
         ]
         changes = [reference.train(list(part.sequences), mask) for part, mask in zip(shards, masks, strict=True)]
         reference.merge(changes, list(turn.sequences))
-        editor.edit(model, turn)
+        edit = editor.edit(model, turn)
         assert relative(editor.side, reference.side - reference.main) < 1e-6
         assert editor.epsilon == pytest.approx(reference.epsilon, rel=1e-6)
         losses = torch.cat([-reference.log_p(fact) for fact in turn.sequences])
-        assert model.losses([LossTerm(turn.sequences, 1.0)])[0] == pytest.approx(
-            float(losses.mean().detach()), rel=1e-6
-        )
+        loss = pytest.approx(float(losses.mean().detach()), rel=1e-6)
+        assert edit.details["loss_after"] == model.losses([LossTerm(turn.sequences, 1.0)])[0] == loss
+        routed = [float(reference.activation(a, reference.side)) > reference.epsilon for a in reference.unrelated]
+        assert edit.details["unrelated_routed"] == sum(routed) / len(routed)
 
 
 def test_ties_keeps_what_is_large_and_agreed_on() -> None:
@@ -222,6 +223,19 @@ def test_a_side_memory_that_is_not_finite_leaves_the_turn_before(lr: float, what
     assert editor._in_training is None
 
 
+def test_a_loss_that_is_not_finite_afterwards_leaves_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor = WISE(model, chosen(num_steps=1), CPU)
+    editor.edit(model, random_turn(0, Phase.WARM_UP))
+    editor.edit(model, random_turn(1, Phase.EDIT))
+    side, epsilon = editor.side, editor.epsilon
+    monkeypatch.setattr(model, "losses", lambda terms: [math.inf for _ in terms])
+    with pytest.raises(FloatingPointError, match=r"turn 2: the loss .* is inf after .* side memory is that of"):
+        editor.edit(model, random_turn(2, Phase.EDIT))
+    assert editor.side is side
+    assert editor.epsilon == epsilon < math.inf
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -237,6 +251,7 @@ def test_a_run_goes_on_after_a_stop(run: Commands) -> None:
     lines = whole.lines("turns.jsonl")
     assert all(line["statistics"][MODULES[0]]["epsilon"] is None for line in lines[:3])
     assert all(line["statistics"][MODULES[0]]["epsilon"] > 0 for line in lines[3:])
+    assert all(line["loss_after"] > 0 and 0 <= line["unrelated_routed"] <= 1 for line in lines[3:])
 
 
 def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:

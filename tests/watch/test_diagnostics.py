@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,6 +86,24 @@ def test_edits_that_outweigh_the_weights_are_told_once(caplog: pytest.LogCapture
 def test_any_drift_above_one_is_too_much(drift: float, caplog: pytest.LogCaptureFixture) -> None:
     line_of(TurnDiagnostics(CPU), 0, {"a": drift, "b": 0.1})
     assert len(caplog.records) == 1
+
+
+def told_of_losses(*losses: tuple[float | None, float | None], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said where turns have that loss before and after; None after: the editor does not tell."""
+    diagnostics, editor = TurnDiagnostics(CPU), cast(Any, Silent())
+    for index, (before, after) in enumerate(losses):
+        turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
+        details = {} if after is None else {"loss_after": after}
+        line = diagnostics.line(turn, Edit(before, {}, {}, {}, details), editor)
+        assert line.get("loss_after") == after
+    return caplog.messages
+
+
+def test_facts_that_an_edit_unlearns_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    told = told_of_losses((4.0, 0.1), (4.0, None), (0.2, 0.2), (4.0, 11.25), (4.0, 12.0), caplog=caplog)
+    (message,) = told
+    assert message.startswith("turn 3: the loss of its facts was 4 nats a token before the edit and is 11.2 after it")
+    assert "set a smaller editor.lr" in message
 
 
 def cosine(turn: int, other: int, name: str) -> float:
