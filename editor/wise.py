@@ -89,11 +89,11 @@ class WISE:
         watch = Stopwatch(*model.devices, self.device)
         if turn.phase is Phase.WARM_UP:
             with watch.measure("capture"):
-                captured = model.capture(turn, every_token=True)
+                captured = model.capture(_as_one_batch(turn), every_token=True)
             self._remember(captured.modules[self.name].keys.to(self.device), turn.index)
             return Edit(captured.loss, {}, {}, watch.seconds)
         with watch.measure("capture"):
-            captured = model.capture(turn)
+            captured = model.capture(_as_one_batch(turn))
         keys = captured.modules[self.name].keys.to(self.device)  # at the positions that predict answers
         self.side = self.side.to(keys)
         before = self.side, self.epsilon
@@ -126,15 +126,10 @@ class WISE:
         self.unrelated = torch.cat([self.unrelated, keys[chosen.to(keys.device)]])
 
     def _dealt(self, turn: Turn) -> list[Turn]:
-        """The facts of each shard; an answer token weighs 1 / (answer tokens of its shard) in the loss."""
+        """The facts of each shard, which are a mini-batch of its own."""
         order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
         dealt = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
-        parts = [turn.part(some) for some in dealt if some]
-        tokens = [sum(one.answer_length for one in part.sequences) for part in parts]
-        return [
-            replace(part, loss_weights=(1 / count,) * len(part.sequences))
-            for part, count in zip(parts, tokens, strict=True)
-        ]
+        return [_as_one_batch(turn.part(some)) for some in dealt if some]
 
     def _trained(self, model: EditableModel, part: Turn, turn: int, shard: int) -> Tensor:  # (d_k, d_v)
         """What a shard changes in D.
@@ -196,6 +191,12 @@ class WISE:
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         self.side, self.unrelated = (state_dict[name].to(self.device) for name in ("side", "unrelated"))
         self.epsilon = float(state_dict["epsilon"])
+
+
+def _as_one_batch(turn: Turn) -> Turn:
+    """Each answer token weighs 1 / (answer tokens) in the loss; mini-batches of the stream are none of WISE's."""
+    tokens = sum(one.answer_length for one in turn.sequences)
+    return replace(turn, loss_weights=(1 / tokens,) * len(turn.sequences))
 
 
 def margin_loss(

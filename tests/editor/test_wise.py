@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,6 +205,20 @@ def test_its_facts_go_through_the_side_memory_and_are_learnt(route_ratio: float)
     prompts = [sequence.ids[: sequence.answer_start] for sequence in turn.sequences]
     together = model.reference_logits([TokenSequence((*prompt, 0), len(prompt)) for prompt in prompts]).argmax(-1)
     assert together.tolist() == [written[0] for written in model.generate(prompts, 2)]
+
+
+def test_mini_batches_of_the_stream_play_no_part() -> None:
+    """They weigh the loss of those who take value gradients from it."""
+    warm_up, turn = random_turn(0, Phase.WARM_UP), random_turn(1, Phase.EDIT)
+    edits = []
+    for weights in ([0.1] * len(turn.sequences), [0.1, *[0.3] * (len(turn.sequences) - 1)]):
+        model = harness(tiny_llama, LLAMA[:1])
+        editor = WISE(model, chosen(num_steps=2), CPU)
+        first = editor.edit(model, replace(warm_up, loss_weights=tuple(weights)))
+        edit = editor.edit(model, replace(turn, loss_weights=tuple(weights)))
+        edits.append((first.loss, edit.loss, edit.details))
+        assert edit.loss == pytest.approx(harness(tiny_llama, LLAMA).losses([LossTerm(turn.sequences, 1.0)])[0])
+    assert edits[0] == edits[1]
 
 
 def test_draws_hang_on_the_seed_alone() -> None:
