@@ -37,8 +37,11 @@ class PastUpdate:
 class TurnDiagnostics:
     """Builds the line of each turn: loss, seconds, and what the update did to the weights (DESIGN section 6).
 
-    Remembers the updates of the last `previous` turns and one drawn from all before them, as factors: `previous` + 1
-    times N (d_k + d_v) numbers a module, however many turns there are. Each is compared at a cost of N^2 (d_k + d_v).
+    Remembers the updates of the last `previous` turns and one drawn from all before them, each as the editor gives it:
+    N (d_k + d_v) numbers a module as factors, compared at a cost of N^2 (d_k + d_v); or d_k d_v where it has no
+    factors, as fine-tuning's never has, nor a ridge solve's where N > d_k (which is the smaller then). That is
+    `previous` + 1 times so much in memory and in each checkpoint, however many turns there are: at 7B and with the
+    defaults, 1.2 GB a module that is fine-tuned; `previous` = 0 keeps nothing.
     """
 
     def __init__(self, *devices: torch.device, previous: int = 4, seed: int = 0) -> None:

@@ -176,6 +176,17 @@ def test_what_is_remembered_does_not_grow(previous: int) -> None:
     assert len(line["modules"]["a"]["cosines"]) == previous
 
 
+def test_what_is_remembered_of_updates_without_factors_is_themselves() -> None:
+    """`previous` + 1 times d_k d_v numbers a module, as the docstring has it."""
+    diagnostics = TurnDiagnostics(CPU, previous=2)
+    for turn in range(20):
+        updates = {name: LowRankUpdate(None, torch.full(shape, 1.0 + turn)) for name, shape in SHAPES.items()}
+        changes = {name: WeightChange(1.0, 1.0, 0.1) for name in SHAPES}
+        diagnostics.line(Turn(turn, Phase.EDIT, (), (), ()), Edit(1.0, updates, changes, {}), cast(Any, Silent()))
+    tensors, _ = diagnostics.state()
+    assert sum(tensor.numel() for tensor in tensors.values()) == 3 * sum(d_k * d_v for d_k, d_v in SHAPES.values())
+
+
 def test_a_resumed_run_writes_the_same_lines(tmp_path: Any) -> None:
     """Bitwise, though the state went through a safetensors file and JSON."""
     whole, broken = TurnDiagnostics(CPU, previous=2, seed=5), TurnDiagnostics(CPU, previous=2, seed=5)
