@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -183,3 +184,11 @@ class EditableModel(Protocol):
 
     def weight_gradients(self, terms: Sequence[LossTerm]) -> tuple[dict[str, Tensor], list[float]]:
         """dL/dW (d_k, d_v) of each edit module for the weighted sum of the terms, and each term's mean loss."""
+
+
+def finite_loss(model: EditableModel, term: LossTerm) -> float:
+    """The term's mean loss on the model as it is now; FloatingPointError where that is not finite."""
+    (loss,) = model.losses([term])
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of the turn's facts is {loss} after the edit; set a smaller editor.lr")
+    return loss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.records import LossTerm, LowRankUpdate, TokenSequence, Turn, WeightChange
 from editor import linalg
-from editor.base import Edit, EditableModel
+from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
 
@@ -54,19 +54,27 @@ class FineTuning:
         self.settings = settings
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
-        """Raises FloatingPointError, the weights being those of the turn before, where a number is not finite."""
+        """Raises FloatingPointError, the weights being those of the turn before, where a number is not finite.
+
+        `details`: the steps, and `loss_after`, the loss of the turn's facts as the last step leaves them.
+        """
         watch = Stopwatch(*model.devices)
+        facts = LossTerm(turn.sequences, 1.0)
         with watch.measure("loss"):
-            (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
+            (loss,) = model.losses([facts])
         tuned = _Tuned(model, self.settings)
-        with watch.measure("steps"):
-            try:
+        try:
+            with watch.measure("steps"):
                 for group in self._groups(turn.sequences):
                     tuned.fit(group)
-            except FloatingPointError as error:
-                message = f"turn {turn.index}: {error}; the weights are those of the turn before"
-                raise FloatingPointError(message) from error
-        return Edit(loss, tuned.updates, tuned.changes, watch.seconds, {"steps": tuned.steps})
+            with watch.measure("loss"):
+                loss_after = finite_loss(model, facts) if tuned.steps else loss
+        except FloatingPointError as error:
+            tuned.undo()
+            message = f"turn {turn.index}: {error}; the weights are those of the turn before"
+            raise FloatingPointError(message) from error
+        details = {"steps": tuned.steps, "loss_after": loss_after}
+        return Edit(loss, tuned.updates, tuned.changes, watch.seconds, details)
 
     def _groups(self, sequences: Sequence[TokenSequence]) -> Iterator[list[LossTerm]]:
         """Mini-batches that take their steps in turn, before those of the next group begin."""
@@ -128,6 +136,10 @@ class _Tuned:
                 self._put()
             if self.steps == before:
                 break
+
+    def undo(self) -> None:
+        """Put the weights back as they were before the turn."""
+        self.model.restore(self._start)
 
     def _put(self) -> None:
         """Into the weights as they were before the turn, so that they are rounded once, not with each step."""

@@ -1,6 +1,7 @@
 """GRACE (arXiv 2211.11031): a codebook beside one edit module, which puts a learned value out for inputs near a key.
 
-Letters: m entries, n facts of a turn, T positions, d_k key size, d_v value size, r size of a sketch.
+Letters: m entries, n facts of a turn, T positions, d_k key size, d_v value size, r size of a sketch, c some of the
+entries.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from data.records import LossTerm, TokenSequence, Turn
 from editor import linalg
-from editor.base import Edit, EditableModel
+from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
 SKETCH = 128  # dimensions of a sketch at least, and ...
 SKETCHED = 16  # ... at least d_k divided by this
-ROUNDING = 1e-4  # relative error of a squared distance between sketches, an upper bound
+ROUNDING = 1e-4  # error of a squared distance that a product gives, in ||x||^2 + ||k||^2, an upper bound
 SAME_INPUT = 0.01  # keys nearer than this part of eps_init are of the same input
 COVERED = 1.001  # an expanded radius holds the key it was expanded to, whatever rounding does to its distance
 AT_ONCE = 1 << 24  # numbers in the largest intermediate result
+IN_CACHE = 16  # part of that for what is compared one by one: a CPU then takes 6 us a pair of 1,536 numbers, not 26
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class GRACESettings:
 class Codebook:
     """Entries: keys, what is put out near them, how near, and the answer that each stands for.
 
-    The look-up is exact, and costs one product of sketches: ||Q^T (x - k)|| <= ||x - k|| for Q with orthonormal
-    columns, so that only pairs whose sketches lie within the largest radius need their d_k numbers compared.
+    The look-up is exact: the nearest key decides, with its own radius. Products of matrices bound the distances, and
+    d_k numbers are compared one by one for those pairs alone that the bounds leave open, mostly one an input:
+
+        1. sketches, r/d_k of a whole product: ||Q^T (x - k)|| <= ||x - k|| for Q with orthonormal columns
+        2. inputs and entries that some radius may then join: the least distance to a key whose radius holds the input
+        3. those inputs, and all entries whose sketches are no farther than that: the nearest
+
+    2 is half a whole product at most, for it is left out where it would be more, and 3 a whole one, whatever the radii.
+    No intermediate result has more than `AT_ONCE` numbers, or than the inputs.
     """
 
     keys: Tensor  # (m, d_k)
@@ -51,13 +60,13 @@ class Codebook:
     answers: tuple[tuple[int, ...], ...]  # token ids, m of them
     projection: Tensor  # (d_k, r)
     sketches: Tensor  # (m, r)
-    largest: float  # radius
+    squares: Tensor  # (m,) ||k||^2
+    sketch_squares: Tensor  # (m,)
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, radii: Tensor, answers: Sequence[tuple[int, ...]]) -> Codebook:
         projection = _projection(keys)
-        largest = float(radii.max()) if len(radii) else 0.0
-        return cls(keys, values, radii, tuple(answers), projection, keys @ projection, largest)
+        return cls(keys, values, radii, tuple(answers), projection, *_sketched(keys, projection))
 
     def grown(
         self,
@@ -67,16 +76,12 @@ class Codebook:
     ) -> Codebook:
         """With more keys, whose values are still 0."""
         projection = self.projection.to(keys)
-        keys_of_all = torch.cat([self.keys, keys])
-        return Codebook(
-            keys=keys_of_all,
-            values=torch.cat([self.values, keys.new_zeros((len(keys), self.values.shape[1]))]),
-            radii=keys_of_all.new_tensor(radii),
-            answers=tuple(answers),
-            projection=projection,
-            sketches=torch.cat([self.sketches, keys @ projection]),
-            largest=max(radii, default=0.0),
-        )
+        parts = ("keys", "values", "sketches", "squares", "sketch_squares")
+        values = keys.new_zeros((len(keys), self.values.shape[1]))
+        sketches, *squares = _sketched(keys, projection)
+        new = zip(parts, (keys, values, sketches, *squares), strict=True)
+        joined = {name: torch.cat([getattr(self, name), each]) for name, each in new}
+        return Codebook(**joined, radii=keys.new_tensor(radii), answers=tuple(answers), projection=projection)
 
     def hits(
         self,
@@ -84,32 +89,8 @@ class Codebook:
     ) -> tuple[Tensor, Tensor]:  # (hits,) int64 each
         """The positions whose nearest key is nearer than its radius, in order, and its entry."""
         inputs = inputs.to(self.keys)
-        size = max(1, AT_ONCE // len(self.keys))
-        found = [self._hits(inputs[rows]) for rows in linalg.row_chunks(len(inputs), size)]
-        starts = range(0, len(inputs), size)
-        at = torch.cat([at + start for (at, _), start in zip(found, starts, strict=True)])
-        return at, torch.cat([entries for _, entries in found])
-
-    def _hits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        sketches = inputs @ self.projection
-        exact = 1 - ROUNDING
-        own, theirs = (exact * each.square().sum(1) for each in (sketches, self.sketches))
-        apart = torch.addmm(theirs, sketches, self.sketches.T, alpha=-2)  # squared distance less the input's own part
-        at, entries = (apart <= (self.largest**2 - own)[:, None]).nonzero(as_tuple=True)
-        distances = self._distances(inputs, at, entries)
-        nearest_first = distances.argsort(stable=True)
-        nearest_first = nearest_first[at[nearest_first].argsort(stable=True)]
-        at, entries, distances = at[nearest_first], entries[nearest_first], distances[nearest_first]
-        nearest = torch.ones_like(at, dtype=torch.bool)
-        nearest[1:] = at[1:] != at[:-1]
-        hit = nearest & (distances < self.radii[entries])
-        return at[hit], entries[hit]
-
-    def _distances(self, inputs: Tensor, at: Tensor, entries: Tensor) -> Tensor:
-        """||x - k|| of each pair."""
-        chunks = linalg.row_chunks(len(at), max(1, AT_ONCE // self.keys.shape[1]))
-        parts = [(inputs[at[some]] - self.keys[entries[some]]).norm(dim=1) for some in chunks]
-        return torch.cat(parts) if parts else inputs.new_empty(0)
+        found = [(rows.start, *self._hits(inputs[rows])) for rows in self._chunks(len(inputs))]
+        return torch.cat([at + start for start, at, _ in found]), torch.cat([entries for _, _, entries in found])
 
     def nearest(
         self,
@@ -118,8 +99,71 @@ class Codebook:
         """The nearest entry of each, and its distance, however far; entry -1 where there are none."""
         if not len(self.keys):
             return [-1] * len(keys), [math.inf] * len(keys)
-        entries = torch.cdist(keys, self.keys).argmin(1)
-        return entries.tolist(), (keys - self.keys[entries]).norm(dim=1).tolist()
+        every = torch.arange(len(self.keys), device=keys.device)
+        found = [self._nearest(keys[rows], every) for rows in self._chunks(len(keys))]
+        entries, distances = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
+        return entries, distances
+
+    def _chunks(self, inputs: int) -> list[slice]:
+        return list(linalg.row_chunks(inputs, max(1, AT_ONCE // len(self.keys))))
+
+    def _hits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        sketches = inputs @ self.projection
+        apart = _least_squared(sketches, self.sketches, _squares(sketches), self.sketch_squares)
+        within = apart <= self.radii.square()
+        at = within.any(1).nonzero()[:, 0]
+        rivals = within[at].any(0).nonzero()[:, 0]
+        if 2 * len(rivals) <= len(self.keys):
+            farthest = self._farthest(inputs[at], rivals)
+            held = farthest < math.inf
+            at, farthest = at[held], farthest[held]
+            rivals = (apart[at] <= farthest[:, None]).any(0).nonzero()[:, 0]
+        if 2 * len(rivals) > len(self.keys):  # all of them, which lie side by side
+            rivals = torch.arange(len(self.keys), device=at.device)
+        if not len(at):
+            return at, at
+        nearest, distances = self._nearest(inputs[at], rivals)
+        hit = distances < self.radii[nearest]
+        return at[hit], nearest[hit]
+
+    def _farthest(self, inputs: Tensor, entries: Tensor) -> Tensor:  # (T,) squared; infinity where there is none
+        """No nearest key lies beyond: the least distance, at most, to those of the entries that may hold the input."""
+        least, most = self._bounds(inputs, entries)
+        outside = least > self.radii[entries].square()
+        return torch.cat([most.masked_fill_(outside, math.inf), most.new_full((len(most), 1), math.inf)], 1).amin(1)
+
+    def _bounds(self, inputs: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:  # (T, c) each
+        """Squared distances at least, and at most, from all d_k numbers."""
+        least = inputs.new_empty((len(inputs), len(entries)))
+        own, theirs = _squares(inputs), self.squares[entries]
+        every = len(entries) == len(self.keys)
+        for some in linalg.row_chunks(len(entries), max(1, AT_ONCE // self.keys.shape[1])):
+            keys = self.keys[some] if every else self.keys[entries[some]]
+            least[:, some] = _least_squared(inputs, keys, own, theirs[some])
+        return least, least + 2 * ROUNDING * (own[:, None] + theirs)
+
+    def _nearest(
+        self,
+        inputs: Tensor,  # (T, d_k)
+        entries: Tensor,  # (c,) int64, in order
+    ) -> tuple[Tensor, Tensor]:  # (T,) int64, (T,)
+        """The nearest of these entries, the first where several are, and its distance."""
+        least, most = self._bounds(inputs, entries)
+        at, rivals = (~(least > most.amin(1, keepdim=True))).nonzero(as_tuple=True)  # also what is not a number
+        distances = self._distances(inputs, at, entries[rivals])
+        nearest_first = distances.argsort(stable=True)
+        nearest_first = nearest_first[at[nearest_first].argsort(stable=True)]
+        at = at[nearest_first]
+        first = torch.ones_like(at, dtype=torch.bool)
+        first[1:] = at[1:] != at[:-1]
+        nearest_first = nearest_first[first]
+        return entries[rivals[nearest_first]], distances[nearest_first]
+
+    def _distances(self, inputs: Tensor, at: Tensor, entries: Tensor) -> Tensor:
+        """||x - k|| of each pair."""
+        chunks = linalg.row_chunks(len(at), max(1, AT_ONCE // IN_CACHE // self.keys.shape[1]))
+        parts = [(inputs[at[some]] - self.keys[entries[some]]).norm(dim=1) for some in chunks]
+        return torch.cat(parts) if parts else inputs.new_empty(0)
 
 
 class GRACE:
@@ -157,25 +201,35 @@ class GRACE:
         return flat.index_put((at.to(flat.device),), values).reshape(outputs.shape)
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
-        """Raises FloatingPointError, the codebook being that of the turn before, where a number is not finite."""
+        """Raises FloatingPointError, the codebook being that of the turn before, where a number is not finite.
+
+        `details`: what became of the facts, and `loss_after`, their loss with all of the turn's entries in force.
+        """
         watch = Stopwatch(*model.devices, self.device)
-        at = [one.answer_start - 1 for one in turn.sequences]
+        at, facts = [one.answer_start - 1 for one in turn.sequences], LossTerm(turn.sequences, 1.0)
         with watch.measure("keys"):
-            (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
+            (loss,) = model.losses([facts])
             keys = model.keys_at(turn.sequences, at)[self.name].to(self.device)
         with watch.measure("codebook"):
             codebook, done, trained = self._admitted(keys, [one.ids[one.answer_start :] for one in turn.sequences])
         with watch.measure("values"):
-            facts = list(trained.values())
-            values = self._trained(model, [turn.sequences[fact] for fact in facts], [at[fact] for fact in facts])
-        if not (math.isfinite(loss) and bool(torch.isfinite(values).all() & torch.isfinite(keys).all())):
-            raise FloatingPointError(
-                f"turn {turn.index}: the loss, a key or a value of {self.name} is not finite; set a smaller editor.lr; "
-                "the codebook is that of the turn before"
-            )
-        codebook.values[list(trained)] = values.to(codebook.values)
-        self.codebook = codebook
-        return Edit(loss, {}, {}, watch.seconds, {"codebook": done})
+            chosen = list(trained.values())
+            values = self._trained(model, [turn.sequences[fact] for fact in chosen], [at[fact] for fact in chosen])
+        before = self.codebook
+        try:
+            if not (math.isfinite(loss) and bool(torch.isfinite(values).all() & torch.isfinite(keys).all())):
+                raise FloatingPointError(
+                    f"the loss, a key or a value of {self.name} is not finite; set a smaller editor.lr"
+                )
+            codebook.values[list(trained)] = values.to(codebook.values)
+            self.codebook = codebook
+            with watch.measure("loss"):
+                loss_after = finite_loss(model, facts)
+        except FloatingPointError as error:
+            self.codebook = before
+            message = f"turn {turn.index}: {error}; the codebook is that of the turn before"
+            raise FloatingPointError(message) from error
+        return Edit(loss, {}, {}, watch.seconds, {"loss_after": loss_after, "codebook": done})
 
     def _admitted(
         self,
@@ -238,8 +292,8 @@ class GRACE:
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Entries, and their mean and largest radius."""
         entries = len(self.codebook.radii)
-        mean = float(self.codebook.radii.mean()) if entries else None
-        return {self.name: {"entries": entries, "radius": mean, "radius_max": self.codebook.largest or None}}
+        mean, largest = (float(of(self.codebook.radii)) if entries else None for of in (torch.mean, torch.max))
+        return {self.name: {"entries": entries, "radius": mean, "radius_max": largest}}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The answers are padded with -1 to the longest."""
@@ -262,3 +316,24 @@ def _projection(
     size = min(d_k, max(SKETCH, d_k // SKETCHED))
     directions = torch.randn((d_k, size), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(directions).Q.to(keys)
+
+
+def _sketched(keys: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, r) sketches, and the squared norms (m,) of keys and of sketches."""
+    sketches = keys @ projection
+    return sketches, _squares(keys), _squares(sketches)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).square()
+
+
+def _least_squared(
+    inputs: Tensor,  # (T, d)
+    keys: Tensor,  # (c, d)
+    own: Tensor,  # (T,) ||x||^2
+    theirs: Tensor,  # (c,) ||k||^2
+) -> Tensor:  # (T, c)
+    """||x - k||^2 as ||x||^2 + ||k||^2 - 2 x k, less what rounding may have put on."""
+    found = torch.addmm((1 - ROUNDING) * theirs, inputs, keys.T, alpha=-2)
+    return found.add_((1 - ROUNDING) * own[:, None])

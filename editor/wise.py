@@ -14,9 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from data.records import Phase, Turn
-from editor.base import Edit, EditableModel
+from data.records import LossTerm, Phase, Turn
+from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
+
+ROUTED = 0.999  # epsilon is that much less: the input it was found at goes through W', whatever rounding does
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class WISE:
 
     a_e at the positions that predict the facts' answers and a_u of unrelated text, means over both. What the shards
     have changed is merged by TIES (`ties`) and added to D. Epsilon is the least ||a_e D|| that any turn left behind,
-    times `route_ratio` (1 in the paper).
+    times `route_ratio`: 1 is the paper's, 0.88 the release's.
 
     Unrelated text is that of the warm-up turns: they edit nothing here, and leave `unrelated` of their inputs each.
     """
@@ -78,17 +80,23 @@ class WISE:
         return torch.where(through.to(outputs.device), moved, outputs)
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
-        """Raises FloatingPointError, the side memory being that of the turn before, where a number is not finite."""
+        """Raises FloatingPointError, the side memory being that of the turn before, where a number is not finite.
+
+        `details` of a turn that edits: the least activation of its facts, the share of unrelated inputs that go through
+        the side memory, and `loss_after`, the loss of the facts with what the shards changed merged and the router in
+        force.
+        """
         watch = Stopwatch(*model.devices, self.device)
         if turn.phase is Phase.WARM_UP:
             with watch.measure("capture"):
-                captured = model.capture(turn, every_token=True)
+                captured = model.capture(_as_one_batch(turn), every_token=True)
             self._remember(captured.modules[self.name].keys.to(self.device), turn.index)
             return Edit(captured.loss, {}, {}, watch.seconds)
         with watch.measure("capture"):
-            captured = model.capture(turn)
+            captured = model.capture(_as_one_batch(turn))
         keys = captured.modules[self.name].keys.to(self.device)  # at the positions that predict answers
         self.side = self.side.to(keys)
+        before = self.side, self.epsilon
         try:
             with watch.measure("train"):
                 shards = self._dealt(turn)
@@ -98,11 +106,16 @@ class WISE:
                 least = float((keys @ side).norm(dim=1).min())
             if not math.isfinite(least):
                 raise FloatingPointError(f"what {self.name} adds is not finite; set a smaller editor.lr")
+            self.side, self.epsilon = side, min(self.epsilon, ROUTED * self.settings.route_ratio * least)
+            with watch.measure("loss"):
+                loss_after = finite_loss(model, LossTerm(turn.sequences, 1.0))
         except FloatingPointError as error:
+            self.side, self.epsilon = before
             message = f"turn {turn.index}: {error}; the side memory is that of the turn before"
             raise FloatingPointError(message) from error
-        self.side, self.epsilon = side, min(self.epsilon, self.settings.route_ratio * least)
-        return Edit(captured.loss, {}, {}, watch.seconds, {"least_activation": least})
+        routed = float(((self.unrelated.to(side) @ side).norm(dim=1) > self.epsilon).double().mean())
+        details = {"loss_after": loss_after, "least_activation": least, "unrelated_routed": routed}
+        return Edit(captured.loss, {}, {}, watch.seconds, details)
 
     def _remember(
         self,
@@ -113,15 +126,10 @@ class WISE:
         self.unrelated = torch.cat([self.unrelated, keys[chosen.to(keys.device)]])
 
     def _dealt(self, turn: Turn) -> list[Turn]:
-        """The facts of each shard; an answer token weighs 1 / (answer tokens of its shard) in the loss."""
+        """The facts of each shard, which are a mini-batch of its own."""
         order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
         dealt = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
-        parts = [turn.part(some) for some in dealt if some]
-        tokens = [sum(one.answer_length for one in part.sequences) for part in parts]
-        return [
-            replace(part, loss_weights=(1 / count,) * len(part.sequences))
-            for part, count in zip(parts, tokens, strict=True)
-        ]
+        return [_as_one_batch(turn.part(some)) for some in dealt if some]
 
     def _trained(self, model: EditableModel, part: Turn, turn: int, shard: int) -> Tensor:  # (d_k, d_v)
         """What a shard changes in D.
@@ -185,6 +193,12 @@ class WISE:
         self.epsilon = float(state_dict["epsilon"])
 
 
+def _as_one_batch(turn: Turn) -> Turn:
+    """Each answer token weighs 1 / (answer tokens) in the loss; mini-batches of the stream are none of WISE's."""
+    tokens = sum(one.answer_length for one in turn.sequences)
+    return replace(turn, loss_weights=(1 / tokens,) * len(turn.sequences))
+
+
 def margin_loss(
     edited: Tensor,  # (N,) ||a_e D||
     unrelated: Tensor,  # (M,) ||a_u D||
@@ -203,8 +217,9 @@ def ties(
 ) -> Tensor:
     """What several changes of one weight have in common (TIES, arXiv 2306.01708).
 
-    Of each, the `density` part of largest entries stays; where signs differ, that of the sum wins, and the mean is
-    taken over those that have it and are not 0.
+    Of each, the `density` part of its entries that are not 0 stays, the largest; where signs differ, that of the sum
+    wins, and the mean is taken over those that have it and are not 0. TIES keeps a part of all entries of a change: of
+    what is 0 because it was masked there is nothing to keep, and a part of all would be all that a mask has left.
     """
     trimmed = torch.stack([_trim(change, density) for change in changes])
     agree = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
@@ -213,6 +228,6 @@ def ties(
 
 def _trim(change: Tensor, density: float) -> Tensor:
     sizes = change.abs().flatten()
-    kept = max(1, round(density * len(sizes)))
+    kept = max(1, round(density * int(sizes.count_nonzero())))
     least = sizes.kthvalue(len(sizes) - kept + 1).values
     return change * (change.abs() >= least)

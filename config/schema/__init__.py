@@ -10,10 +10,12 @@ from config.schema.checks import ConfigError, quoted
 from config.schema.convert import register, to_run_config
 from config.schema.dataset import AnswerEnd, AnswerTokens, PromptForm, SyntheticConfig
 from config.schema.editor import (
+    AnswerLoss,
     ClosedFormConfig,
     FactToken,
     HyperNetworkConfig,
     LocateConfig,
+    Order,
     PreheatMode,
     PreserveText,
     RLEditConfig,

@@ -167,6 +167,10 @@ class EditorConfig(Section):
         """The keys that have no effect as its other settings stand, each with the setting that is the cause."""
         return {}
 
+    def unused_elsewhere(self) -> tuple[str, ...]:
+        """The keys of other sections that only other editors ask for, as they are typed."""
+        return ()
+
     def has_one_module(self) -> bool:
         """Whether it is an editor of one module."""
         return False
@@ -182,6 +186,9 @@ class EditorConfig(Section):
 
 CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "replay", "cache_dir", "statistics_scope")
 """Keys of the gradient-capture family that editors of other families have no use for."""
+
+MINI_BATCH = "dataset.batch_size"
+"""Scales captured value gradients, which other families do without."""
 
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
@@ -367,6 +374,9 @@ class SteppingConfig(EditorConfig):
     def unused(self) -> tuple[str, ...]:
         return CAPTURE_KEYS
 
+    def unused_elsewhere(self) -> tuple[str, ...]:
+        return (MINI_BATCH,)
+
 
 @dataclass
 class FineTuningConfig(SteppingConfig):
@@ -385,6 +395,9 @@ class FineTuningConfig(SteppingConfig):
             *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of the turn"),
             *positive("editor.norm_constraint", self.norm_constraint),
         ]
+
+    def unused_elsewhere(self) -> tuple[str, ...]:
+        return (MINI_BATCH, "editor_device")
 
 
 @dataclass
@@ -424,11 +437,12 @@ class WiseConfig(MemoryConfig):
     mask_ratio: float = 0.2
     """Part of the side memory's entries that a shard may change, in (0, 1]."""
     merge_density: float = 0.53
-    """Part of a shard's changes that TIES keeps, the largest, in (0, 1]."""
+    """Part of the entries that a shard changed that TIES keeps, the largest, in (0, 1]."""
     merge_weight: float = 1.0
     """Factor of what was merged."""
     route_ratio: float = 1.0
-    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]."""
+    """Part of the least activation of an edited input above which the side memory is taken, in (0, 1]; 1 = the paper's,
+    0.88 = as released."""
     unrelated: int = 64
     """Inputs kept of each warm-up turn: those are what unrelated text is known by."""
 
@@ -493,6 +507,9 @@ class LocateConfig(EditorConfig):
 
     def unused(self) -> tuple[str, ...]:
         return ("lr", *CAPTURE_KEYS)
+
+    def unused_elsewhere(self) -> tuple[str, ...]:
+        return (MINI_BATCH,)
 
     def asks_for_text(self) -> bool:
         return True

@@ -186,6 +186,12 @@ def settings_without_effect(run: RunConfig) -> list[str]:
         if value != defaults[key]:
             shown = value.name if isinstance(value, Enum) else value
             lines.append(f"editor.{key}={shown} has no effect with {cause}")
+    for key in run.editor.unused_elsewhere():
+        parent, _, name = key.rpartition(".")
+        section = getattr(run, parent) if parent else run
+        value = getattr(section, name)
+        if value != next(entry.default for entry in fields(section) if entry.name == name):
+            lines.append(f"{key}={value} has no effect with editor={run.editor.name}")
     if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
         lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
     elif run.editor.preserves_unrelated():

@@ -38,7 +38,8 @@ class DiagnosticsConfig(Section):
 
     previous: int = 4
     """Turns before whose updates each new one is compared with, beside a random one from before those; their factors
-    stay in memory, those of previous + 1 turns. 0 = none, and no comparison."""
+    stay in memory, or whole updates where they have none (fine-tuning), those of previous + 1 turns. 0 = none, and no
+    comparison."""
     hidden_states: int = 100
     """Records whose hidden states are kept before and after editing, for the report; 0 = none."""
     report: bool = True

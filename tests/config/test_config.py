@@ -126,6 +126,14 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
             ["editor.whitening_floor=0.5 has no effect with editor.whitening_floor_mode=shrinkage"],
         ),
         ("editor.whitening_floor=0.5", []),
+        ("dataset.batch_size=5 editor_device=cpu", []),
+        *(
+            (f"dataset.batch_size=5 editor={name}", [f"dataset.batch_size=5 has no effect with editor={name}"])
+            for name in ("ft_l", "ft_m", "locft_bf", "grace", "wise", "rome", "memit", "alphaedit")
+        ),
+        ("dataset.batch_size=10 editor=ft_m", []),
+        ("editor_device=cpu editor=ft_m", ["editor_device=cpu has no effect with editor=ft_m"]),
+        ("editor_device=cpu editor=grace", []),
     ],
 )
 def test_settings_that_others_make_idle_are_told(line: str, told: list[str]) -> None:

@@ -10,12 +10,14 @@ import yaml
 
 from config.compose import CONFIG_DIR, compose_config
 from config.schema import (
+    AnswerLoss,
     AnswerTokens,
     ClosedFormConfig,
     EditPrecision,
     FactToken,
     HyperNetworkConfig,
     LocateConfig,
+    Order,
     PreheatMode,
     PreserveText,
     RLEditConfig,
@@ -157,6 +159,49 @@ def test_editors_that_locate_have_their_published_numbers(model: str) -> None:
     assert (memit.editor.mom2_update_weight, memit.editor.keep_keys) == (15_000, False)  # type: ignore[attr-defined]
     numbers = vars(alphaedit.editor)
     assert (numbers["nullspace_threshold"], numbers["L2"], numbers["keep_keys"]) == (0.02, 10, True)
+
+
+FINE_TUNING = {"lr": 5e-4, "num_steps": 25, "answer_loss": AnswerLoss.tokens}
+NUMBERS = {
+    "ft_l": FINE_TUNING | {"facts_per_step": 1, "order": Order.depth, "norm_constraint": 5e-5},
+    "ft_m": FINE_TUNING | {"facts_per_step": 1, "order": Order.depth, "norm_constraint": None},
+    "locft_bf": FINE_TUNING | {"facts_per_step": 8, "order": Order.breadth, "norm_constraint": None},
+    "grace": {"lr": 1, "num_steps": 100, "eps_init": 1, "stop_loss": 0},
+    "wise": {
+        "lr": 1, "num_steps": 70, "alpha": 5, "beta": 20, "gamma": 10, "shards": 2, "mask_ratio": 0.2,
+        "merge_density": 0.53, "merge_weight": 1, "route_ratio": 1, "stop_loss": 0,
+    },
+}  # fmt: skip
+"""Of DESIGN section 1, the same for every model; the routing ratio is the paper's."""
+LAYER = {
+    "gpt-j": {"ft_l": 21, "ft_m": 21, "locft_bf": 21, "grace": 25, "wise": 21},
+    "llama-3-instruct": {"ft_l": 21, "ft_m": 21, "locft_bf": 21, "grace": 27, "wise": 29},
+    "mistral-7b": {"ft_l": 21, "ft_m": 21, "locft_bf": 21, "grace": 27, "wise": 29},
+    "qwen2.5-7b": {"ft_l": 21, "ft_m": 21, "locft_bf": 21, "grace": 18, "wise": 23},
+}
+
+
+@pytest.mark.parametrize("model", LAYER)
+@pytest.mark.parametrize("editor", NUMBERS)
+def test_editors_that_fine_tune_or_remember_have_their_numbers(editor: str, model: str) -> None:
+    run = run_config(f"editor={editor}", f"model={model}")
+    chosen = vars(run.editor)
+    assert {key: chosen[key] for key in NUMBERS[editor]} == NUMBERS[editor]
+    module = "transformer.h.{}.mlp.fc_out" if model == "gpt-j" else "model.layers.{}.mlp.down_proj"
+    assert run.model.edit_modules == [module.format(LAYER[model][editor])]
+    assert run.warms_up() == (editor == "wise")
+
+
+@pytest.mark.parametrize("model", LAYER)
+@pytest.mark.parametrize("editor", NUMBERS)
+def test_where_their_layer_comes_from_is_said(editor: str, model: str) -> None:
+    """Mistral's are Llama's."""
+    text = (CONFIG_DIR / "tuned" / f"{editor}_{model}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line for line in text.splitlines()[1:] if line.startswith("#"))
+    carried = f"layer of {editor}_llama-3-instruct.yaml" in comment
+    assert carried or "source is not on record" in comment
+    assert carried == ("carried over, not published" in comment)
+    assert not carried or LAYER[model][editor] == LAYER["llama-3-instruct"][editor]
 
 
 def test_the_released_arithmetic_can_be_asked_for_with_any_model() -> None:

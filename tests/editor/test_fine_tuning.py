@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_three_turns_agree_with_the_reference(
         before = model.snapshot()
         edit = editor.edit(model, turn)
         fine_tune(plain, modules, turn.sequences, chosen)
+        loss_after = float(loss_of(plain, turn.sequences, prompt_last=False).detach())
+        assert edit.details["loss_after"] == pytest.approx(loss_after, rel=1e-6)
         for name in modules:
             assert relative(model.edited[name].master, plain.get_submodule(name).weight) < 1e-6
             moved = model.edited[name].master - before[name]
@@ -123,7 +126,8 @@ def test_it_learns_the_facts_and_stops_where_they_are_known() -> None:
     edit, again = editor.edit(model, turn), editor.edit(model, turn)
     assert again.loss < 2 < edit.loss
     assert 0 < edit.details["steps"] < 200
-    assert again.details["steps"] == 0
+    assert again.details == {"steps": 0, "loss_after": again.loss}
+    assert again.loss == edit.details["loss_after"]
     assert not again.updates
     assert not again.changes
 
@@ -150,6 +154,17 @@ def test_a_step_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.Mo
     with pytest.raises(FloatingPointError, match=r"turn 3: the update of .* the weights are those of the turn before"):
         FineTuning(model, settings(), CPU).edit(model, random_turn(3, Phase.EDIT))
     assert all(torch.equal(before[name], weight) for name, weight in model.snapshot().items())
+
+
+def test_a_loss_that_is_not_finite_afterwards_leaves_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness(tiny_llama, LLAMA)
+    before = model.snapshot()
+    found = iter([[1.0], [math.nan]])
+    monkeypatch.setattr(model, "losses", lambda _terms: next(found))
+    with pytest.raises(FloatingPointError, match=r"turn 3: the loss .* is nan after .* weights are those of"):
+        FineTuning(model, settings(), CPU).edit(model, random_turn(3, Phase.EDIT))
+    assert all(torch.equal(before[name], weight) for name, weight in model.snapshot().items())
+    assert model.is_original()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

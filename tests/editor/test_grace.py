@@ -137,6 +137,7 @@ def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules:
         tokens = [fact.answer_length for fact in turn.sequences]
         mean = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
         assert mean == pytest.approx(model.losses([LossTerm(turn.sequences, 1.0)])[0], rel=1e-6)
+        assert edit.details["loss_after"] == pytest.approx(mean, rel=1e-6)
     assert min(kinds.values()) > 0, kinds
 
 
@@ -149,16 +150,21 @@ def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules:
     entries=st.integers(1, 40),
     d_k=st.sampled_from([3, 40, 300]),
     scale=st.sampled_from([1.0, 100.0]),
+    wide=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_the_look_up_is_that_of_all_distances(
-    seed: int, entries: int, d_k: int, scale: float, dtype: torch.dtype
+    seed: int, entries: int, d_k: int, scale: float, wide: float, dtype: torch.dtype
 ) -> None:
-    """Also where keys repeat, and where inputs lie just inside and just outside of a radius."""
+    """Also where keys repeat, where inputs lie just inside and just outside of a radius, and where radii reach others.
+
+    `wide` is the part of the radii that are as large as keys are far from each other.
+    """
     generator = torch.Generator().manual_seed(seed)
     keys = scale * torch.randn((entries, d_k), generator=generator, dtype=dtype)
     keys[-1] = keys[0]
     radii = torch.rand(entries, generator=generator, dtype=dtype) * scale
+    radii[torch.rand(entries, generator=generator) < wide] *= 2 * math.sqrt(d_k)
     directions = torch.nn.functional.normalize(torch.randn((entries, d_k), generator=generator, dtype=dtype), dim=1)
     near = [keys + part * radii[:, None] * directions for part in (0.0, 0.999, 1.001)]
     inputs = torch.cat([*near, scale * torch.randn((20, d_k), generator=generator, dtype=dtype)])
@@ -171,13 +177,73 @@ def test_the_look_up_is_that_of_all_distances(
     assert torch.equal(found, nearest.indices[inside])
 
 
-def test_look_ups_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_radii(keys: Tensor, radii: Tensor) -> Codebook:
+    return Codebook.of(keys, torch.zeros(len(keys), 2), radii, [()] * len(keys))
+
+
+@pytest.mark.parametrize("radii", [torch.full((30,), 8.0), torch.tensor([12.0] + 29 * [4.0])], ids=["equal", "one"])
+def test_look_ups_in_pieces_are_the_same(radii: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, inputs = torch.randn(30, 40), torch.randn(50, 40)
-    book = Codebook.of(keys, torch.zeros(30, 2), torch.full((30,), 8.0), [()] * 30)
-    whole = book.hits(inputs)
-    assert 0 < len(whole[0]) < 50
+    inputs[:9] = keys[:9] + 0.1
+    book = with_radii(keys, radii)
+    whole, nearest = book.hits(inputs), book.nearest(inputs)
+    assert 9 <= len(whole[0]) < 50
     monkeypatch.setattr("editor.grace.AT_ONCE", 100)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(book.hits(inputs), whole, strict=True))
+    assert book.nearest(inputs) == nearest
+
+
+RADII = {  # in typical distances: of how many of 2,000 entries
+    "equal": {},
+    "a tenth are wide": {200: 0.3},
+    "one is wide": {1: 0.9},
+    "all are wide": {2000: 0.9},
+    "all reach everything": {2000: 2.0},
+}
+
+
+@pytest.mark.parametrize("mix", RADII)
+def test_a_look_up_costs_hardly_more_than_a_product_of_inputs_and_keys(
+    mix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the radii: few pairs are compared one by one, and products are of no more than 1.7 times its size."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, keys = (torch.randn((rows, 1536), generator=generator) for rows in (200, 2000))
+    keys[:20] = inputs[:20] + 0.01
+    typical = float((inputs[20] - keys[20]).norm())
+    radii = torch.full((2000,), 0.1 * typical)
+    for count, radius in RADII[mix].items():
+        radii[-count:] = radius * typical
+    pairs, multiplied, distances = [], [], Codebook._distances
+
+    def compared(book: Codebook, inputs: Tensor, at: Tensor, entries: Tensor) -> Tensor:
+        pairs.append(len(at))
+        return distances(book, inputs, at, entries)
+
+    def product(bias: Tensor, one: Tensor, other: Tensor, **more: Any) -> Tensor:
+        multiplied.append(one.shape[0] * one.shape[1] * other.shape[1])
+        return addmm(bias, one, other, **more)
+
+    addmm = torch.addmm
+    monkeypatch.setattr(Codebook, "_distances", compared)
+    monkeypatch.setattr(torch, "addmm", product)
+    at, entries = with_radii(keys, radii).hits(inputs)
+    assert (at[:20].tolist(), entries[:20].tolist()) == (list(range(20)), list(range(20)))
+    assert (len(at) > 20) == (mix == "all reach everything")
+    assert sum(pairs) <= 2 * len(inputs)
+    assert sum(multiplied) <= (0.3 if mix in ("equal", "a tenth are wide", "one is wide") else 1.7) * 200 * 2000 * 1536
+
+
+def test_the_nearest_entry_is_the_nearest_where_keys_have_much_in_common() -> None:
+    """Inputs of one module do; ||x||^2 + ||k||^2 - 2 x k is then a small difference of large numbers."""
+    generator = torch.Generator().manual_seed(0)
+    common, apart, moved = (torch.randn((rows, 500), generator=generator) for rows in (1, 60, 60))
+    keys = 10_000 * common + apart
+    inputs = keys + 0.3 * moved
+    entries, distances = with_radii(keys, torch.ones(60)).nearest(inputs)
+    expected = (inputs[:, None] - keys).norm(dim=2).min(1)
+    assert entries == expected.indices.tolist() == list(range(60))
+    assert distances == expected.values.tolist()
 
 
 def edited(compute_tokens: int = 90) -> tuple[Any, Any, Turn]:
@@ -229,6 +295,20 @@ def test_a_value_that_is_not_finite_leaves_the_turn_before(monkeypatch: pytest.M
     assert editor.codebook is before
 
 
+def test_a_loss_that_is_not_finite_afterwards_leaves_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor = GRACE(model, chosen(), CPU)
+    editor.edit(model, random_turn(0, Phase.EDIT, records=3))
+    before = editor.codebook
+    losses = model.losses
+    monkeypatch.setattr(
+        model, "losses", lambda terms: losses(terms) if editor.codebook is before else [math.nan for _ in terms]
+    )
+    with pytest.raises(FloatingPointError, match=r"turn 1: the loss .* is nan after .* codebook is that of"):
+        editor.edit(model, random_turn(1, Phase.EDIT, records=3))
+    assert editor.codebook is before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -244,6 +324,7 @@ def test_a_run_goes_on_after_a_stop(run: Commands) -> None:
     assert last["modules"] == {}
     assert last["statistics"][MODULES[0]]["entries"] > 0
     assert set(last["codebook"]) == {"added", "expanded", "split", "replaced"}
+    assert last["loss_after"] < last["loss"]
     results = whole.json("results.json")
     assert results["final"]["ES"] != results["base"]["ES"]
 

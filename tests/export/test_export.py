@@ -21,7 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from config.compose import compose_config
+from config.schema import PreheatMode, to_run_config
 from data.records import LowRankUpdate
+from editor.registry import EDITORS
 from harness.export import command as export
 from harness.export import delta as deltas
 from harness.export.delta import Difference, Origin, added, difference, read_delta, removed, write_delta
@@ -258,6 +261,41 @@ def test_whole_delta_apply_and_undo(
     assert same({n: w for n, w in again.state_dict().items() if n in base}, stored(whole))
     scored = run(*keys, f"evaluate={whole}", run="scored").json("results.json")
     assert scored["final"] == done.json("results.json")["final"]
+
+
+QUICK = {  # keys that make a run short, of those editors that have them
+    "num_steps": 2, "n_epochs": 0, "rank": 4, "v_num_grad_steps": 2, "prefixes": 1, "prefix_tokens": 2,
+}  # fmt: skip
+BESIDE_WEIGHTS = ("grace", "wise")
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_edits_of_every_editor_leave_the_house_or_are_refused(run: Commands, name: str) -> None:
+    has = vars(to_run_config(compose_config([f"editor={name}"])).editor)
+    keys = [f"editor={name}", f"model.edit_modules=[{MODULES[0]}]", "num_seq=1", "dataset.n_edits=3"]
+    keys += [f"editor.{key}={value}" for key, value in QUICK.items() if key in has]
+    if "fact_token" in has:
+        keys += ["corpus.tokens=2000", "corpus.window=64", "corpus.questions=0"]
+    if has["preheat_mode"] is not PreheatMode.none:
+        keys.append("num_seq_zsre=1")
+    if name in BESIDE_WEIGHTS:
+        run.no_model_to_save(*keys)
+        return
+    done = run(*keys, "checkpoint_every=1").folder
+    whole, delta = run.folder / "whole", run.folder / "delta.safetensors"
+    command(done, "--to", whole)
+    command(done, "--delta", "--to", delta)
+    command("--apply", delta, "--to", run.folder / "applied")
+    assert content(run.folder / "applied") == content(whole)
+    base, edited = stored(run.model), stored(whole)
+    assert {key for key in base if bits(base[key]) != bits(edited[key])} == {f"{MODULES[0]}.weight"}
+    master = load_file(done / "checkpoints" / find_newest(done) / TENSORS)[f"model/{MODULES[0]}"]
+    assert bits(master) == bits(edited[f"{MODULES[0]}.weight"])
+
+
+def find_newest(run: Path) -> str:
+    """The name of the checkpoint of the run's end."""
+    return max((path.name for path in (run / "checkpoints").iterdir()), key=lambda name: int(name.split("_")[1]))
 
 
 def test_what_a_delta_says_of_itself(run: Commands) -> None:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -88,6 +88,24 @@ def test_any_drift_above_one_is_too_much(drift: float, caplog: pytest.LogCapture
     assert len(caplog.records) == 1
 
 
+def told_of_losses(*losses: tuple[float | None, float | None], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said where turns have that loss before and after; None after: the editor does not tell."""
+    diagnostics, editor = TurnDiagnostics(CPU), cast(Any, Silent())
+    for index, (before, after) in enumerate(losses):
+        turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
+        details = {} if after is None else {"loss_after": after}
+        line = diagnostics.line(turn, Edit(before, {}, {}, {}, details), editor)
+        assert line.get("loss_after") == after
+    return caplog.messages
+
+
+def test_facts_that_an_edit_unlearns_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    told = told_of_losses((4.0, 0.1), (4.0, None), (0.2, 0.2), (4.0, 11.25), (4.0, 12.0), caplog=caplog)
+    (message,) = told
+    assert message.startswith("turn 3: the loss of its facts was 4 nats a token before the edit and is 11.2 after it")
+    assert "set a smaller editor.lr" in message
+
+
 def cosine(turn: int, other: int, name: str) -> float:
     first, second = delta(turn_updates(turn)[name]), delta(turn_updates(other)[name])
     return float((first * second).sum() / (first.norm() * second.norm()))
@@ -156,6 +174,17 @@ def test_what_is_remembered_does_not_grow(previous: int) -> None:
     assert len(state["norms"]) == (previous + 1 if previous else 0)
     assert len({name.split("/")[0] for name in tensors}) == len(state["norms"])
     assert len(line["modules"]["a"]["cosines"]) == previous
+
+
+def test_what_is_remembered_of_updates_without_factors_is_themselves() -> None:
+    """`previous` + 1 times d_k d_v numbers a module, as the docstring has it."""
+    diagnostics = TurnDiagnostics(CPU, previous=2)
+    for turn in range(20):
+        updates = {name: LowRankUpdate(None, torch.full(shape, 1.0 + turn)) for name, shape in SHAPES.items()}
+        changes = {name: WeightChange(1.0, 1.0, 0.1) for name in SHAPES}
+        diagnostics.line(Turn(turn, Phase.EDIT, (), (), ()), Edit(1.0, updates, changes, {}), cast(Any, Silent()))
+    tensors, _ = diagnostics.state()
+    assert sum(tensor.numel() for tensor in tensors.values()) == 3 * sum(d_k * d_v for d_k, d_v in SHAPES.values())
 
 
 def test_a_resumed_run_writes_the_same_lines(tmp_path: Any) -> None:
