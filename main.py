@@ -231,7 +231,7 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                     if is_due(cfg.downstream_eval_steps, state.done, stream):
                         downstream(model, tracker, state.done)
                     with interruption.held():
-                        with model.reading_once():
+                        with model.reading_once(), model.telling(bar.within):
                             outcome = editor.edit(model, turn)
                         if not outcome.updates:  # what the turn changed is in the editor
                             model.require_same(editor.state_dict)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 LOG_SHARE: Final = 0.1  # of the work between two log lines ...
 LOG_SECONDS: Final = 60.0  # ... or this much time, whichever is shorter ...
 LEAST_SECONDS: Final = 10.0  # ... but never less than this
+WITHIN_SECONDS: Final = 0.5  # between two looks at how far a unit is
 QUIET_SECONDS: Final = 3.0  # before a bar is drawn of work that is often short
 IN_NOTEBOOK: Final = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
 
@@ -69,10 +70,20 @@ def _loggers_on_console() -> list[logging.Logger]:
 
 
 class _DrawnBar(tqdm):
+    _note = ""
+    _looked_at = -WITHIN_SECONDS
+
     def advance(self, n: int = 1, note: str = "") -> None:
         """`n` units are done; `note` is shown beside the bar until the next one."""
+        self._note = note
         self.set_postfix_str(note, refresh=False)
         self.update(n)
+
+    def within(self, share: float) -> None:
+        """So much of the next unit is done."""
+        if monotonic() - self._looked_at >= WITHIN_SECONDS:
+            self._looked_at = monotonic()
+            self.set_postfix_str(_joined(self._note, _of_the_next(share)))
 
     def finish(self) -> None:
         """All that is left is done at once."""
@@ -90,6 +101,7 @@ class _LoggedBar:
         self._number = tqdm.format_sizeof if scale else "{:,}".format
         self._quiet_until = monotonic() + LEAST_SECONDS * quiet
         self._said_at = self._quiet_until - LOG_SECONDS  # the first line is due at once
+        self._note = ""
         self.restart(total, done)
 
     def restart(self, total: int | None, done: int) -> None:
@@ -99,6 +111,7 @@ class _LoggedBar:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done += n
+        self._note = note
         if self._done == self._total == self._said:
             return  # said so already
         now = monotonic()
@@ -107,7 +120,13 @@ class _LoggedBar:
         due = waited >= LOG_SECONDS or (much and waited >= LEAST_SECONDS) or self._done == self._total
         if due and now >= self._quiet_until:
             self._said, self._said_at = self._done, now
-            log.info("%s", self._line(now - self._started, note))
+            log.info("%s", self._line(now - self._started))
+
+    def within(self, share: float) -> None:
+        now = monotonic()
+        if share and now - max(self._said_at, self._started) >= LOG_SECONDS:
+            self._said_at = now
+            log.info("%s", self._line(now - self._started, share))
 
     def finish(self) -> None:
         """All that is left is done at once; where that was not known, nothing is."""
@@ -117,17 +136,29 @@ class _LoggedBar:
             return
         self.advance(self._total - self._done)
 
-    def _line(self, elapsed: float, note: str) -> str:
+    def _line(self, elapsed: float, share: float = 0.0) -> str:
+        """`share`: of the next unit."""
         of = "" if self._total is None else f" of {self._number(self._total)}"
-        parts = [f"{self._what}: {self._number(self._done)}{of}{self._unit}", *([note] if note else [])]
+        line = _joined(f"{self._what}: {self._number(self._done)}{of}{self._unit}", self._note)
+        done = self._done + share
+        if share:
+            line = _joined(line, _of_the_next(share))
         if self._done == self._total:
-            parts.append(f"done in {duration(elapsed)}")
-        elif self._total is not None:
-            parts.append(f"{duration(elapsed / (self._done - self._start) * (self._total - self._done))} left")
-        return ", ".join(parts)
+            return _joined(line, f"done in {duration(elapsed)}")
+        if self._total is not None:
+            line = _joined(line, f"{duration(elapsed / (done - self._start) * (self._total - done))} left")
+        return line
 
 
 Bar: TypeAlias = _DrawnBar | _LoggedBar
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _of_the_next(share: float) -> str:
+    return f"{share:.0%} of the next"
 
 
 def duration(seconds: float) -> str:

@@ -121,6 +121,9 @@ class EditableModel(Protocol):
     @property
     def devices(self) -> Sequence[torch.device]: ...
 
+    def tell(self, share: float) -> None:
+        """So much of the turn's work is done: an editor whose turns may be long says so to whoever waits."""
+
     def capture(self, turn: Turn, every_token: bool = False, allocate: Allocate | None = None) -> TurnCapture:
         """Keys and value gradients of the turn's facts at each edit module (DESIGN section 1)."""
 

@@ -51,6 +51,7 @@ class CaptureEditor:
         while len(done.losses) < passes and todo.sequences:
             try:
                 todo = self._pass(model, todo, done, watch)
+                model.tell(len(done.losses) / passes)
             except FloatingPointError as error:
                 number, before = (f", pass {len(done.losses) + 1}", "pass") if done.losses else ("", "turn")
                 message = f"turn {turn.index}{number}: {error}; the weights are those of the {before} before"

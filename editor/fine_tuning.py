@@ -65,8 +65,10 @@ class FineTuning:
         tuned = _Tuned(model, self.settings)
         try:
             with watch.measure("steps"):
-                for group in self._groups(turn.sequences):
-                    tuned.fit(group)
+                groups = list(self._groups(turn.sequences))
+                for number, group in enumerate(groups):
+                    for epoch in tuned.fit(group):
+                        model.tell((number + epoch / self.settings.num_steps) / len(groups))
             with watch.measure("loss"):
                 loss_after = finite_loss(model, facts) if tuned.steps else loss
         except FloatingPointError as error:
@@ -118,10 +120,10 @@ class _Tuned:
     def updates(self) -> dict[str, LowRankUpdate]:
         return {name: LowRankUpdate(None, delta) for name, delta in self._deltas.items()}
 
-    def fit(self, batches: Sequence[LossTerm]) -> None:
-        """`num_steps` epochs over the mini-batches; fewer where none of them asks for a step any more."""
+    def fit(self, batches: Sequence[LossTerm]) -> Iterator[int]:
+        """`num_steps` epochs over the mini-batches, counted; fewer where none of them asks for a step any more."""
         optimizer: torch.optim.Adam | None = None
-        for _ in range(self.settings.num_steps):
+        for epoch in range(1, self.settings.num_steps + 1):
             before = self.steps
             for batch in batches:
                 gradients, (loss,) = self.model.weight_gradients([batch])
@@ -136,6 +138,7 @@ class _Tuned:
                 self._put()
             if self.steps == before:
                 break
+            yield epoch
 
     def undo(self) -> None:
         """Put the weights back as they were before the turn."""

@@ -278,7 +278,7 @@ class GRACE:
         optimizer = torch.optim.Adam(rows, lr=self.settings.lr)
         active = list(range(len(facts)))
         search = model.offset_losses(self.name, facts, at, replace=True)
-        for _ in range(self.settings.num_steps):
+        for step in range(1, self.settings.num_steps + 1):
             offsets = torch.stack([rows[i] for i in active])
             losses, gradients = search(offsets, active)
             for i, loss, gradient in zip(active, losses.tolist(), gradients, strict=True):
@@ -287,6 +287,7 @@ class GRACE:
             if not active:
                 break
             optimizer.step()
+            model.tell(step / self.settings.num_steps)
         return torch.stack(rows)
 
     def statistics(self) -> dict[str, dict[str, float | None]]:

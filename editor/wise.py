@@ -141,7 +141,8 @@ class WISE:
         edited = model.capture(part).modules[self.name].keys.to(self.side)
         self._in_training = self.side.clone()
         try:
-            for _ in range(self.settings.num_steps):
+            for step in range(self.settings.num_steps):
+                model.tell((shard + step / self.settings.num_steps) / self.settings.shards)
                 captured = model.capture(part, every_token=True)
                 rows = captured.modules[self.name]
                 gradient = rows.keys.to(self.side).T @ rows.value_grads.to(self.side)

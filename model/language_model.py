@@ -72,6 +72,7 @@ class LanguageModel(PositionModel):
         self.precise = torch.promote_types(next(model.parameters()).dtype, torch.float32)  # of losses and gradients
         self.edited = {name: EditModule(module, master) for name, module in edit_modules.items()}
         self._aside: dict[str, Tensor] | None = None  # edited weights, while the original ones are in place
+        self._listener: Callable[[float], None] | None = None  # to how far a turn is
         self.is_wrapped = False  # whether an editor keeps edits beside the weights
         self.compute_tokens = compute_tokens or COMPUTE_TOKENS.get(self.device.type, COMPUTE_TOKENS["cpu"])
         self.overhead = BATCH_OVERHEAD.get(self.device.type)
@@ -103,6 +104,20 @@ class LanguageModel(PositionModel):
     def devices(self) -> list[torch.device]:
         """Those that hold a part of it, in the order of its layers."""
         return list(dict.fromkeys(weight.device for weight in self.model.parameters()))
+
+    def tell(self, share: float) -> None:
+        """So much of the turn's work is done."""
+        if self._listener is not None:
+            self._listener(share)
+
+    @contextlib.contextmanager
+    def telling(self, listener: Callable[[float], None]) -> Iterator[None]:
+        """As long as the context lasts, `listener` hears how far the turn is."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
 
     # -- work that several processes may share (harness/ranks/model.py)
 

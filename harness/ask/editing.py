@@ -49,7 +49,7 @@ def edit(
         chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
         with progress_bar("editing", len(plan.stream), "turns", keep=True) as bar:
             for turn in plan.stream.from_turn(0):
-                with edited.reading_once():
+                with edited.reading_once(), edited.telling(bar.within):
                     chosen.edit(edited, turn)
                 bar.advance(1, turn_note(len(plan.stream.edited(turn.index + 1)), turn.phase))
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)

@@ -91,6 +91,41 @@ def test_there_is_no_more_than_a_line_in_ten_seconds_and_one_at_the_end(
     assert all(later - earlier <= 80 for earlier, later in pairwise(times))
 
 
+def test_a_long_unit_says_how_far_it_is(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """A line a minute, with the time that is left judged by what is done of the unit; none before it has begun."""
+    with progress_bar("editing", 4, "turns") as bar:
+        for share in (0.0, 0.1, 0.2, 0.3, 0.5):
+            clock[0] += 40
+            bar.within(share)
+        clock[0] += 40
+        bar.advance(1, "100 edits")
+        clock[0] += 60
+        bar.within(0.5)
+    assert caplog.messages == [
+        "editing: 0 of 4 turns, 10% of the next, 52 min 00 s left",
+        "editing: 0 of 4 turns, 30% of the next, 32 min 53 s left",
+        "editing: 1 of 4 turns, 100 edits, 12 min 00 s left",
+        "editing: 1 of 4 turns, 100 edits, 50% of the next, 8 min 20 s left",
+    ]
+
+
+def test_a_long_unit_is_seen_beside_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    with logger_on(terminal), progress_bar("editing", 4, "turns") as bar:
+        for second, share in enumerate((0.1, 0.2, 0.3)):
+            now[0] = 0.4 * second
+            bar.within(share)
+        bar.advance(1, "100 edits")
+        now[0] = 9.0
+        bar.within(0.5)
+    seen = " ".join(lines_of(terminal))
+    assert "10% of the next" in seen
+    assert "20% of the next" not in seen, "too soon to look again"
+    assert "30% of the next" in seen
+    assert "100 edits, 50% of the next" in seen
+
+
 def test_the_end_is_told_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     """Who counts in steps that may be empty comes to the end and then reports that nothing was left."""
     with progress_bar("writing", 4, "tokens") as bar:
