@@ -6,15 +6,16 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.batches import PADDING
 from data.disk import sha256_of
-from data.prompts import Tokenizer
+from data.prompts import PromptForm, Tokenizer
 from data.records import Question, TokenSequence
+from data.stream import AnswerTokens, tokenize
 
 BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
 TOGETHER = 64  # documents
@@ -77,17 +78,18 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions with their answers, as they are put to the model: what `tokenize` makes of them, without ends."""
+    """Questions with their answers, tokenised as facts are, without ends."""
 
     questions: Callable[[], Iterable[Question]]
-    tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]]
-    form: str  # that `tokenize` puts them in
+    form: PromptForm  # with what a chat template puts around a question, which no tokenizer's own hash knows
+    answer_tokens: AnswerTokens
     name: str
     remedy: str
 
     @cached_property
     def sha256(self) -> str:
-        digest = hashlib.sha256(self.form.encode())
+        put = [*astuple(replace(self.form, end=None)), self.answer_tokens]
+        digest = hashlib.sha256(json.dumps(put).encode())
         for question in self.questions():
             digest.update(json.dumps([question.prompt, question.answer]).encode())
         return digest.hexdigest()
@@ -98,7 +100,8 @@ class Questions:
     def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
         left = iter(self.questions())
         read = iter(lambda: list(itertools.islice(left, TOGETHER)), [])
-        documents = (sequence.without_end().ids for some in read for sequence in self.tokenize(some))
+        put = (tokenize(some, tokenizer, self.answer_tokens, self.form) for some in read)
+        documents = (sequence.without_end().ids for sequences in put for sequence in sequences)
         yield from _cut(documents, window, tokens)
 
 
