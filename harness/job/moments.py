@@ -50,7 +50,8 @@ def _moments_over(
     """By module, and their tokens.
 
     What is not in the cache is computed there; broken off, it goes on where it was. Each of several processes computes
-    all of it, in the same order, so that all have the same bits.
+    all of it, in the same order, so that all have the same bits. FloatingPointError, naming the module and with nothing
+    written, where a number is not finite.
     """
     folder = places.CACHE / "moments"
     files = {name: folder / f"{_key(cfg, plan, corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
@@ -60,10 +61,12 @@ def _moments_over(
         sums = MomentSums(model, part, writes=plan.ranks.is_first)
         windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
         sums.add_up(windows, corpus.total(cfg.corpus.tokens))
-        kept = {name: (sums.moments(name), sums.tokens) for name in files}
+        made = {name: sums.moments(name) for name in files}
+        _require_finite(made)
+        kept = {name: (moments, sums.tokens) for name, moments in made.items()}
         if plan.ranks.is_first:
             for name, file in files.items():
-                _write(file, {"moments": sums.moments(name)}, tokens=sums.tokens)
+                _write(file, {"moments": made[name]}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
     return {name: moments for name, (moments, _) in found.items()}, min(tokens for _, tokens in found.values())
@@ -116,6 +119,7 @@ class MomentSums:
         return tokens
 
     def _save(self) -> None:
+        _require_finite(self.sums)
         if self.writes and self.windows:
             _write(self.path, self.sums, windows=self.windows, tokens=self.tokens)
 
@@ -125,6 +129,15 @@ class MomentSums:
             tensors, numbers = found
             self.windows, self.tokens = numbers["windows"], numbers["tokens"]
             self.sums = {name: tensors[name].to(self.model.device) for name in self.sums}
+
+
+def _require_finite(found: Mapping[str, Tensor]) -> None:
+    for name, moments in found.items():
+        if not bool(torch.isfinite(moments).all()):
+            raise FloatingPointError(
+                f"the second moments of the keys of {name} are not finite: for some of the text the model has nan "
+                "inside, or numbers too large to be squared; choose another model.dtype or corpus.path"
+            )
 
 
 def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: list[str]) -> str:
@@ -147,15 +160,20 @@ def _read(file: Path) -> tuple[Tensor, int] | None:
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """Tensors and numbers of a file; None where there is none, or none that can be used, which is said."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             numbers = {name: int(value) for name, value in file.metadata().items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118  it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except SafetensorError:
         log.warning("%s: damaged, not what was written; it is made again", path)
         return None
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):  # as they once were written
+        log.warning("%s: holds numbers that are not finite; it is made again", path)
+        return None
+    return tensors, numbers
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:

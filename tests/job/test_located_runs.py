@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from config.compose import compose_config
 from config.schema import LocateConfig, register, settings_without_effect, to_run_config
@@ -31,7 +31,8 @@ QUICK = (
     "corpus.tokens=3000", "corpus.window=64", "evaluation.every=2", "checkpoint_every=2", "model.compute_tokens=400",
     "corpus.questions=0",
 )  # fmt: skip
-EARLY = "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]"
+EARLY_MODULES = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+EARLY = f"model.edit_modules=[{','.join(EARLY_MODULES)}]"
 MEMIT_RUN = ("editor=memit", EARLY, "editor.mom2_update_weight=0.5", "editor.v_lr=0.5", *QUICK)
 RUNS = {
     "memit": MEMIT_RUN,
@@ -160,6 +161,38 @@ def test_they_are_made_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> N
     mended = run(*MEMIT_RUN, run="mended")
     assert f"{files[0]}: damaged" in said(mended)
     assert mended.turns() == first.turns()
+
+
+def test_moments_that_are_not_finite_are_never_kept(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(model: LanguageModel, sequences: Any, **_: Any) -> Iterator[dict[str, torch.Tensor]]:
+        keys = torch.ones((3, 40))
+        yield {EARLY_MODULES[0]: keys, EARLY_MODULES[1]: 1e25 * keys}
+
+    folder = run.folder / "cache" / "moments"
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "token_keys", overflow)
+        message = run.refused(*MEMIT_RUN)
+        assert f"the second moments of the keys of {EARLY_MODULES[1]} are not finite" in message
+        assert not folder.exists()
+    first = run(*MEMIT_RUN, run="first")
+    file = min(folder.iterdir())
+    save_file({"moments": load_file(file)["moments"] * float("nan")}, file, {"tokens": "3000"})
+    mended = run(*MEMIT_RUN, run="mended")
+    assert f"{file}: holds numbers that are not finite; it is made again" in said(mended)
+    assert mended.turns() == first.turns()
+
+
+def test_sums_that_are_not_finite_are_no_place_to_go_on_from(tmp_path: Path) -> None:
+    sums = MomentSums(language_model(), tmp_path / "part")
+
+    def until_stopped() -> Iterator[Any]:
+        yield from windows()[:64]
+        sums.sums[MODULES[0]][0, 0] = float("nan")
+        raise KeyboardInterrupt
+
+    with pytest.raises(FloatingPointError, match=MODULES[0]):
+        sums.add_up(until_stopped(), None)
+    assert not (tmp_path / "part").exists()
 
 
 def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
