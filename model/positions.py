@@ -82,8 +82,10 @@ class PositionModel(TextModel):
         names: Sequence[str] | None = None,  # edit modules; None = all
     ) -> dict[str, Tensor]:  # (n, d_k)
         """Inputs of edit modules at those positions."""
-        wanted = {name: self.edited[name].module for name in (self.edited if names is None else names)}
-        return self._read_at(sequences, positions, wanted, _input)
+        return self._read_at(sequences, positions, self._modules(names), _input)
+
+    def _modules(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
+        return {name: self.edited[name].module for name in (self.edited if names is None else names)}
 
     def values_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """What an edit module puts out at those positions."""
@@ -117,9 +119,13 @@ class PositionModel(TextModel):
         return found
 
     @torch.no_grad()
-    def token_keys(self, sequences: Sequence[TokenSequence]) -> Iterator[dict[str, Tensor]]:  # (N, d_k)
-        """Inputs of the edit modules at all tokens but each sequence's last, a compute batch at a time."""
-        wanted = {name: edited.module for name, edited in self.edited.items()}
+    def token_keys(
+        self,
+        sequences: Sequence[TokenSequence],
+        names: Sequence[str] | None = None,  # edit modules; None = all
+    ) -> Iterator[dict[str, Tensor]]:  # (N, d_k)
+        """Inputs of edit modules at all tokens but each sequence's last, a compute batch at a time."""
+        wanted = self._modules(names)
         for batch in self.batches(sequences):
             found: dict[str, Tensor] = {}
             inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]  # (B, L)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -49,24 +49,25 @@ def _moments_over(
 ) -> tuple[dict[str, Tensor], int]:
     """By module, and their tokens.
 
-    What is not in the cache is computed there; broken off, it goes on where it was. Each of several processes computes
-    all of it, in the same order, so that all have the same bits. FloatingPointError, naming the module and with nothing
-    written, where a number is not finite.
+    Those of modules that the cache of a process lacks are computed; broken off, that goes on where it was. Each of
+    several processes computes all of it, in the same order, so that all have the same bits. FloatingPointError, naming
+    the module and with nothing written, where a number is not finite.
     """
     folder = places.CACHE / "moments"
     files = {name: folder / f"{_key(cfg, plan, corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
     kept = {name: _read(file) for name, file in files.items()}
-    if not model.all_ranks(all(found is not None for found in kept.values())):
-        part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
-        sums = MomentSums(model, part, writes=plan.ranks.is_first)
+    missing = [name for name in files if not model.all_ranks(kept[name] is not None)]
+    if missing:
+        part = folder / f"{_key(cfg, plan, corpus, fingerprint, missing)}.part.safetensors"
+        sums = MomentSums(model, missing, part, writes=plan.ranks.is_first)
         windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
         sums.add_up(windows, corpus.total(cfg.corpus.tokens))
-        made = {name: sums.moments(name) for name in files}
+        made = {name: sums.moments(name) for name in missing}
         _require_finite(made)
-        kept = {name: (moments, sums.tokens) for name, moments in made.items()}
+        kept |= {name: (moments, sums.tokens) for name, moments in made.items()}
         if plan.ranks.is_first:
-            for name, file in files.items():
-                _write(file, {"moments": made[name]}, tokens=sums.tokens)
+            for name, moments in made.items():
+                _write(files[name], {"moments": moments}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
     return {name: moments for name, (moments, _) in found.items()}, min(tokens for _, tokens in found.values())
@@ -75,12 +76,14 @@ def _moments_over(
 class MomentSums:
     """Sums of k k^T over windows of text, kept on disk from time to time and where a signal ends the process."""
 
-    def __init__(self, model: LanguageModel, path: Path, writes: bool = True) -> None:
+    def __init__(self, model: LanguageModel, names: Sequence[str], path: Path, writes: bool = True) -> None:
+        """Of the keys of the edit modules `names`."""
         self.model, self.path, self.writes = model, path, writes
         self.windows, self.tokens = 0, 0
         self.sums = {
             name: torch.zeros((d_k, d_k), dtype=torch.float64, device=model.device)
             for name, (d_k, _) in model.shapes.items()
+            if name in names
         }
         self._restore()
 
@@ -111,7 +114,7 @@ class MomentSums:
         return postponed() if self.writes else contextlib.nullcontext()
 
     def _add(self, windows: list[TokenSequence]) -> int:
-        for keys in self.model.token_keys(windows):
+        for keys in self.model.token_keys(windows, list(self.sums)):
             for name, rows in keys.items():
                 self.sums[name] += rows.T @ rows  # in the keys' precision; batches add up in float64
         tokens = sum(window.answer_start for window in windows)

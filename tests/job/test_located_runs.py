@@ -111,7 +111,7 @@ def windows(count: int = 80) -> list[Any]:
 
 def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> None:
     model = language_model(compute_tokens=50)
-    sums = MomentSums(model, tmp_path / "part")
+    sums = MomentSums(model, MODULES, tmp_path / "part")
     sums.add_up(windows(), None)
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
     for name in MODULES:
@@ -127,17 +127,17 @@ def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> N
 
 def test_a_stop_costs_nothing_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model()
-    whole = MomentSums(model, tmp_path / "whole")
+    whole = MomentSums(model, MODULES, tmp_path / "whole")
     whole.add_up(windows(), None)
 
     def until_stopped() -> Iterator[Any]:
         yield from windows()[:64]
         raise KeyboardInterrupt
 
-    broken = MomentSums(model, tmp_path / "part")
+    broken = MomentSums(model, MODULES, tmp_path / "part")
     with pytest.raises(KeyboardInterrupt):
         broken.add_up(until_stopped(), None)
-    resumed = MomentSums(model, tmp_path / "part")
+    resumed = MomentSums(model, MODULES, tmp_path / "part")
     assert resumed.windows == 64
     added: list[int] = []
     monkeypatch.setattr(resumed, "_add", lambda some, add=resumed._add: added.append(len(some)) or add(some))
@@ -163,8 +163,26 @@ def test_they_are_made_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> N
     assert mended.turns() == first.turns()
 
 
+def test_only_those_of_a_missing_module_are_made(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(*MEMIT_RUN, run="first")
+    files = sorted((run.folder / "cache" / "moments").iterdir())
+    was = files[0].read_bytes()
+    files[0].unlink()
+    made: list[list[str]] = []
+    init = MomentSums.__init__
+
+    def noted(self: MomentSums, model: LanguageModel, names: Any, *more: Any, **options: Any) -> None:
+        made.append(list(names))
+        init(self, model, names, *more, **options)
+
+    monkeypatch.setattr(MomentSums, "__init__", noted)
+    assert run(*MEMIT_RUN, run="again").turns() == first.turns()
+    assert [len(names) for names in made] == [1]
+    assert files[0].read_bytes() == was
+
+
 def test_moments_that_are_not_finite_are_never_kept(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overflow(model: LanguageModel, sequences: Any, **_: Any) -> Iterator[dict[str, torch.Tensor]]:
+    def overflow(*_: Any) -> Iterator[dict[str, torch.Tensor]]:
         keys = torch.ones((3, 40))
         yield {EARLY_MODULES[0]: keys, EARLY_MODULES[1]: 1e25 * keys}
 
@@ -183,7 +201,7 @@ def test_moments_that_are_not_finite_are_never_kept(run: Commands, monkeypatch: 
 
 
 def test_sums_that_are_not_finite_are_no_place_to_go_on_from(tmp_path: Path) -> None:
-    sums = MomentSums(language_model(), tmp_path / "part")
+    sums = MomentSums(language_model(), MODULES, tmp_path / "part")
 
     def until_stopped() -> Iterator[Any]:
         yield from windows()[:64]
