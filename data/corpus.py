@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from data.batches import PADDING
 from data.disk import sha256_of
@@ -34,6 +34,10 @@ class Corpus(Protocol):
         """What to do where there is too little of it."""
 
     @property
+    def is_shipped(self) -> bool:
+        """Whether it is the text that is taken where nobody brings one."""
+
+    @property
     def sha256(self) -> str:
         """Of all that its tokens come from, but for the tokenizer."""
 
@@ -55,6 +59,7 @@ class TextFiles:
     rows: tuple[Path, ...]
     name: str
     sha256: str
+    is_shipped: bool = False
     remedy: str = "bring more text, `python -m data.prepare corpus` says how"
 
     def total(self, tokens: int) -> int | None:
@@ -85,6 +90,7 @@ class Questions:
     answer_tokens: AnswerTokens
     name: str
     remedy: str
+    is_shipped: ClassVar[bool] = False
 
     @cached_property
     def sha256(self) -> str:
@@ -122,7 +128,7 @@ def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
     if path is None:
         texts: tuple[Path, ...] = (sample_dir / "passage.txt",)
         rows: tuple[Path, ...] = tuple(sample_dir / name for name in SAMPLES)
-        return TextFiles(texts, rows, "corpus.path=null", _digest([*texts, *rows]))
+        return TextFiles(texts, rows, "corpus.path=null", _digest([*texts, *rows]), is_shipped=True)
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")

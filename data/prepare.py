@@ -318,8 +318,9 @@ FILE is plain UTF-8 text, or JSON Lines whose rows have the text of a document i
 100,000 documents of Wikipedia are what was published; corpus.tokens (default 10,000,000) ends the reading earlier.
 Where facts are put as questions (dataset.prompt_form=qa), corpus.questions=0.5 lets training questions count as much as
 the text: text says nothing of the keys that such a form has.
-Fewer tokens than twice the size of a key (14,336 for Llama-3-8B) are warned of. Second moments are computed once for a
-model, text and module, and kept in the cache; a run that is stopped meanwhile goes on where it was.
+The shipped text is warned of, and so are fewer tokens than twice the size of a key (14,336 for Llama-3-8B). Second
+moments are computed once for a model, text and module, and kept in the cache; a run that is stopped meanwhile goes on
+where it was.
 """
 
 

@@ -139,7 +139,7 @@ def _require_finite(found: Mapping[str, Tensor]) -> None:
         if not bool(torch.isfinite(moments).all()):
             raise FloatingPointError(
                 f"the second moments of the keys of {name} are not finite: for some of the text the model has nan "
-                "inside, or numbers too large to be squared; choose another model.dtype or corpus.path"
+                "inside, or numbers too large to be squared; choose another model.half or corpus.path"
             )
 
 
@@ -187,15 +187,20 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
 
 
 def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], corpora: Mapping[str, Corpus]) -> None:
-    """Of text with fewer tokens than say something of every direction, twice over."""
-    d_k, found = max(d_k for d_k, _ in shapes.values()), sum(tokens.values())
-    if found < 2 * d_k:
-        log.warning(
-            "%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
-            "second moments say nothing of: %s",
-            " and ".join(corpus.name for corpus in corpora.values()),
-            f"{found:,}",
-            f"{d_k:,}",
-            f"{2 * d_k:,}",
-            next(iter(corpora.values())).remedy,
-        )
+    """Of each text that is the shipped one, or has fewer tokens than say something of every direction, twice over."""
+    d_k = max(d_k for d_k, _ in shapes.values())
+    for name, corpus in corpora.items():
+        says = []
+        if corpus.is_shipped:
+            says.append("this is the shipped text, enough for a trial; 100,000 documents were published")
+        if tokens[name] < 2 * d_k:
+            says.append(f"fewer than twice as many ({2 * d_k:,}) leave directions that they say nothing of")
+        if says:
+            log.warning(
+                "%s: second moments over %s tokens, for keys of size %s; %s: %s",
+                corpus.name,
+                f"{tokens[name]:,}",
+                f"{d_k:,}",
+                ", and ".join(says),
+                corpus.remedy,
+            )

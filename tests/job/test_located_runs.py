@@ -213,11 +213,29 @@ def test_sums_that_are_not_finite_are_no_place_to_go_on_from(tmp_path: Path) -> 
     assert not (tmp_path / "part").exists()
 
 
+REMEDY = "bring more text, `python -m data.prepare corpus` says how"
+
+
+def test_the_shipped_text_is_warned_of_however_long(run: Commands) -> None:
+    found = said(run(*MEMIT_RUN, run="shipped"))
+    shipped = "this is the shipped text, enough for a trial; 100,000 documents were published"
+    line = f"corpus.path=null: second moments over 3,000 tokens, for keys of size 40; {shipped}: {REMEDY}"
+    assert found.count(line) == 1
+    few = said(run(*MEMIT_RUN, "corpus.tokens=79", run="few"))
+    assert f"{shipped}, and fewer than twice as many (80) leave directions that they say nothing of: {REMEDY}" in few
+    idle = {"no text": ("editor=stableedit", "corpus.tokens=9"), "questions": (*MEMIT_RUN, "corpus.questions=1")}
+    for name, settings in idle.items():
+        assert "the shipped text" not in said(run(*settings, "num_seq=1", run=name))
+
+
 def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
+    """Each for itself: questions do not make up for text."""
     (run.folder / "text.txt").write_text("the quick brown fox jumps over it")
-    few = said(run(*MEMIT_RUN, "corpus.path=text.txt", run="few"))
-    assert "corpus.path=text.txt: 33 tokens for keys of size 40; fewer than twice as many (80)" in few
-    assert "fewer than twice" not in said(run(*MEMIT_RUN, run="enough"))
+    found = said(run(*MEMIT_RUN, "corpus.path=text.txt", "corpus.questions=0.5"))
+    few = "fewer than twice as many (80) leave directions that they say nothing of"
+    assert f"corpus.path=text.txt: second moments over 33 tokens, for keys of size 40; {few}: {REMEDY}" in found
+    assert "corpus.questions: second moments" not in found
+    assert "the shipped text" not in found
 
 
 QUESTIONS = ("dataset.prompt_form=qa", "dataset.answer_end=eos", "corpus.tokens=1000", "corpus.window=64")
@@ -225,10 +243,11 @@ QUESTIONS = ("dataset.prompt_form=qa", "dataset.answer_end=eos", "corpus.tokens=
 
 def test_training_questions_have_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     text, asked = torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)
+    read, put = (SimpleNamespace(name=name, is_shipped=False) for name in ("text", "asked"))
     found = {"text": ({"a": text}, 100), "asked": ({"a": asked}, 7)}
-    monkeypatch.setattr(moments, "_moments_over", lambda corpus, *_: found[corpus])
+    monkeypatch.setattr(moments, "_moments_over", lambda corpus, *_: found[corpus.name])
     cfg: Any = SimpleNamespace(corpus=SimpleNamespace(questions=0.25))
-    plan: Any = SimpleNamespace(corpora={"corpus": "text", "questions": "asked"})
+    plan: Any = SimpleNamespace(corpora={"corpus": read, "questions": put})
     model: Any = SimpleNamespace(shapes={"a": (2, 2)})
     assert torch.equal(moments.second_moments(cfg, plan, model, "")["a"], torch.full((2, 2), 2.0))
 
