@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TextIO
 
 from data.batches import PADDING
 from data.disk import sha256_of
@@ -17,7 +17,8 @@ from data.prompts import PromptForm, Tokenizer
 from data.records import Question, TokenSequence
 from data.stream import AnswerTokens, tokenize
 
-BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
+BLOCK = 1 << 16  # characters of a text file that are tokenised as one document, or a line more
+MOST_BYTES = 1 << 26  # of a line of JSON Lines
 TOGETHER = 64  # documents
 SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
 
@@ -114,13 +115,13 @@ class Questions:
 def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterator[TokenSequence]:
     left = tokens
     for ids in documents:
-        if not left:
-            return
         for start in range(0, len(ids), window):
             cut = ids[start : start + window][:left]
             left -= len(cut)
             if cut:
                 yield TokenSequence((*cut, PADDING), len(cut))
+        if not left:
+            return
 
 
 def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
@@ -143,18 +144,31 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """A text file in pieces of whole lines."""
+    """A text file in pieces of whole lines, of which one longer than a block is cut."""
     try:
         with path.open(encoding="utf-8") as file:
-            while lines := file.readlines(BLOCK - 1):  # the hint is what they exceed together
-                yield "".join(lines)
+            while block := _block(file):
+                yield block
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus.path={path}: no UTF-8 ({error.reason}); name a plain text file") from error
 
 
+def _block(file: TextIO) -> str:
+    lines, size = [], 0
+    while size < BLOCK and (line := file.readline(BLOCK)):
+        lines.append(line)
+        size += len(line)
+    return "".join(lines)
+
+
 def _lines_of_json(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
+            if len(line) == MOST_BYTES:
+                raise ValueError(
+                    f"corpus.path={path}, line {number}: longer than {MOST_BYTES >> 20} MiB, which is no line of JSON "
+                    "Lines; give each document a line of its own"
+                )
             if not line.strip():
                 continue
             try:

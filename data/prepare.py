@@ -331,7 +331,7 @@ def select_files(names: Sequence[str]) -> list[DataFile]:
         found = [file for file in FILES if name in (file.dataset, file.path)]
         if not found:
             known = sorted({file.dataset for file in FILES})
-            close = difflib.get_close_matches(name, [*known, *(file.path for file in FILES)], n=1)
+            close = difflib.get_close_matches(name, [*known, "corpus", *(file.path for file in FILES)], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(f"dataset {name!r} has no published full file; {hint}known: {', '.join(known)}")
         chosen += [file for file in found if file not in chosen]
@@ -394,10 +394,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.datasets == ["corpus"]:
+    names = [name for name in arguments.datasets if name != "corpus"]
+    files, hosts = select_files(names), parse_hosts(arguments.endpoint)
+    if "corpus" in arguments.datasets:
         sys.stdout.write(CORPUS)
-        return 0
-    files, hosts = select_files(arguments.datasets), parse_hosts(arguments.endpoint)
+        if not names:
+            return 0
     if arguments.list:
         Console(width=None if sys.stdout.isatty() else 160).print(list_files(files, arguments.to))
         return 0

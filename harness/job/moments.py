@@ -25,7 +25,7 @@ from model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 2  # to be raised when the same text gives other moments
+FORMAT: Final = 3  # to be raised when the same text gives other moments
 TOGETHER: Final = 32  # windows between two looks at the clock and at signals
 SAVE_SECONDS: Final = 300.0
 
