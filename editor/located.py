@@ -70,25 +70,32 @@ class NullSpace:
         self,
         basis: Tensor,  # (d_k, r) float64, orthonormal columns
         is_complement: bool = False,  # it spans what P leaves out
+        share: float | None = None,  # of tr C within the null space
     ) -> None:
-        self._basis, self._is_complement = basis, is_complement
+        self._basis, self._is_complement, self._share = basis, is_complement, share
         self.size = len(basis) - basis.shape[1] if is_complement else basis.shape[1]
 
     @classmethod
     def of(cls, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> NullSpace:
         """Of the eigenvectors of C with eigenvalues below `threshold`, kept as the narrower of the two bases.
 
-        ValueError where there is none.
+        ValueError where there is none, or where all are: nothing would be left alone.
         """
         values, vectors = torch.linalg.eigh(second_moments.to(device).double())
         size = int((values < threshold).sum())  # eigenvalues ascend
+        if size == len(values):
+            raise ValueError(
+                f"editor.nullspace_threshold={threshold}: all eigenvalues of the second moments of the keys of {name} "
+                f"lie below, the largest is {float(values[-1]):.3g}, so that nothing is left alone; set a smaller one"
+            )
         if not size:
             raise ValueError(
                 f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
                 f"lies below, the least is {float(values[0]):.3g}; set a larger one"
             )
-        is_complement = 2 * size > len(values)
-        return cls(vectors[:, size:].clone() if is_complement else vectors[:, :size].clone(), is_complement)
+        is_complement, share = 2 * size > len(values), float(values[:size].sum() / values.sum())
+        basis = vectors[:, size:] if is_complement else vectors[:, :size]
+        return cls(basis.clone(), is_complement, share)
 
     def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
         inside = (keys @ self._basis) @ self._basis.T
@@ -98,8 +105,8 @@ class NullSpace:
         return left
 
     def statistics(self) -> dict[str, float | None]:
-        """Dimensions of the null space."""
-        return {"null_space": float(self.size)}
+        """Dimensions of the null space, and the share of tr C there: what of the keys over text may be moved."""
+        return {"null_space": float(self.size), "null_space_share": self._share}
 
 
 class Coordinates(Protocol):

@@ -184,10 +184,12 @@ def test_alphaedit_leaves_keys_outside_of_the_null_space_where_they_were() -> No
     assert editor.kept[LLAMA[0]].gram is not None
     statistics = editor.statistics()[LLAMA[0]]
     assert statistics["kept_keys"] == 75
-    assert statistics["null_space"] == int((torch.linalg.eigvalsh(second_moments(LLAMA[0])) < THRESHOLD).sum())
+    values = torch.linalg.eigvalsh(second_moments(LLAMA[0]))
+    assert statistics["null_space"] == int((values < THRESHOLD).sum())
+    assert statistics["null_space_share"] == pytest.approx(float(values[values < THRESHOLD].sum() / values.sum()))
 
 
-@pytest.mark.parametrize("threshold", [0.001, 0.3, 1e9])
+@pytest.mark.parametrize("threshold", [0.001, 0.3, 5.0])
 def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float) -> None:
     moments = second_moments(LLAMA[0])
     space = NullSpace.of("m", moments, threshold, CPU)
@@ -196,8 +198,13 @@ def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float
     torch.testing.assert_close(space.enter(inside), inside)
     spread = (inside @ moments * inside).sum(1)
     assert float((spread / inside.square().sum(1)).max()) < threshold
-    if threshold == 1e9:
-        torch.testing.assert_close(inside, keys)
+    assert space._is_complement == (2 * space.size > 40)
+
+
+def test_a_null_space_that_is_all_there_is_is_refused() -> None:
+    model = language_model(exact_llama, LLAMA)
+    with pytest.raises(ValueError, match=rf"nullspace_threshold={THRESHOLD}: all .* {LLAMA[0]} lie below, the largest"):
+        alphaedit(model, given=LocateInputs(contexts_of, lambda name: 1e-3 * second_moments(name)))
 
 
 def test_whitened_second_moments_are_the_identity() -> None:
@@ -231,7 +238,7 @@ def test_the_model_has_the_facts_afterwards(kind: str, make: Callable[..., Any],
     editor: Any = {
         "memit": lambda: MEMIT(model, MEMITSettings(**strong, mom2_update_weight=1e-3, moment_ridge=0.0,
                                                     keep_keys=True), CPU, given),
-        "alphaedit": lambda: AlphaEdit(model, AlphaEditSettings(**strong, nullspace_threshold=1e9, L2=1e-4,
+        "alphaedit": lambda: AlphaEdit(model, AlphaEditSettings(**strong, nullspace_threshold=5.0, L2=1e-4,
                                                                 keep_keys=True), CPU, given),
         "rome": lambda: ROME(model, ROMESettings(**strong, moment_ridge=0.0), CPU, given),
     }[kind]()  # fmt: skip
