@@ -171,18 +171,22 @@ class PositionModel(TextModel):
     def adds_to_stream(self, name: str) -> bool:
         """Whether what an edit module puts out goes into the residual stream as it is: no norm stands between.
 
-        By trying: an offset there has to be found behind the block.
+        By trying: an offset there has to be found behind the block, up to what the stream's precision rounds away.
         """
         module, block = self.edited[name].module, self._block_of(name)
         ids = torch.tensor([[0, 1, 2, 3]], device=self.device)
-        offset = torch.full((1, self.edited[name].shape[1]), 100.0, dtype=self.precise, device=self.device)
+        size = 100.0
+        offset = torch.full((1, self.edited[name].shape[1]), size, dtype=self.precise, device=self.device)
         found: list[Tensor] = []
         for some in (torch.zeros_like(offset), offset):
             move = offset_hook(torch.tensor([3]), some, ids.shape, replace=False)
             with hooks({module: move, block: _reader(name, _output, lambda _, tensor: found.append(tensor[:, 3]))}):
                 self.model(input_ids=ids, use_cache=False)
-        moved = (found[1] - found[0]).to(offset)
-        return torch.allclose(moved, offset, rtol=0.05) or not bool(moved.isfinite().all())  # broken in another way
+        before, after = (tensor.to(offset) for tensor in found)
+        spacing = torch.finfo(found[0].dtype).eps * torch.maximum(before.abs(), after.abs())
+        found_there = (after - before - offset).abs() <= 0.05 * size + 2 * spacing
+        broken = not bool((after - before).isfinite().all())  # in another way
+        return bool(found_there.all()) or broken
 
     # -- what another value does
 

@@ -494,6 +494,9 @@ class LocateConfig(EditorConfig):
     def unused(self) -> tuple[str, ...]:
         return ("lr", *CAPTURE_KEYS)
 
+    def ignored(self) -> dict[str, str]:
+        return {} if self.prefixes else {"prefix_tokens": "editor.prefixes=0"}
+
     def asks_for_text(self) -> bool:
         return True
 

@@ -424,6 +424,9 @@ def test_settings_without_effect_are_told() -> None:
         return " ".join(settings_without_effect(to_run_config(compose_config(overrides))))
 
     assert "effect" not in told("editor=memit") + told("editor=rome") + told("editor=alphaedit", "corpus.tokens=9")
+    assert "effect" not in told("editor=memit", "editor.prefixes=0") + told("editor=rome", "editor.prefix_tokens=3")
+    idle = told("editor=rome", "editor.prefixes=0", "editor.prefix_tokens=3")
+    assert "editor.prefix_tokens=3 has no effect with editor.prefixes=0" in idle
     assert "editor.lr=3.0 has no effect with editor=memit" in told("editor=memit", "editor.lr=3")
     assert "editor.token=all has no effect with editor=rome" in told("editor=rome", "editor.token=all")
     assert "corpus.* has no effect with editor=stableedit" in told("editor=stableedit", "corpus.tokens=7")
