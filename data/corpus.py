@@ -6,17 +6,19 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TextIO
 
 from data.batches import PADDING
 from data.disk import sha256_of
-from data.prompts import Tokenizer
+from data.prompts import PromptForm, Tokenizer
 from data.records import Question, TokenSequence
+from data.stream import AnswerTokens, tokenize
 
-BLOCK = 1 << 16  # characters of a text file that are tokenised as one document
+BLOCK = 1 << 16  # characters of a text file that are tokenised as one document, or a line more
+MOST_BYTES = 1 << 26  # of a line of JSON Lines
 TOGETHER = 64  # documents
 SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
 
@@ -31,6 +33,10 @@ class Corpus(Protocol):
     @property
     def remedy(self) -> str:
         """What to do where there is too little of it."""
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it is the text that is taken where nobody brings one."""
 
     @property
     def sha256(self) -> str:
@@ -54,6 +60,7 @@ class TextFiles:
     rows: tuple[Path, ...]
     name: str
     sha256: str
+    is_shipped: bool = False
     remedy: str = "bring more text, `python -m data.prepare corpus` says how"
 
     def total(self, tokens: int) -> int | None:
@@ -77,17 +84,19 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions with their answers, as they are put to the model: what `tokenize` makes of them, without ends."""
+    """Questions with their answers, tokenised as facts are, without ends."""
 
     questions: Callable[[], Iterable[Question]]
-    tokenize: Callable[[Sequence[Question]], Sequence[TokenSequence]]
-    form: str  # that `tokenize` puts them in
+    form: PromptForm  # with what a chat template puts around a question, which no tokenizer's own hash knows
+    answer_tokens: AnswerTokens
     name: str
     remedy: str
+    is_shipped: ClassVar[bool] = False
 
     @cached_property
     def sha256(self) -> str:
-        digest = hashlib.sha256(self.form.encode())
+        put = [*astuple(replace(self.form, end=None)), self.answer_tokens]
+        digest = hashlib.sha256(json.dumps(put).encode())
         for question in self.questions():
             digest.update(json.dumps([question.prompt, question.answer]).encode())
         return digest.hexdigest()
@@ -98,20 +107,21 @@ class Questions:
     def windows(self, tokenizer: Tokenizer, window: int, tokens: int) -> Iterator[TokenSequence]:
         left = iter(self.questions())
         read = iter(lambda: list(itertools.islice(left, TOGETHER)), [])
-        documents = (sequence.without_end().ids for some in read for sequence in self.tokenize(some))
+        put = (tokenize(some, tokenizer, self.answer_tokens, self.form) for some in read)
+        documents = (sequence.without_end().ids for sequences in put for sequence in sequences)
         yield from _cut(documents, window, tokens)
 
 
 def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterator[TokenSequence]:
     left = tokens
     for ids in documents:
-        if not left:
-            return
         for start in range(0, len(ids), window):
             cut = ids[start : start + window][:left]
             left -= len(cut)
             if cut:
                 yield TokenSequence((*cut, PADDING), len(cut))
+        if not left:
+            return
 
 
 def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
@@ -119,7 +129,7 @@ def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
     if path is None:
         texts: tuple[Path, ...] = (sample_dir / "passage.txt",)
         rows: tuple[Path, ...] = tuple(sample_dir / name for name in SAMPLES)
-        return TextFiles(texts, rows, "corpus.path=null", _digest([*texts, *rows]))
+        return TextFiles(texts, rows, "corpus.path=null", _digest([*texts, *rows]), is_shipped=True)
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")
@@ -134,18 +144,31 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """A text file in pieces of whole lines."""
+    """A text file in pieces of whole lines, of which one longer than a block is cut."""
     try:
         with path.open(encoding="utf-8") as file:
-            while lines := file.readlines(BLOCK - 1):  # the hint is what they exceed together
-                yield "".join(lines)
+            while block := _block(file):
+                yield block
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus.path={path}: no UTF-8 ({error.reason}); name a plain text file") from error
 
 
+def _block(file: TextIO) -> str:
+    lines, size = [], 0
+    while size < BLOCK and (line := file.readline(BLOCK)):
+        lines.append(line)
+        size += len(line)
+    return "".join(lines)
+
+
 def _lines_of_json(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
+            if len(line) == MOST_BYTES:
+                raise ValueError(
+                    f"corpus.path={path}, line {number}: longer than {MOST_BYTES >> 20} MiB, which is no line of JSON "
+                    "Lines; give each document a line of its own"
+                )
             if not line.strip():
                 continue
             try:

@@ -318,8 +318,9 @@ FILE is plain UTF-8 text, or JSON Lines whose rows have the text of a document i
 100,000 documents of Wikipedia are what was published; corpus.tokens (default 10,000,000) ends the reading earlier.
 Where facts are put as questions (dataset.prompt_form=qa), corpus.questions=0.5 lets training questions count as much as
 the text: text says nothing of the keys that such a form has.
-Fewer tokens than twice the size of a key (14,336 for Llama-3-8B) are warned of. Second moments are computed once for a
-model, text and module, and kept in the cache; a run that is stopped meanwhile goes on where it was.
+The shipped text is warned of, and so are fewer tokens than twice the size of a key (14,336 for Llama-3-8B). Second
+moments are computed once for a model, text and module, and kept in the cache; a run that is stopped meanwhile goes on
+where it was.
 """
 
 
@@ -330,7 +331,7 @@ def select_files(names: Sequence[str]) -> list[DataFile]:
         found = [file for file in FILES if name in (file.dataset, file.path)]
         if not found:
             known = sorted({file.dataset for file in FILES})
-            close = difflib.get_close_matches(name, [*known, *(file.path for file in FILES)], n=1)
+            close = difflib.get_close_matches(name, [*known, "corpus", *(file.path for file in FILES)], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(f"dataset {name!r} has no published full file; {hint}known: {', '.join(known)}")
         chosen += [file for file in found if file not in chosen]
@@ -393,10 +394,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.datasets == ["corpus"]:
+    names = [name for name in arguments.datasets if name != "corpus"]
+    files, hosts = select_files(names), parse_hosts(arguments.endpoint)
+    if "corpus" in arguments.datasets:
         sys.stdout.write(CORPUS)
-        return 0
-    files, hosts = select_files(arguments.datasets), parse_hosts(arguments.endpoint)
+        if not names:
+            return 0
     if arguments.list:
         Console(width=None if sys.stdout.isatty() else 160).print(list_files(files, arguments.to))
         return 0

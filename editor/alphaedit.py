@@ -42,6 +42,7 @@ class AlphaEdit(LayerByLayer):
             settings,
             given,
             ridge=settings.L2,
+            ridge_setting="editor.L2",
             keep_keys=settings.keep_keys,
             device=device,
         )

@@ -70,25 +70,32 @@ class NullSpace:
         self,
         basis: Tensor,  # (d_k, r) float64, orthonormal columns
         is_complement: bool = False,  # it spans what P leaves out
+        share: float | None = None,  # of tr C within the null space
     ) -> None:
-        self._basis, self._is_complement = basis, is_complement
+        self._basis, self._is_complement, self._share = basis, is_complement, share
         self.size = len(basis) - basis.shape[1] if is_complement else basis.shape[1]
 
     @classmethod
     def of(cls, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> NullSpace:
         """Of the eigenvectors of C with eigenvalues below `threshold`, kept as the narrower of the two bases.
 
-        ValueError where there is none.
+        ValueError where there is none, or where all are: nothing would be left alone.
         """
         values, vectors = torch.linalg.eigh(second_moments.to(device).double())
         size = int((values < threshold).sum())  # eigenvalues ascend
+        if size == len(values):
+            raise ValueError(
+                f"editor.nullspace_threshold={threshold}: all eigenvalues of the second moments of the keys of {name} "
+                f"lie below, the largest is {float(values[-1]):.3g}, so that nothing is left alone; set a smaller one"
+            )
         if not size:
             raise ValueError(
                 f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
                 f"lies below, the least is {float(values[0]):.3g}; set a larger one"
             )
-        is_complement = 2 * size > len(values)
-        return cls(vectors[:, size:].clone() if is_complement else vectors[:, :size].clone(), is_complement)
+        is_complement, share = 2 * size > len(values), float(values[:size].sum() / values.sum())
+        basis = vectors[:, size:] if is_complement else vectors[:, :size]
+        return cls(basis.clone(), is_complement, share)
 
     def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
         inside = (keys @ self._basis) @ self._basis.T
@@ -98,8 +105,8 @@ class NullSpace:
         return left
 
     def statistics(self) -> dict[str, float | None]:
-        """Dimensions of the null space."""
-        return {"null_space": float(self.size)}
+        """Dimensions of the null space, and the share of tr C there: what of the keys over text may be moved."""
+        return {"null_space": float(self.size), "null_space_share": self._share}
 
 
 class Coordinates(Protocol):
@@ -115,48 +122,88 @@ class Coordinates(Protocol):
 
 
 class KeptKeys:
-    """K_0, the keys of earlier turns in a module's coordinates: rows or, once these outnumber d_k, K_0^T K_0."""
+    """K_0, the m keys of earlier turns in a module's coordinates, and what each turn's solve has of them.
 
-    def __init__(self, d_k: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.zeros((0, d_k), dtype=dtype, device=device)
-        self.gram: Tensor | None = None  # (d_k, d_k) float64
+    Up to m = d_k these are the rows and the Cholesky factor of ridge I + K_0 K_0^T, which a turn borders with its own
+    rows; beyond, K_0^T K_0, of which a turn factors ridge I + K_0^T K_0 + K^T K anew.
+    """
+
+    rows: Tensor  # (m, d_k)
+    factor: Tensor  # (m, m) float64, lower
+    gram: Tensor | None  # (d_k, d_k) float64
+
+    def __init__(self, d_k: int, ridge: float, dtype: torch.dtype, device: torch.device) -> None:
+        """`ridge` must be positive."""
+        self.d_k, self.ridge, self.dtype, self.device = d_k, ridge, dtype, device
         self.count = 0
+        self._clear()
 
-    def left_factor(self, keys: Tensor, ridge: float) -> Tensor:  # (n, d_k) float64 -> (d_k, n)
+    def _clear(self) -> None:
+        self.rows = torch.zeros((0, self.d_k), dtype=self.dtype, device=self.device)
+        self.factor = torch.zeros((0, 0), dtype=torch.float64, device=self.device)
+        self.gram = None
+
+    def left_factor(self, keys: Tensor, keep: bool = False) -> Tensor:  # (n, d_k) float64 -> (d_k, n)
         """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T: times R (n, d_v) it is the update that moves K by R and K_0 little.
 
-        With rows it is the last n columns of X^T (X X^T + ridge I)^(-1), X = [K_0; K], wherever these are fewer than
-        d_k. `ridge` must be positive. Raises torch.linalg.LinAlgError where rounding leaves the system without a
-        factor.
+        With `keep` K is in K_0 from then on, rounded to the rows' precision before anything is made of it. Raises
+        torch.linalg.LinAlgError, K_0 being what it was, where rounding leaves the system without a factor.
         """
-        if self.gram is not None:
-            matrix = self.gram + keys.T @ keys
-            matrix.diagonal().add_(ridge)
-            return torch.cholesky_solve(keys.T, torch.linalg.cholesky(matrix))
-        rows = torch.cat([self.rows.double(), keys])
-        chosen = torch.zeros((len(rows), len(keys)), dtype=keys.dtype, device=keys.device)
-        chosen[len(self.rows) :].fill_diagonal_(1.0)
-        return linalg.dense(linalg.ridge_update(rows, chosen, ridge))
+        few = self.gram is None and len(self.rows) + len(keys) <= self.d_k
+        left = self._of_rows(keys, keep) if few else self._of_gram(keys, keep)
+        if keep:
+            self.count += len(keys)
+        return left
 
-    def add(self, keys: Tensor) -> None:  # (n, d_k)
-        self.count += len(keys)
-        if self.gram is not None:
-            self.gram += keys.T @ keys
-            return
-        self.rows = torch.cat([self.rows, keys.to(self.rows.dtype)])
-        if len(self.rows) > self.rows.shape[1]:
-            rows = self.rows.double()
-            self.gram, self.rows = rows.T @ rows, self.rows[:0]
+    def _of_rows(self, keys: Tensor, keep: bool) -> Tensor:
+        """The last n columns of X^T (X X^T + ridge I)^(-1), X = [K_0; K], whose factor is [[L, 0], [B^T, S]]."""
+        if keep:
+            keys = keys.to(self.dtype).double()
+        border, corner = self._border(keys)
+        outside = keys.T - self.rows.double().T @ torch.linalg.solve_triangular(self.factor.T, border, upper=True)
+        if keep:
+            self._extend(keys, border, corner)
+        return torch.cholesky_solve(outside.T, corner).T
+
+    def _border(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """B = L^(-1) K_0 K^T (m, n), and the factor S (n, n) of ridge I + K K^T - B^T B."""
+        border = torch.linalg.solve_triangular(self.factor, self.rows.double() @ keys.T, upper=False)
+        corner = keys @ keys.T - border.T @ border
+        corner.diagonal().add_(self.ridge)
+        return border, torch.linalg.cholesky(corner)
+
+    def _extend(self, keys: Tensor, border: Tensor, corner: Tensor) -> None:
+        m, n = border.shape
+        factor = border.new_zeros((m + n, m + n))
+        factor[:m, :m], factor[m:, :m], factor[m:, m:] = self.factor, border.T, corner
+        self.factor, self.rows = factor, torch.cat([self.rows, keys.to(self.dtype)])
+
+    def _of_gram(self, keys: Tensor, keep: bool) -> Tensor:
+        rows, own = self.rows.double(), keys.T @ keys
+        before = rows.T @ rows if self.gram is None else self.gram
+        matrix = before + own
+        matrix.diagonal().add_(self.ridge)
+        left = torch.cholesky_solve(keys.T, torch.linalg.cholesky(matrix))
+        if keep:
+            self._clear()
+            self.gram = before.add_(own)
+        return left
 
     def state(self) -> dict[str, Tensor]:
-        held = {"rows": self.rows} if self.gram is None else {"gram": self.gram}
+        """With the factor, whose last bits hang on the sizes of all turns; it is never larger than the Gram matrix."""
+        held = {"rows": self.rows, "factor": self.factor} if self.gram is None else {"gram": self.gram}
         return held | {"count": torch.tensor(self.count)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        device = self.rows.device
+        self._clear()
         self.count = int(state["count"])
-        self.gram = state["gram"].to(device) if "gram" in state else None
-        self.rows = state["rows"].to(device) if "rows" in state else self.rows[:0]
+        if "gram" in state:
+            self.gram = state["gram"].to(self.device)
+        elif "factor" in state:
+            self.rows, self.factor = state["rows"].to(self.device), state["factor"].to(self.device)
+        else:  # of a checkpoint from before factors were kept
+            rows = state["rows"].to(self.device).double()
+            self._extend(rows, *self._border(rows))
 
 
 class LayerByLayer:
@@ -174,6 +221,7 @@ class LayerByLayer:
         given: LocateInputs,
         *,
         ridge: float,
+        ridge_setting: str,  # that gives it
         keep_keys: bool,
         device: torch.device,
     ) -> None:
@@ -185,7 +233,8 @@ class LayerByLayer:
                     "which this editor moves; take another model or another editor, as editor=rome or stableedit"
                 )
         self.coordinates = {name: coordinates(name) for name in model.shapes}
-        self.targets, self.given, self.ridge = targets, given, ridge
+        self.targets, self.given = targets, given
+        self.ridge, self.ridge_setting = ridge, ridge_setting
         self.keep_keys, self.device = keep_keys, device
         self.kept: dict[str, KeptKeys] = {}  # from the first turn on, when the keys' precision is known
 
@@ -223,13 +272,21 @@ class LayerByLayer:
             raw = mean_keys(model, name, facts)
             residual = (targets - model.hidden_at(list(model.shapes)[-1], *as_put(facts))) / layers_left
         with watch.measure("solve"):
-            coordinates = self.coordinates[name]
-            keys = coordinates.enter(raw.to(self.device).double())
-            kept = self.kept.setdefault(name, KeptKeys(raw.shape[1], raw.dtype, self.device))
-            left = coordinates.leave(kept.left_factor(keys, self.ridge))
-            if self.keep_keys:
-                kept.add(keys)
+            keys = self.coordinates[name].enter(raw.to(self.device).double())
+            kept = self.kept.setdefault(name, KeptKeys(raw.shape[1], self.ridge, raw.dtype, self.device))
+            left = self.coordinates[name].leave(self._left_factor(name, kept, keys))
         return {name: LowRankUpdate(left.to(raw), residual)}
+
+    def _left_factor(self, name: str, kept: KeptKeys, keys: Tensor) -> Tensor:  # (n, d_k) -> (d_k, n)
+        """FloatingPointError for a system without a factor, which the host waits to see: layers come one by one."""
+        try:
+            return kept.left_factor(keys, self.keep_keys)
+        except torch.linalg.LinAlgError as error:
+            if not bool(torch.isfinite(keys).all()):
+                raise FloatingPointError(f"the keys of {name} are not finite") from error
+            raise FloatingPointError(
+                f"the keys of {name} are too large for a ridge of {self.ridge_setting}={self.ridge}; set a larger one"
+            ) from error
 
     def statistics(self) -> dict[str, dict[str, float | None]]:
         """Keys of earlier turns, by module, and what its coordinates have to say."""
@@ -249,7 +306,7 @@ class LayerByLayer:
         for name, state in parts.items():
             rows = state.get("rows", state.get("gram"))
             assert rows is not None
-            self.kept[name] = KeptKeys(rows.shape[1], rows.dtype, self.device)
+            self.kept[name] = KeptKeys(rows.shape[1], self.ridge, rows.dtype, self.device)
             self.kept[name].load(state)
 
 

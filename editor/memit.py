@@ -41,6 +41,7 @@ class MEMIT(LayerByLayer):
             settings,
             given,
             ridge=settings.mom2_update_weight,
+            ridge_setting="editor.mom2_update_weight",
             keep_keys=settings.keep_keys,
             device=device,
         )

@@ -36,7 +36,7 @@ class Targets:
     """Offsets that make the model say the facts, and how they were found."""
 
     offsets: Tensor  # (n, d_v) delta
-    losses: Tensor  # (n,) -log p of the answer, mean over contexts and tokens, where the search ended
+    losses: Tensor  # (n,) -log p of the answer, mean over contexts and tokens, when last read: before the last step
     steps: Tensor  # (n,) of Adam
 
     @classmethod

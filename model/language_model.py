@@ -304,8 +304,8 @@ class LanguageModel(PositionModel):
         for (name, update), bound in zip(updates.items(), bounds, strict=True):
             if not self.edited[name].can_add(update, bound):
                 raise FloatingPointError(
-                    f"the update of {name} is not finite; smaller steps may keep it finite: editor.lr, where a network "
-                    "learns it editor.meta_lr, for rome, memit and alphaedit editor.clamp_norm_factor"
+                    f"the update of {name} is not finite; smaller steps may keep it finite: editor.lr or, where a "
+                    "network learns it, editor.meta_lr; where targets are sought, editor.clamp_norm_factor"
                 )
         sizes = read_together([self.edited[name].add(update) for name, update in updates.items()])
         return {

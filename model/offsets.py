@@ -39,7 +39,7 @@ class OffsetLosses:
         below: BlocksBelow,
         precise: torch.dtype,  # of losses and gradients
         sequences: Sequence[TokenSequence],
-        positions: Sequence[int],  # one of each sequence, before the one that predicts its last token
+        positions: Sequence[int],  # one of each sequence, before its last token, which is not read
         reference: Tensor | None,  # (M, V)
         replace: bool,
     ) -> None:

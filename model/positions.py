@@ -82,8 +82,10 @@ class PositionModel(TextModel):
         names: Sequence[str] | None = None,  # edit modules; None = all
     ) -> dict[str, Tensor]:  # (n, d_k)
         """Inputs of edit modules at those positions."""
-        wanted = {name: self.edited[name].module for name in (self.edited if names is None else names)}
-        return self._read_at(sequences, positions, wanted, _input)
+        return self._read_at(sequences, positions, self._modules(names), _input)
+
+    def _modules(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
+        return {name: self.edited[name].module for name in (self.edited if names is None else names)}
 
     def values_at(self, name: str, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> Tensor:  # (n, d_v)
         """What an edit module puts out at those positions."""
@@ -117,9 +119,13 @@ class PositionModel(TextModel):
         return found
 
     @torch.no_grad()
-    def token_keys(self, sequences: Sequence[TokenSequence]) -> Iterator[dict[str, Tensor]]:  # (N, d_k)
-        """Inputs of the edit modules at all tokens but each sequence's last, a compute batch at a time."""
-        wanted = {name: edited.module for name, edited in self.edited.items()}
+    def token_keys(
+        self,
+        sequences: Sequence[TokenSequence],
+        names: Sequence[str] | None = None,  # edit modules; None = all
+    ) -> Iterator[dict[str, Tensor]]:  # (N, d_k)
+        """Inputs of edit modules at all tokens but each sequence's last, a compute batch at a time."""
+        wanted = self._modules(names)
         for batch in self.batches(sequences):
             found: dict[str, Tensor] = {}
             inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]  # (B, L)
@@ -165,18 +171,22 @@ class PositionModel(TextModel):
     def adds_to_stream(self, name: str) -> bool:
         """Whether what an edit module puts out goes into the residual stream as it is: no norm stands between.
 
-        By trying: an offset there has to be found behind the block.
+        By trying: an offset there has to be found behind the block, up to what the stream's precision rounds away.
         """
         module, block = self.edited[name].module, self._block_of(name)
         ids = torch.tensor([[0, 1, 2, 3]], device=self.device)
-        offset = torch.full((1, self.edited[name].shape[1]), 100.0, dtype=self.precise, device=self.device)
+        size = 100.0
+        offset = torch.full((1, self.edited[name].shape[1]), size, dtype=self.precise, device=self.device)
         found: list[Tensor] = []
         for some in (torch.zeros_like(offset), offset):
             move = offset_hook(torch.tensor([3]), some, ids.shape, replace=False)
             with hooks({module: move, block: _reader(name, _output, lambda _, tensor: found.append(tensor[:, 3]))}):
                 self.model(input_ids=ids, use_cache=False)
-        moved = (found[1] - found[0]).to(offset)
-        return torch.allclose(moved, offset, rtol=0.05) or not bool(moved.isfinite().all())  # broken in another way
+        before, after = (tensor.to(offset) for tensor in found)
+        spacing = torch.finfo(found[0].dtype).eps * torch.maximum(before.abs(), after.abs())
+        found_there = (after - before - offset).abs() <= 0.05 * size + 2 * spacing
+        broken = not bool((after - before).isfinite().all())  # in another way
+        return bool(found_there.all()) or broken
 
     # -- what another value does
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data/dataset.py": "data.records",
     "data/made.py": "data.dataset data.disk",
     "data/batches.py": "numpy torch data.records",
-    "data/corpus.py": "data.batches data.disk data.prompts data.records",
+    "data/corpus.py": "data.batches data.disk data.prompts data.records data.stream",
     "data/stream.py": "numpy data.*",
     "data/training.py": "numpy data.*",
     "data/repeats.py": "numpy data.records",

@@ -12,7 +12,8 @@ class CorpusConfig(Section):
     """The text whose keys say what an editor is to leave alone."""
 
     path: str | None = None
-    """Text file, or JSON Lines with a field `text`; null = the shipped samples, too little for more than a trial."""
+    """Text file, or JSON Lines with a field `text`; null = the shipped samples, too little for more than a trial, which
+    a warning says of each run."""
     tokens: int = 10_000_000
     """Read at most; the published runs read 100,000 documents of Wikipedia. Fewer than twice d_k are warned of."""
     window: int = 512

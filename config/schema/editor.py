@@ -511,6 +511,9 @@ class LocateConfig(EditorConfig):
     def unused_elsewhere(self) -> tuple[str, ...]:
         return (MINI_BATCH,)
 
+    def ignored(self) -> dict[str, str]:
+        return {} if self.prefixes else {"prefix_tokens": "editor.prefixes=0"}
+
     def asks_for_text(self) -> bool:
         return True
 

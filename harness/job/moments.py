@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ from model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 2  # to be raised when the same text gives other moments
+FORMAT: Final = 3  # to be raised when the same text gives other moments
 TOGETHER: Final = 32  # windows between two looks at the clock and at signals
 SAVE_SECONDS: Final = 300.0
 
@@ -49,21 +49,25 @@ def _moments_over(
 ) -> tuple[dict[str, Tensor], int]:
     """By module, and their tokens.
 
-    What is not in the cache is computed there; broken off, it goes on where it was. Each of several processes computes
-    all of it, in the same order, so that all have the same bits.
+    Those of modules that the cache of a process lacks are computed; broken off, that goes on where it was. Each of
+    several processes computes all of it, in the same order, so that all have the same bits. FloatingPointError, naming
+    the module and with nothing written, where a number is not finite.
     """
     folder = places.CACHE / "moments"
     files = {name: folder / f"{_key(cfg, plan, corpus, fingerprint, [name])}.safetensors" for name in model.shapes}
     kept = {name: _read(file) for name, file in files.items()}
-    if not model.all_ranks(all(found is not None for found in kept.values())):
-        part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
-        sums = MomentSums(model, part, writes=plan.ranks.is_first)
+    missing = [name for name in files if not model.all_ranks(kept[name] is not None)]
+    if missing:
+        part = folder / f"{_key(cfg, plan, corpus, fingerprint, missing)}.part.safetensors"
+        sums = MomentSums(model, missing, part, writes=plan.ranks.is_first)
         windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
         sums.add_up(windows, corpus.total(cfg.corpus.tokens))
-        kept = {name: (sums.moments(name), sums.tokens) for name in files}
+        made = {name: sums.moments(name) for name in missing}
+        _require_finite(made)
+        kept |= {name: (moments, sums.tokens) for name, moments in made.items()}
         if plan.ranks.is_first:
-            for name, file in files.items():
-                _write(file, {"moments": sums.moments(name)}, tokens=sums.tokens)
+            for name, moments in made.items():
+                _write(files[name], {"moments": moments}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
     return {name: moments for name, (moments, _) in found.items()}, min(tokens for _, tokens in found.values())
@@ -72,12 +76,14 @@ def _moments_over(
 class MomentSums:
     """Sums of k k^T over windows of text, kept on disk from time to time and where a signal ends the process."""
 
-    def __init__(self, model: LanguageModel, path: Path, writes: bool = True) -> None:
+    def __init__(self, model: LanguageModel, names: Sequence[str], path: Path, writes: bool = True) -> None:
+        """Of the keys of the edit modules `names`."""
         self.model, self.path, self.writes = model, path, writes
         self.windows, self.tokens = 0, 0
         self.sums = {
             name: torch.zeros((d_k, d_k), dtype=torch.float64, device=model.device)
             for name, (d_k, _) in model.shapes.items()
+            if name in names
         }
         self._restore()
 
@@ -108,7 +114,7 @@ class MomentSums:
         return postponed() if self.writes else contextlib.nullcontext()
 
     def _add(self, windows: list[TokenSequence]) -> int:
-        for keys in self.model.token_keys(windows):
+        for keys in self.model.token_keys(windows, list(self.sums)):
             for name, rows in keys.items():
                 self.sums[name] += rows.T @ rows  # in the keys' precision; batches add up in float64
         tokens = sum(window.answer_start for window in windows)
@@ -116,6 +122,7 @@ class MomentSums:
         return tokens
 
     def _save(self) -> None:
+        _require_finite(self.sums)
         if self.writes and self.windows:
             _write(self.path, self.sums, windows=self.windows, tokens=self.tokens)
 
@@ -125,6 +132,15 @@ class MomentSums:
             tensors, numbers = found
             self.windows, self.tokens = numbers["windows"], numbers["tokens"]
             self.sums = {name: tensors[name].to(self.model.device) for name in self.sums}
+
+
+def _require_finite(found: Mapping[str, Tensor]) -> None:
+    for name, moments in found.items():
+        if not bool(torch.isfinite(moments).all()):
+            raise FloatingPointError(
+                f"the second moments of the keys of {name} are not finite: for some of the text the model has nan "
+                "inside, or numbers too large to be squared; choose another model.half or corpus.path"
+            )
 
 
 def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: list[str]) -> str:
@@ -147,15 +163,20 @@ def _read(file: Path) -> tuple[Tensor, int] | None:
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """Tensors and numbers of a file; None where there is none, or none that can be used, which is said."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             numbers = {name: int(value) for name, value in file.metadata().items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, numbers  # noqa: SIM118  it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except SafetensorError:
         log.warning("%s: damaged, not what was written; it is made again", path)
         return None
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):  # as they once were written
+        log.warning("%s: holds numbers that are not finite; it is made again", path)
+        return None
+    return tensors, numbers
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
@@ -166,15 +187,20 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
 
 
 def _warn(shapes: Mapping[str, tuple[int, int]], tokens: Mapping[str, int], corpora: Mapping[str, Corpus]) -> None:
-    """Of text with fewer tokens than say something of every direction, twice over."""
-    d_k, found = max(d_k for d_k, _ in shapes.values()), sum(tokens.values())
-    if found < 2 * d_k:
-        log.warning(
-            "%s: %s tokens for keys of size %s; fewer than twice as many (%s) leave directions that the "
-            "second moments say nothing of: %s",
-            " and ".join(corpus.name for corpus in corpora.values()),
-            f"{found:,}",
-            f"{d_k:,}",
-            f"{2 * d_k:,}",
-            next(iter(corpora.values())).remedy,
-        )
+    """Of each text that is the shipped one, or has fewer tokens than say something of every direction, twice over."""
+    d_k = max(d_k for d_k, _ in shapes.values())
+    for name, corpus in corpora.items():
+        says = []
+        if corpus.is_shipped:
+            says.append("this is the shipped text, enough for a trial; 100,000 documents were published")
+        if tokens[name] < 2 * d_k:
+            says.append(f"fewer than twice as many ({2 * d_k:,}) leave directions that they say nothing of")
+        if says:
+            log.warning(
+                "%s: second moments over %s tokens, for keys of size %s; %s: %s",
+                corpus.name,
+                f"{tokens[name]:,}",
+                f"{d_k:,}",
+                ", and ".join(says),
+                corpus.remedy,
+            )

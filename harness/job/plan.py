@@ -107,7 +107,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
-    corpora = plan_corpora(cfg, files, stream, as_tokens)
+    corpora = plan_corpora(cfg, files, stream, form)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
@@ -170,27 +170,27 @@ def plan_corpora(
     cfg: RunConfig,
     files: Mapping[str, RecordFile],
     stream: EditStream,
-    as_tokens: Tokenize,
+    form: PromptForm,
 ) -> dict[str, Corpus]:
     """The texts that second moments of keys are taken over, by name; none where the editor asks for none."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():
         return {}
-    form = cfg.dataset.prompt_form
+    answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     if cfg.editor.preserves_unrelated():
         asked = unrelated_questions(cfg, stream)
         name, remedy = "editor.preserve_text=unrelated", "warm up with more turns"
-        return {"corpus": Questions(lambda: asked, as_tokens, form.name, name, remedy)}
+        return {"corpus": Questions(lambda: asked, form, answer_tokens, name, remedy)}
     found: dict[str, Corpus] = {}
     if cfg.corpus.questions < 1:
         found["corpus"] = open_corpus(cfg.corpus.path, SAMPLES)
     if cfg.moments_of_questions():
         name, remedy = "corpus.questions", "bring a larger dataset.train_path"
-        found["questions"] = Questions(partial(training_questions, cfg, files), as_tokens, form.name, name, remedy)
-    elif form.name != "raw":
+        found["questions"] = Questions(partial(training_questions, cfg, files), form, answer_tokens, name, remedy)
+    elif (form_name := cfg.dataset.prompt_form.name) != "raw":
         log.warning(
             "corpus.questions=0: second moments say nothing of the form that facts are put in "
             "(dataset.prompt_form=%s), so that edits harm it; corpus.questions=0.5 gives such questions half a share",
-            form.name,
+            form_name,
         )
     return found
 

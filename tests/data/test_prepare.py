@@ -585,6 +585,20 @@ def test_the_command_fetches_lists_and_reports(server, tmp_path, caplog, capsys)
 
 
 @pytest.mark.usefixtures("one_known_file")
+def test_text_is_not_fetched_but_explained_alone_or_beside_data_sets(server, tmp_path, caplog, capsys) -> None:
+    assert main(["corpus"]) == 0
+    explained = capsys.readouterr().out
+    assert "corpus.path=FILE" in explained
+    assert server.requests == []
+    server.routes["/f.json"] = Route()
+    assert main(["made", "corpus", "--to", str(tmp_path), "--endpoint", server.url]) == 0
+    assert capsys.readouterr().out == explained
+    assert (tmp_path / "made/made.json").is_file()
+    assert main(["corpsu"]) == 2
+    assert "did you mean corpus?" in caplog.text
+
+
+@pytest.mark.usefixtures("one_known_file")
 def test_a_folder_that_cannot_be_written_is_named(server, tmp_path, caplog) -> None:
     server.routes["/f.json"] = Route()
     (tmp_path / "file").write_text("")

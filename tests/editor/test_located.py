@@ -13,7 +13,7 @@ from data.records import FactContexts, LossTerm, Phase, TokenSequence, Turn
 from editor import linalg
 from editor.alphaedit import AlphaEdit, AlphaEditSettings
 from editor.base import LocateInputs
-from editor.located import NullSpace, SecondMomentFactor, mean_keys, mean_values
+from editor.located import KeptKeys, NullSpace, SecondMomentFactor, mean_keys, mean_values
 from editor.memit import MEMIT, MEMITSettings
 from editor.rome import ROME, ROMESettings
 from editor.target_vectors import TargetSettings, target_vectors
@@ -184,10 +184,12 @@ def test_alphaedit_leaves_keys_outside_of_the_null_space_where_they_were() -> No
     assert editor.kept[LLAMA[0]].gram is not None
     statistics = editor.statistics()[LLAMA[0]]
     assert statistics["kept_keys"] == 75
-    assert statistics["null_space"] == int((torch.linalg.eigvalsh(second_moments(LLAMA[0])) < THRESHOLD).sum())
+    values = torch.linalg.eigvalsh(second_moments(LLAMA[0]))
+    assert statistics["null_space"] == int((values < THRESHOLD).sum())
+    assert statistics["null_space_share"] == pytest.approx(float(values[values < THRESHOLD].sum() / values.sum()))
 
 
-@pytest.mark.parametrize("threshold", [0.001, 0.3, 1e9])
+@pytest.mark.parametrize("threshold", [0.001, 0.3, 5.0])
 def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float) -> None:
     moments = second_moments(LLAMA[0])
     space = NullSpace.of("m", moments, threshold, CPU)
@@ -196,8 +198,13 @@ def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float
     torch.testing.assert_close(space.enter(inside), inside)
     spread = (inside @ moments * inside).sum(1)
     assert float((spread / inside.square().sum(1)).max()) < threshold
-    if threshold == 1e9:
-        torch.testing.assert_close(inside, keys)
+    assert space._is_complement == (2 * space.size > 40)
+
+
+def test_a_null_space_that_is_all_there_is_is_refused() -> None:
+    model = language_model(exact_llama, LLAMA)
+    with pytest.raises(ValueError, match=rf"nullspace_threshold={THRESHOLD}: all .* {LLAMA[0]} lie below, the largest"):
+        alphaedit(model, given=LocateInputs(contexts_of, lambda name: 1e-3 * second_moments(name)))
 
 
 def test_whitened_second_moments_are_the_identity() -> None:
@@ -231,13 +238,87 @@ def test_the_model_has_the_facts_afterwards(kind: str, make: Callable[..., Any],
     editor: Any = {
         "memit": lambda: MEMIT(model, MEMITSettings(**strong, mom2_update_weight=1e-3, moment_ridge=0.0,
                                                     keep_keys=True), CPU, given),
-        "alphaedit": lambda: AlphaEdit(model, AlphaEditSettings(**strong, nullspace_threshold=1e9, L2=1e-4,
+        "alphaedit": lambda: AlphaEdit(model, AlphaEditSettings(**strong, nullspace_threshold=5.0, L2=1e-4,
                                                                 keep_keys=True), CPU, given),
         "rome": lambda: ROME(model, ROMESettings(**strong, moment_ridge=0.0), CPU, given),
     }[kind]()  # fmt: skip
     turn = turn_of(0, 1)
     before = editor.edit(model, turn).loss
     assert model.losses([LossTerm(turn.sequences, 1.0)])[0] < 0.5 * before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys of earlier turns
+
+SIZES = (3, 1, 7, 12, 9, 6, 4)  # of turns; from the sixth on there are more rows than d_k = 32
+
+
+def drawn_keys(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn((n, 32), generator=draw, dtype=torch.float64).to(dtype).double() for n in SIZES]
+
+
+def kept_keys(dtype: torch.dtype = torch.float64) -> KeptKeys:
+    return KeptKeys(32, 0.3, dtype, CPU)
+
+
+def test_each_turn_is_the_solve_with_all_keys_so_far() -> None:
+    kept, rows = kept_keys(), torch.zeros((0, 32), dtype=torch.float64)
+    for keys in drawn_keys():
+        rows = torch.cat([rows, keys])
+        expected = torch.linalg.solve(rows.T @ rows + 0.3 * torch.eye(32, dtype=torch.float64), keys.T)
+        assert relative(kept.left_factor(keys), expected) < 1e-12
+        assert relative(kept.left_factor(keys, keep=True), expected) < 1e-12
+        assert kept.count == len(rows)
+        if kept.gram is None:
+            ridge = 0.3 * torch.eye(len(rows), dtype=torch.float64)
+            assert relative(kept.factor @ kept.factor.T, rows @ rows.T + ridge) < 1e-12
+    assert kept.gram is not None
+    assert relative(kept.gram, rows.T @ rows) < 1e-12
+    assert kept.rows.untyped_storage().nbytes() == kept.factor.untyped_storage().nbytes() == 0
+
+
+def test_a_turn_factors_its_own_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    factored: list[int] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (factored.append(len(matrix)), cholesky(matrix))[1])
+    kept = kept_keys()
+    for keys in drawn_keys():
+        kept.left_factor(keys, keep=True)
+    assert factored == [3, 1, 7, 12, 9, 32, 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stop", range(len(SIZES)))
+def test_kept_keys_go_on_bit_for_bit(stop: int, dtype: torch.dtype) -> None:
+    whole, stopped, again = (kept_keys(dtype) for _ in range(3))
+    for keys in drawn_keys()[:stop]:
+        whole.left_factor(keys, keep=True)
+        stopped.left_factor(keys, keep=True)
+    again.load({name: tensor.clone() for name, tensor in stopped.state().items()})
+    for keys in drawn_keys()[stop:]:
+        assert torch.equal(whole.left_factor(keys, keep=True), again.left_factor(keys, keep=True))
+    assert whole.count == again.count == sum(SIZES)
+
+
+def test_a_checkpoint_from_before_factors_were_kept_is_read() -> None:
+    kept, again = kept_keys(), kept_keys()
+    *before, last = drawn_keys()[:4]
+    for keys in before:
+        kept.left_factor(keys, keep=True)
+    again.load({name: tensor for name, tensor in kept.state().items() if name != "factor"})
+    assert relative(again.left_factor(last), kept.left_factor(last)) < 1e-12
+
+
+def test_a_system_without_a_factor_leaves_the_keys_as_they_were() -> None:
+    kept = KeptKeys(32, 1e-300, torch.float64, CPU)
+    keys = drawn_keys()[0]
+    kept.left_factor(keys, keep=True)
+    before = {name: tensor.clone() for name, tensor in kept.state().items()}
+    with pytest.raises(torch.linalg.LinAlgError):
+        kept.left_factor(keys, keep=True)
+    for name, tensor in kept.state().items():
+        assert torch.equal(tensor, before[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,6 +394,34 @@ def test_goes_on_bit_for_bit_from_its_state(build: Callable[..., Any], facts: in
     second = other.edit(model, turn_of(2, facts)).updates
     for name in LLAMA:
         assert torch.equal(dense(first[name]), dense(second[name]))
+
+
+def test_a_ridge_that_is_too_small_is_named_and_what_the_weights_are_by_then() -> None:
+    """60 facts have 60 keys, of which a layer's null space holds fewer."""
+    model = language_model(exact_llama, LLAMA)
+    editor = alphaedit(model, v_num_grad_steps=1)
+    editor.ridge = 1e-300
+    before = model.snapshot()
+    with pytest.raises(FloatingPointError) as error:
+        editor.edit(model, turn_of(0, facts=60))
+    assert str(error.value) == (
+        f"turn 0: the keys of {LLAMA[0]} are too large for a ridge of editor.L2=1e-300; set a larger one; the weights "
+        "are those of the turn before"
+    )
+    assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+    editor = alphaedit(model, v_num_grad_steps=1)
+    editor.edit(model, turn_of(1, facts=60))
+    editor.kept[LLAMA[1]].ridge = 1e-300
+    with pytest.raises(FloatingPointError, match=rf"the keys of {LLAMA[1]} .*, but that {LLAMA[0]} took the update"):
+        editor.edit(model, turn_of(2, facts=60))
+
+
+def test_keys_that_are_not_finite_are_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model(exact_llama, LLAMA)
+    editor = memit(model, v_num_grad_steps=1)
+    monkeypatch.setattr("editor.located.mean_keys", lambda *_: torch.full((3, 40), float("nan")))
+    with pytest.raises(FloatingPointError, match=rf"turn 0: the keys of {LLAMA[0]} are not finite; the weights"):
+        editor.edit(model, turn_of(0))
 
 
 def test_second_moments_of_too_little_text() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from config.compose import compose_config
 from config.schema import LocateConfig, register, settings_without_effect, to_run_config
@@ -31,7 +31,8 @@ QUICK = (
     "corpus.tokens=3000", "corpus.window=64", "evaluation.every=2", "checkpoint_every=2", "model.compute_tokens=400",
     "corpus.questions=0",
 )  # fmt: skip
-EARLY = "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]"
+EARLY_MODULES = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+EARLY = f"model.edit_modules=[{','.join(EARLY_MODULES)}]"
 MEMIT_RUN = ("editor=memit", EARLY, "editor.mom2_update_weight=0.5", "editor.v_lr=0.5", *QUICK)
 RUNS = {
     "memit": MEMIT_RUN,
@@ -110,7 +111,7 @@ def windows(count: int = 80) -> list[Any]:
 
 def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> None:
     model = language_model(compute_tokens=50)
-    sums = MomentSums(model, tmp_path / "part")
+    sums = MomentSums(model, MODULES, tmp_path / "part")
     sums.add_up(windows(), None)
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
     for name in MODULES:
@@ -126,17 +127,17 @@ def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> N
 
 def test_a_stop_costs_nothing_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model()
-    whole = MomentSums(model, tmp_path / "whole")
+    whole = MomentSums(model, MODULES, tmp_path / "whole")
     whole.add_up(windows(), None)
 
     def until_stopped() -> Iterator[Any]:
         yield from windows()[:64]
         raise KeyboardInterrupt
 
-    broken = MomentSums(model, tmp_path / "part")
+    broken = MomentSums(model, MODULES, tmp_path / "part")
     with pytest.raises(KeyboardInterrupt):
         broken.add_up(until_stopped(), None)
-    resumed = MomentSums(model, tmp_path / "part")
+    resumed = MomentSums(model, MODULES, tmp_path / "part")
     assert resumed.windows == 64
     added: list[int] = []
     monkeypatch.setattr(resumed, "_add", lambda some, add=resumed._add: added.append(len(some)) or add(some))
@@ -162,11 +163,79 @@ def test_they_are_made_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> N
     assert mended.turns() == first.turns()
 
 
+def test_only_those_of_a_missing_module_are_made(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(*MEMIT_RUN, run="first")
+    files = sorted((run.folder / "cache" / "moments").iterdir())
+    was = files[0].read_bytes()
+    files[0].unlink()
+    made: list[list[str]] = []
+    init = MomentSums.__init__
+
+    def noted(self: MomentSums, model: LanguageModel, names: Any, *more: Any, **options: Any) -> None:
+        made.append(list(names))
+        init(self, model, names, *more, **options)
+
+    monkeypatch.setattr(MomentSums, "__init__", noted)
+    assert run(*MEMIT_RUN, run="again").turns() == first.turns()
+    assert [len(names) for names in made] == [1]
+    assert files[0].read_bytes() == was
+
+
+def test_moments_that_are_not_finite_are_never_kept(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: Any) -> Iterator[dict[str, torch.Tensor]]:
+        keys = torch.ones((3, 40))
+        yield {EARLY_MODULES[0]: keys, EARLY_MODULES[1]: 1e25 * keys}
+
+    folder = run.folder / "cache" / "moments"
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "token_keys", overflow)
+        message = run.refused(*MEMIT_RUN)
+        assert f"the second moments of the keys of {EARLY_MODULES[1]} are not finite" in message
+        assert not folder.exists()
+    first = run(*MEMIT_RUN, run="first")
+    file = min(folder.iterdir())
+    save_file({"moments": load_file(file)["moments"] * float("nan")}, file, {"tokens": "3000"})
+    mended = run(*MEMIT_RUN, run="mended")
+    assert f"{file}: holds numbers that are not finite; it is made again" in said(mended)
+    assert mended.turns() == first.turns()
+
+
+def test_sums_that_are_not_finite_are_no_place_to_go_on_from(tmp_path: Path) -> None:
+    sums = MomentSums(language_model(), MODULES, tmp_path / "part")
+
+    def until_stopped() -> Iterator[Any]:
+        yield from windows()[:64]
+        sums.sums[MODULES[0]][0, 0] = float("nan")
+        raise KeyboardInterrupt
+
+    with pytest.raises(FloatingPointError, match=MODULES[0]):
+        sums.add_up(until_stopped(), None)
+    assert not (tmp_path / "part").exists()
+
+
+REMEDY = "bring more text, `python -m data.prepare corpus` says how"
+
+
+def test_the_shipped_text_is_warned_of_however_long(run: Commands) -> None:
+    found = said(run(*MEMIT_RUN, run="shipped"))
+    shipped = "this is the shipped text, enough for a trial; 100,000 documents were published"
+    line = f"corpus.path=null: second moments over 3,000 tokens, for keys of size 40; {shipped}: {REMEDY}"
+    assert found.count(line) == 1
+    few = said(run(*MEMIT_RUN, "corpus.tokens=79", run="few"))
+    assert f"{shipped}, and fewer than twice as many (80) leave directions that they say nothing of: {REMEDY}" in few
+    idle = {"no text": ("editor=stableedit", "corpus.tokens=9"), "questions": (*MEMIT_RUN, "corpus.questions=1")}
+    for name, settings in idle.items():
+        assert "the shipped text" not in said(run(*settings, "num_seq=1", run=name))
+
+
 def test_little_text_is_warned_of_with_numbers(run: Commands) -> None:
+    """Each for itself: questions do not make up for text."""
     (run.folder / "text.txt").write_text("the quick brown fox jumps over it")
-    few = said(run(*MEMIT_RUN, "corpus.path=text.txt", run="few"))
-    assert "corpus.path=text.txt: 33 tokens for keys of size 40; fewer than twice as many (80)" in few
-    assert "fewer than twice" not in said(run(*MEMIT_RUN, run="enough"))
+    found = said(run(*MEMIT_RUN, "corpus.path=text.txt", "corpus.questions=0.5"))
+    few = "fewer than twice as many (80) leave directions that they say nothing of"
+    assert f"corpus.path=text.txt: second moments over 33 tokens, for keys of size 40; {few}: {REMEDY}" in found
+    assert "corpus.questions: second moments" not in found
+    assert "the shipped text" not in found
 
 
 QUESTIONS = ("dataset.prompt_form=qa", "dataset.answer_end=eos", "corpus.tokens=1000", "corpus.window=64")
@@ -174,10 +243,11 @@ QUESTIONS = ("dataset.prompt_form=qa", "dataset.answer_end=eos", "corpus.tokens=
 
 def test_training_questions_have_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     text, asked = torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)
+    read, put = (SimpleNamespace(name=name, is_shipped=False) for name in ("text", "asked"))
     found = {"text": ({"a": text}, 100), "asked": ({"a": asked}, 7)}
-    monkeypatch.setattr(moments, "_moments_over", lambda corpus, *_: found[corpus])
+    monkeypatch.setattr(moments, "_moments_over", lambda corpus, *_: found[corpus.name])
     cfg: Any = SimpleNamespace(corpus=SimpleNamespace(questions=0.25))
-    plan: Any = SimpleNamespace(corpora={"corpus": "text", "questions": "asked"})
+    plan: Any = SimpleNamespace(corpora={"corpus": read, "questions": put})
     model: Any = SimpleNamespace(shapes={"a": (2, 2)})
     assert torch.equal(moments.second_moments(cfg, plan, model, "")["a"], torch.full((2, 2), 2.0))
 
@@ -354,6 +424,9 @@ def test_settings_without_effect_are_told() -> None:
         return " ".join(settings_without_effect(to_run_config(compose_config(overrides))))
 
     assert "effect" not in told("editor=memit") + told("editor=rome") + told("editor=alphaedit", "corpus.tokens=9")
+    assert "effect" not in told("editor=memit", "editor.prefixes=0") + told("editor=rome", "editor.prefix_tokens=3")
+    idle = told("editor=rome", "editor.prefixes=0", "editor.prefix_tokens=3")
+    assert "editor.prefix_tokens=3 has no effect with editor.prefixes=0" in idle
     assert "editor.lr=3.0 has no effect with editor=memit" in told("editor=memit", "editor.lr=3")
     assert "editor.token=all has no effect with editor=rome" in told("editor=rome", "editor.token=all")
     assert "corpus.* has no effect with editor=stableedit" in told("editor=stableedit", "corpus.tokens=7")

@@ -120,10 +120,11 @@ def test_where_a_norm_stands_before_the_hidden_state(
     with pytest.raises(ValueError, match="norms what") if normed else nullcontext():
         LayerByLayer(
             model,
-            lambda _: NullSpace.of("", torch.eye(40), 2.0, CPU),
+            lambda _: NullSpace(torch.eye(40, 20)),
             targets,
             given,
             ridge=1.0,
+            ridge_setting="editor.L2",
             keep_keys=False,
             device=CPU,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.records import TokenSequence
 from model import LanguageModel
 from model.source import find_edit_modules
-from tests.conftest import exact_llama, tiny_gpt2
+from tests.conftest import exact_llama, tiny_gpt2, tiny_llama
 
 LLAMA = ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj")
 GPT2 = ("transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj")
@@ -50,6 +50,15 @@ def test_what_is_there_is_what_a_plain_forward_has(make: Callable[..., Any], nam
         values = model.values_at(name, sequences(), POSITIONS)
         torch.testing.assert_close(model.edited[name].module(keys[name]), values)
     assert list(model.keys_at(sequences(), POSITIONS, [names[1]])) == [names[1]]
+
+
+@pytest.mark.parametrize("massive", [1e3, 9e3, 1e5])
+def test_a_stream_whose_spacing_is_wide_takes_offsets_all_the_same(massive: float) -> None:
+    """In bf16 9,000 has neighbours 64 away, so that 100 more are found as 128."""
+    plain = tiny_llama(dtype=torch.bfloat16)
+    plain.model.embed_tokens.weight.data[:, :2] = massive
+    model = LanguageModel(plain, None, find_edit_modules(plain, list(LLAMA), 0))
+    assert all(model.adds_to_stream(name) for name in LLAMA)
 
 
 @FAMILIES

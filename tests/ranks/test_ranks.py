@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,28 +146,43 @@ def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> Non
     assert list((place.folder / "spilled").iterdir()) == []
 
 
+LOCATED = {
+    "alphaedit": ("editor.nullspace_threshold=0.05", "editor.L2=0.01"),
+    "memit": ("editor.mom2_update_weight=0.5", "editor.moment_ridge=1e-3", "editor.keep_keys=true"),
+    "rome": ("editor.moment_ridge=1e-3", "model.edit_modules=[model.layers.1.mlp.down_proj]"),
+}
+
+
 @pytest.mark.slow
-def test_facts_are_located_and_second_moments_made_as_by_one(place: Commands, forks: Forks) -> None:
+@pytest.mark.parametrize("editor", LOCATED)
+def test_facts_are_located_and_second_moments_made_as_by_one(place: Commands, forks: Forks, editor: str) -> None:
     """Each process makes all of the moments itself, to the last bit those of one alone; the first keeps them."""
     line = (
-        "editor=alphaedit", "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]",
-        "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "editor.nullspace_threshold=0.05",
-        "editor.L2=0.01", "corpus.path=passage.txt", "checkpoint_every=2", "keep=9",
+        "model.edit_modules=[model.layers.1.mlp.down_proj,model.layers.2.mlp.down_proj]",
+        "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "corpus.path=passage.txt",
+        "checkpoint_every=2", "keep=9", f"editor={editor}", *LOCATED[editor],
     )  # fmt: skip
     kept = place.folder / "cache" / "stableedit" / "moments"
-    one, many = Run(place.folder / "located_one"), Run(place.folder / "located_many")
-    assert together(forks, 1, place.line(*line, run="located_one")) == [0], forks.stderr()
-    moments = {path.name: path.read_bytes() for path in kept.iterdir()}
-    for path in kept.iterdir():
-        path.unlink()
-    assert together(forks, 2, place.line(*line, run="located_many")) == [0, 0], forks.stderr()
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == moments
-    assert len(moments) == 4  # of two modules, over text and over questions
+    one, many = Run(place.folder / f"{editor}_one"), Run(place.folder / f"{editor}_many")
+    forget(kept)
+    assert together(forks, 1, place.line(*line, run=one.folder.name)) == [0], forks.stderr()
+    moments = forget(kept)
+    assert together(forks, 2, place.line(*line, run=many.folder.name)) == [0, 0], forks.stderr()
+    assert forget(kept) == moments
+    assert len(moments) == (1 if editor == "rome" else 4)  # of each module; over questions where the preset asks
     require_close(one, many, 4, tolerance=1e-5)
 
 
+def forget(folder: Path) -> dict[str, bytes]:
+    """The files that were in the folder."""
+    held = {path: path.read_bytes() for path in folder.glob("*")}
+    for path in held:
+        path.unlink()
+    return {path.name: content for path, content in held.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("editor", ["ft_l", "grace", "wise"])
+@pytest.mark.parametrize("editor", ["ft_l", "ft_m", "locft_bf", "grace", "wise"])
 def test_editors_of_other_families_do_what_they_do_in_one(place: Commands, forks: Forks, editor: str) -> None:
     line = (
         f"editor={editor}", f"model.edit_modules=[{MODULES[0]}]", "editor.num_steps=3", "editor.lr=0.01",
