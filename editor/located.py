@@ -247,7 +247,7 @@ class LayerByLayer:
             with watch.measure("targets"):
                 (loss,) = model.losses([LossTerm(turn.sequences, 1.0)])
                 start = model.hidden_at(names[-1], *as_put(facts))
-                found = target_vectors(model, names[-1], facts, start, self.targets)
+                found = target_vectors(model, names[-1], facts, start, self.targets, model.tell)
             updates: dict[str, LowRankUpdate] = {}
             changes: dict[str, WeightChange] = {}
             for name in names:

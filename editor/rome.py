@@ -55,6 +55,7 @@ class ROME:
                 updates.append({self.name: self._update(model, fact, start + found[-1].offsets, watch)})
                 with watch.measure("apply"):
                     changes.append(model.apply(updates[-1]))
+                model.tell(len(changes) / len(turn.sequences))
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"turn {turn.index}: {error}; the weights hold {len(changes)} of the turn's {len(turn.sequences)} facts"

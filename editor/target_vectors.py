@@ -5,7 +5,7 @@ Letters: n facts, d_v size of a hidden state, s sequences (each fact's contexts)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def target_vectors(
     facts: Sequence[FactContexts],
     start: Tensor,  # (n, d_v) h, which the offsets are measured by
     settings: TargetSettings,
+    tell: Callable[[float], None] | None = None,  # the share of the steps that are done
 ) -> Targets:
     """Minimise, by Adam and each fact for itself,
 
@@ -83,6 +84,8 @@ def target_vectors(
         if not searching:
             break
         search.step(searching, gradient[going], step)
+        if tell is not None:
+            tell(step / settings.v_num_grad_steps)
     return Targets(search.offsets, search.answer_losses, search.steps)
 
 

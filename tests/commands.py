@@ -20,7 +20,8 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerFast
 
 import main
-from config.schema import register
+from config.compose import compose_config
+from config.schema import PreheatMode, register, to_run_config
 from data.records import Turn
 from harness.export.command import main as export
 from harness.run import interrupt, places
@@ -47,6 +48,23 @@ def zsre_row(i: int) -> dict[str, Any]:
         "loc_ans": f"c{i}",
         "subject": f"box {i}",
     }
+
+
+QUICK = {  # keys that make a run short, of those editors that have them
+    "num_steps": 2, "n_epochs": 0, "rank": 4, "v_num_grad_steps": 2, "prefixes": 1, "prefix_tokens": 2,
+}  # fmt: skip
+
+
+def short_run(editor: str) -> list[str]:
+    """Overrides for a turn of three facts with any editor, in one module, after a turn of warm-up where it has that."""
+    has = vars(to_run_config(compose_config([f"editor={editor}"])).editor)
+    keys = [f"editor={editor}", f"model.edit_modules=[{MODULES[0]}]", "num_seq=1", "dataset.n_edits=3"]
+    keys += [f"editor.{key}={value}" for key, value in QUICK.items() if key in has]
+    if "fact_token" in has:
+        keys += ["corpus.tokens=2000", "corpus.window=64", "corpus.questions=0"]
+    if has["preheat_mode"] is not PreheatMode.none:
+        keys.append("num_seq_zsre=1")
+    return keys
 
 
 @dataclass

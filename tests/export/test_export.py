@@ -21,8 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from config.compose import compose_config
-from config.schema import PreheatMode, to_run_config
 from data.records import LowRankUpdate
 from editor.registry import EDITORS
 from harness.export import command as export
@@ -30,7 +28,7 @@ from harness.export import delta as deltas
 from harness.export.delta import Difference, Origin, added, difference, read_delta, removed, write_delta
 from harness.run.checkpoint import TENSORS, DamagedError
 from model import EditModule
-from tests.commands import MODULES, Commands, save_tiny_model
+from tests.commands import MODULES, Commands, save_tiny_model, short_run
 from tests.conftest import tiny_gpt2, tiny_llama
 
 LOOP = ("num_seq=4", "num_seq_zsre=2", "checkpoint_every=2", "keep=2")
@@ -263,21 +261,12 @@ def test_whole_delta_apply_and_undo(
     assert scored["final"] == done.json("results.json")["final"]
 
 
-QUICK = {  # keys that make a run short, of those editors that have them
-    "num_steps": 2, "n_epochs": 0, "rank": 4, "v_num_grad_steps": 2, "prefixes": 1, "prefix_tokens": 2,
-}  # fmt: skip
 BESIDE_WEIGHTS = ("grace", "wise")
 
 
 @pytest.mark.parametrize("name", EDITORS)
 def test_the_edits_of_every_editor_leave_the_house_or_are_refused(run: Commands, name: str) -> None:
-    has = vars(to_run_config(compose_config([f"editor={name}"])).editor)
-    keys = [f"editor={name}", f"model.edit_modules=[{MODULES[0]}]", "num_seq=1", "dataset.n_edits=3"]
-    keys += [f"editor.{key}={value}" for key, value in QUICK.items() if key in has]
-    if "fact_token" in has:
-        keys += ["corpus.tokens=2000", "corpus.window=64", "corpus.questions=0"]
-    if has["preheat_mode"] is not PreheatMode.none:
-        keys.append("num_seq_zsre=1")
+    keys = short_run(name)
     if name in BESIDE_WEIGHTS:
         run.no_model_to_save(*keys)
         return
