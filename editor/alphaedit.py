@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from editor.base import EditableModel, LocateInputs
-from editor.located import LayerByLayer, NullSpace
+from editor.located import LayerByLayer, NullSpace, null_space
 from editor.target_vectors import TargetSettings
 
 
@@ -36,9 +36,17 @@ class AlphaEdit(LayerByLayer):
     def __init__(
         self, model: EditableModel, settings: AlphaEditSettings, device: torch.device, given: LocateInputs
     ) -> None:
+        threshold = settings.nullspace_threshold
+
+        def coordinates(name: str) -> NullSpace:
+            parts = given.of_moments(
+                name, f"null space below {threshold!r}", lambda moments: null_space(name, moments, threshold, device)
+            )
+            return NullSpace(**{part: tensor.to(device) for part, tensor in parts.items()})
+
         super().__init__(
             model,
-            lambda name: NullSpace.of(name, given.second_moments(name), settings.nullspace_threshold, device),
+            coordinates,
             settings,
             given,
             ridge=settings.L2,

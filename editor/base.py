@@ -92,12 +92,27 @@ SecondMoments = Callable[[str], Tensor]
 """Module -> C = E[k k^T] (d_k, d_k) of its keys over text."""
 
 
+OfMoments = Callable[[Tensor], Mapping[str, Tensor]]
+"""What follows from a C, and takes so long that it is worth keeping."""
+
+
 @dataclass(frozen=True)
 class LocateInputs:
     """What locate-then-edit editors are given beside the model: they read no text and open no file."""
 
     contexts: Callable[[Turn], Sequence[FactContexts]]  # of each fact of a turn
     second_moments: SecondMoments
+    keep: Callable[[str, Tensor, OfMoments], Mapping[str, Tensor]] | None = None
+
+    def of_moments(
+        self,
+        name: str,  # of the module
+        what: str,  # it is, with all that decides it beside C
+        make: OfMoments,
+    ) -> Mapping[str, Tensor]:
+        """What `make` makes of a module's C, or made of it in an earlier run."""
+        moments = self.second_moments(name)
+        return make(moments) if self.keep is None else self.keep(what, moments, make)
 
 
 class OffsetLosses(Protocol):

@@ -63,39 +63,43 @@ class SecondMomentFactor(linalg.CholeskyCoordinates):
         return {}
 
 
+def null_space(name: str, second_moments: Tensor, threshold: float, device: torch.device) -> dict[str, Tensor]:
+    """Of the eigenvectors of C with eigenvalues below `threshold`: the parts of a `NullSpace`.
+
+    ValueError where there is none, or where all are: nothing would be left alone.
+    """
+    values, vectors = torch.linalg.eigh(second_moments.to(device).double())
+    size = int((values < threshold).sum())  # eigenvalues ascend
+    if size == len(values):
+        raise ValueError(
+            f"editor.nullspace_threshold={threshold}: all eigenvalues of the second moments of the keys of {name} "
+            f"lie below, the largest is {float(values[-1]):.3g}, so that nothing is left alone; set a smaller one"
+        )
+    if not size:
+        raise ValueError(
+            f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
+            f"lies below, the least is {float(values[0]):.3g}; set a larger one"
+        )
+    is_complement = 2 * size > len(values)
+    return {
+        "basis": (vectors[:, size:] if is_complement else vectors[:, :size]).clone(),
+        "is_complement": torch.tensor(is_complement),
+        "share": values[:size].sum() / values.sum(),
+    }
+
+
 class NullSpace:
-    """Keys projected onto a null space: P k (AlphaEdit, section 3.2), P being kept as a basis, of it or of the rest."""
+    """Keys projected onto a null space: P k (AlphaEdit, section 3.2), P being kept as the narrower of two bases."""
 
     def __init__(
         self,
         basis: Tensor,  # (d_k, r) float64, orthonormal columns
-        is_complement: bool = False,  # it spans what P leaves out
-        share: float | None = None,  # of tr C within the null space
+        is_complement: Tensor | bool = False,  # it spans what P leaves out
+        share: Tensor | None = None,  # of tr C within the null space
     ) -> None:
-        self._basis, self._is_complement, self._share = basis, is_complement, share
-        self.size = len(basis) - basis.shape[1] if is_complement else basis.shape[1]
-
-    @classmethod
-    def of(cls, name: str, second_moments: Tensor, threshold: float, device: torch.device) -> NullSpace:
-        """Of the eigenvectors of C with eigenvalues below `threshold`, kept as the narrower of the two bases.
-
-        ValueError where there is none, or where all are: nothing would be left alone.
-        """
-        values, vectors = torch.linalg.eigh(second_moments.to(device).double())
-        size = int((values < threshold).sum())  # eigenvalues ascend
-        if size == len(values):
-            raise ValueError(
-                f"editor.nullspace_threshold={threshold}: all eigenvalues of the second moments of the keys of {name} "
-                f"lie below, the largest is {float(values[-1]):.3g}, so that nothing is left alone; set a smaller one"
-            )
-        if not size:
-            raise ValueError(
-                f"editor.nullspace_threshold={threshold}: no eigenvalue of the second moments of the keys of {name} "
-                f"lies below, the least is {float(values[0]):.3g}; set a larger one"
-            )
-        is_complement, share = 2 * size > len(values), float(values[:size].sum() / values.sum())
-        basis = vectors[:, size:] if is_complement else vectors[:, :size]
-        return cls(basis.clone(), is_complement, share)
+        self._basis, self._is_complement = basis, bool(is_complement)
+        self._share = None if share is None else float(share)
+        self.size = len(basis) - basis.shape[1] if self._is_complement else basis.shape[1]
 
     def enter(self, keys: Tensor) -> Tensor:  # (n, d_k) -> (n, d_k)
         inside = (keys @ self._basis) @ self._basis.T

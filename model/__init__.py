@@ -5,5 +5,5 @@
 another value there does to a loss, `below` the blocks that no edit reaches, `text` what the model writes.
 """
 
-from model.edited import INTEGERS, EditModule, checksums
+from model.edited import INTEGERS, EditModule, checksums, sha256_of_tensor
 from model.language_model import BESIDE_WEIGHTS, LanguageModel

@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "harness/evaluation/retention.py": "data.stream",
     "harness/evaluation/scoring.py": "data.progress data.records harness.evaluation.* harness.run.* harness.watch.*",
     "harness/evaluation/__init__.py": "harness.evaluation.*",
-    "harness/job/moments.py": "torch safetensors config.schema data.* harness.* model",
+    "harness/job/moments.py": "torch safetensors config.schema data.* editor.base harness.* model",
     "harness/job/*.py": "torch config.schema data.* editor.* glue_eval.* harness.* model.*",
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model.*",

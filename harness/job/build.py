@@ -15,7 +15,7 @@ from editor.base import EditableModel, Editor, LocateInputs, SecondMoments
 from editor.capture import CaptureSettings
 from editor.registry import EDITORS, build
 from harness.job.facts import Contexts, write_prefixes
-from harness.job.moments import second_moments
+from harness.job.moments import KeptOfMoments, second_moments
 from harness.job.plan import Plan
 from model import LanguageModel
 
@@ -46,7 +46,7 @@ def editor_inputs(
         return moments
     prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
     contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
-    return LocateInputs(contexts, moments)
+    return LocateInputs(contexts, moments, KeptOfMoments(plan.editor_device, plan.ranks.is_first))
 
 
 def memory_of_run(

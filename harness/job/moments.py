@@ -17,17 +17,19 @@ from torch import Tensor
 from config.schema import RunConfig
 from data.corpus import Corpus
 from data.disk import sync, whole_or_absent
-from data.progress import progress_bar
+from data.progress import duration, progress_bar
 from data.records import TokenSequence
+from editor.base import OfMoments
 from harness.job.plan import Plan
 from harness.run import digest_of, places, postponed, versions, write_safetensors
-from model import LanguageModel
+from model import LanguageModel, sha256_of_tensor
 
 log = logging.getLogger(__name__)
 
 FORMAT: Final = 3  # to be raised when the same text gives other moments
 TOGETHER: Final = 32  # windows between two looks at the clock and at signals
 SAVE_SECONDS: Final = 300.0
+WORTH_KEEPING: Final = 5.0  # seconds that it took to make
 
 
 def second_moments(cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str) -> dict[str, Tensor]:
@@ -71,6 +73,29 @@ def _moments_over(
             part.unlink(missing_ok=True)
     found = {name: one for name, one in kept.items() if one is not None}
     return {name: moments for name, (moments, _) in found.items()}, min(tokens for _, tokens in found.values())
+
+
+class KeptOfMoments:
+    """What an editor makes of second moments and takes long to make, beside them in the cache."""
+
+    def __init__(self, device: torch.device, writes: bool) -> None:
+        """`device`: where it is made."""
+        self.device, self.writes = device, writes
+
+    def __call__(self, what: str, moments: Tensor, make: OfMoments) -> Mapping[str, Tensor]:
+        """`what` says all that decides it beside C and the device."""
+        identity = {"what": what, "C": sha256_of_tensor(moments), "device": self.device.type, "versions": versions()}
+        file = places.CACHE / "moments" / f"{digest_of(identity, what)[:16]}.safetensors"
+        kept = _open(file)
+        if kept is not None:
+            return kept[0]
+        began = time.monotonic()
+        made = make(moments)
+        seconds = time.monotonic() - began
+        if self.writes and seconds >= WORTH_KEEPING:
+            _write(file, made, milliseconds=round(1000 * seconds))
+            log.info("%s: found in %s, kept in %s", what, duration(seconds), file)
+        return made
 
 
 class MomentSums:

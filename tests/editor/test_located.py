@@ -13,7 +13,7 @@ from data.records import FactContexts, LossTerm, Phase, TokenSequence, Turn
 from editor import linalg
 from editor.alphaedit import AlphaEdit, AlphaEditSettings
 from editor.base import LocateInputs
-from editor.located import KeptKeys, NullSpace, SecondMomentFactor, mean_keys, mean_values
+from editor.located import KeptKeys, NullSpace, SecondMomentFactor, mean_keys, mean_values, null_space
 from editor.memit import MEMIT, MEMITSettings
 from editor.rome import ROME, ROMESettings
 from editor.target_vectors import TargetSettings, target_vectors
@@ -192,7 +192,7 @@ def test_alphaedit_leaves_keys_outside_of_the_null_space_where_they_were() -> No
 @pytest.mark.parametrize("threshold", [0.001, 0.3, 5.0])
 def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float) -> None:
     moments = second_moments(LLAMA[0])
-    space = NullSpace.of("m", moments, threshold, CPU)
+    space = NullSpace(**null_space("m", moments, threshold, CPU))
     keys = torch.randn((7, 40), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     inside = space.enter(keys)
     torch.testing.assert_close(space.enter(inside), inside)

@@ -16,10 +16,12 @@ from config.compose import compose_config
 from config.schema import LocateConfig, register, settings_without_effect, to_run_config
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, Turn
+from editor import alphaedit, located
 from harness.export.command import main as export
 from harness.job import moments
 from harness.job.facts import FIRST_WORDS, Contexts
 from harness.job.moments import MomentSums
+from harness.run import places
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
 from tests.commands import MODULES, Commands, Run, zsre_row
@@ -79,6 +81,34 @@ def test_alphaedit_remembers_its_keys_and_memit_as_published_does_not(run: Comma
         for keep in ("false", "true")
     )
     assert (published["kept_keys"], sequential["kept_keys"]) == (0, 12)
+
+
+def test_a_null_space_is_found_once(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What took long is read by the next run, with the same bits; another threshold or a damaged file needs it anew."""
+    monkeypatch.setattr(moments, "WORTH_KEEPING", 1e9)
+    first = run(*RUNS["alphaedit"], run="first")
+    assert not kept_null_spaces()
+    monkeypatch.setattr(moments, "WORTH_KEEPING", 0.0)
+    run(*RUNS["alphaedit"], run="second")
+    assert len(kept_null_spaces()) == len(EARLY_MODULES)
+    found = located.null_space
+    monkeypatch.setattr(alphaedit, "null_space", lambda *_: pytest.fail("it is found again"))
+    third = run(*RUNS["alphaedit"], run="third")
+    assert third.turns() == first.turns()
+    assert third.scores() == first.scores()
+
+    asked: list[str] = []
+    monkeypatch.setattr(alphaedit, "null_space", lambda *given: (asked.append(given[0]), found(*given))[1])
+    kept_null_spaces()[0].write_bytes(b"damaged")
+    assert run(*RUNS["alphaedit"], run="fourth").turns() == first.turns()
+    assert len(asked) == 1
+    run(*RUNS["alphaedit"], "editor.nullspace_threshold=0.04", run="fifth")
+    assert len(asked) == 1 + len(EARLY_MODULES)
+
+
+def kept_null_spaces() -> list[Path]:
+    files = sorted((places.CACHE / "moments").glob("*.safetensors"))
+    return [file for file in files if file.read_bytes() == b"damaged" or "basis" in load_file(file)]
 
 
 def test_facts_are_written_from_python_with_their_subjects(run: Commands) -> None:
@@ -424,7 +454,9 @@ def test_settings_without_effect_are_told() -> None:
         return " ".join(settings_without_effect(to_run_config(compose_config(overrides))))
 
     assert "effect" not in told("editor=memit") + told("editor=rome") + told("editor=alphaedit", "corpus.tokens=9")
-    assert "effect" not in told("editor=memit", "editor.prefixes=0") + told("editor=rome", "editor.prefix_tokens=3")
+    assert "effect" not in told("editor=memit", "editor.prefixes=0") + told(
+        "editor=rome", "editor.prefixes=2", "editor.prefix_tokens=3"
+    )
     idle = told("editor=rome", "editor.prefixes=0", "editor.prefix_tokens=3")
     assert "editor.prefix_tokens=3 has no effect with editor.prefixes=0" in idle
     assert "editor.lr=3.0 has no effect with editor=memit" in told("editor=memit", "editor.lr=3")
