@@ -81,8 +81,9 @@ def null_space(name: str, second_moments: Tensor, threshold: float, device: torc
             f"lies below, the least is {float(values[0]):.3g}; set a larger one"
         )
     is_complement = 2 * size > len(values)
+    basis = vectors[:, size:] if is_complement else vectors[:, :size]
     return {
-        "basis": (vectors[:, size:] if is_complement else vectors[:, :size]).clone(),
+        "basis": basis.contiguous(),  # row by row, as a file has it: products of another layout have other bits
         "is_complement": torch.tensor(is_complement),
         "share": values[:size].sum() / values.sum(),
     }
@@ -150,8 +151,9 @@ class KeptKeys:
     def left_factor(self, keys: Tensor, keep: bool = False) -> Tensor:  # (n, d_k) float64 -> (d_k, n)
         """(ridge I + K_0^T K_0 + K^T K)^(-1) K^T: times R (n, d_v) it is the update that moves K by R and K_0 little.
 
-        With `keep` K is in K_0 from then on, rounded to the rows' precision before anything is made of it. Raises
-        torch.linalg.LinAlgError, K_0 being what it was, where rounding leaves the system without a factor.
+        With `keep` K is in K_0 from then on; while rows are kept it is rounded to their precision before anything is
+        made of it. Raises torch.linalg.LinAlgError, K_0 being what it was, where rounding leaves the system without a
+        factor.
         """
         few = self.gram is None and len(self.rows) + len(keys) <= self.d_k
         left = self._of_rows(keys, keep) if few else self._of_gram(keys, keep)

@@ -22,6 +22,7 @@ from harness.export import (
     source_of_run,
     when_of,
 )
+from harness.job import memory_settings
 from harness.run import PROMPT_FORMS, form_of_folder, form_of_run, places, read_run
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, stored_dtype
@@ -152,6 +153,8 @@ def _of_checkpoint(path: Path, turn: int | None) -> tuple[Path, int | None]:
 def _in_run(folder: Path, turn: int | None, base: str | None) -> _Found:
     run = read_run(folder)
     checkpoint, when = find_checkpoint(folder, run, turn)
+    if not checkpoint.state["in_weights"]:
+        memory_settings(run["config"])
 
     def load(device: torch.device) -> tuple[LanguageModel, LanguageModel]:
         model = edited_by_run(run, checkpoint, base, device)

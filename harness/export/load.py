@@ -1,4 +1,7 @@
-"""Models as edits left them: the base model that a run or a delta names, verified, with its edited weights in place."""
+"""Models as edits left them: the base model that a run or a delta names, verified, with its edited weights in place.
+
+Where an editor keeps its edits beside the weights, it is at work in the model.
+"""
 
 from __future__ import annotations
 

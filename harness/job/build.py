@@ -46,7 +46,7 @@ def editor_inputs(
         return moments
     prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
     contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
-    return LocateInputs(contexts, moments, KeptOfMoments(plan.editor_device, plan.ranks.is_first))
+    return LocateInputs(contexts, moments, KeptOfMoments(plan.editor_device, plan.ranks.is_first, model.all_ranks))
 
 
 def memory_of_run(
@@ -55,15 +55,18 @@ def memory_of_run(
     device: torch.device,
 ) -> Editor:
     """The editor of a run whose edits lie beside the weights, at work in `model`; its state is still to be loaded."""
-    kind = EDITORS[config["editor"]["name"]]
+    editor: Editor = EDITORS[config["editor"]["name"]](model, memory_settings(config), device)
+    return editor
+
+
+def memory_settings(config: Mapping[str, Any]) -> Any:
+    """The settings of that editor; ValueError where the run is one of a version that had other ones."""
+    kind = EDITORS[config["editor"]["name"]].Settings
     typed = {"seed": config["seed"], **config["editor"]}
-    missing = [entry.name for entry in fields(kind.Settings) if entry.name not in typed]
+    missing = [entry.name for entry in fields(kind) if entry.name not in typed]
     if missing:
         raise ValueError(f"run.json: has no editor.{missing[0]}, another version wrote it; ask it with that version")
-    editor: Editor = kind(
-        model, kind.Settings(**{entry.name: typed[entry.name] for entry in fields(kind.Settings)}), device
-    )
-    return editor
+    return kind(**{entry.name: typed[entry.name] for entry in fields(kind)})
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:

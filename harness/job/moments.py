@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -60,7 +60,7 @@ def _moments_over(
     kept = {name: _read(file) for name, file in files.items()}
     missing = [name for name in files if not model.all_ranks(kept[name] is not None)]
     if missing:
-        part = folder / f"{_key(cfg, plan, corpus, fingerprint, missing)}.part.safetensors"
+        part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
         sums = MomentSums(model, missing, part, writes=plan.ranks.is_first)
         windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
         sums.add_up(windows, corpus.total(cfg.corpus.tokens))
@@ -78,16 +78,17 @@ def _moments_over(
 class KeptOfMoments:
     """What an editor makes of second moments and takes long to make, beside them in the cache."""
 
-    def __init__(self, device: torch.device, writes: bool) -> None:
-        """`device`: where it is made."""
-        self.device, self.writes = device, writes
+    def __init__(self, device: torch.device, writes: bool, all_ranks: Callable[[bool], bool]) -> None:
+        """`device`: where it is made. It is read only where all ranks can read it, so that all have the same bits."""
+        self.device, self.writes, self.all_ranks = device, writes, all_ranks
 
     def __call__(self, what: str, moments: Tensor, make: OfMoments) -> Mapping[str, Tensor]:
         """`what` says all that decides it beside C and the device."""
         identity = {"what": what, "C": sha256_of_tensor(moments), "device": self.device.type, "versions": versions()}
         file = places.CACHE / "moments" / f"{digest_of(identity, what)[:16]}.safetensors"
         kept = _open(file)
-        if kept is not None:
+        if self.all_ranks(kept is not None):
+            assert kept is not None
             return kept[0]
         began = time.monotonic()
         made = make(moments)
@@ -131,7 +132,8 @@ class MomentSums:
                         saved = time.monotonic()
                 bar.finish()
             except (KeyboardInterrupt, SystemExit):
-                self._save()
+                if _not_finite(self.sums) is None:
+                    self._save()
                 raise
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
@@ -153,19 +155,24 @@ class MomentSums:
 
     def _restore(self) -> None:
         found = _open(self.path)
-        if found is not None:
+        if found is not None and self.sums.keys() <= found[0].keys():
             tensors, numbers = found
             self.windows, self.tokens = numbers["windows"], numbers["tokens"]
             self.sums = {name: tensors[name].to(self.model.device) for name in self.sums}
 
 
+def _not_finite(found: Mapping[str, Tensor]) -> str | None:
+    """The first module whose moments are not."""
+    return next((name for name, moments in found.items() if not bool(torch.isfinite(moments).all())), None)
+
+
 def _require_finite(found: Mapping[str, Tensor]) -> None:
-    for name, moments in found.items():
-        if not bool(torch.isfinite(moments).all()):
-            raise FloatingPointError(
-                f"the second moments of the keys of {name} are not finite: for some of the text the model has nan "
-                "inside, or numbers too large to be squared; choose another model.half or corpus.path"
-            )
+    name = _not_finite(found)
+    if name is not None:
+        raise FloatingPointError(
+            f"the second moments of the keys of {name} are not finite: for some of the text the model has nan inside, "
+            "or numbers too large to be squared; choose another model.half or corpus.path"
+        )
 
 
 def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: list[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.records import FactContexts, LossTerm, Phase, TokenSequence, Turn
@@ -199,6 +201,17 @@ def test_the_null_space_is_a_projection_whichever_basis_is_kept(threshold: float
     spread = (inside @ moments * inside).sum(1)
     assert float((spread / inside.square().sum(1)).max()) < threshold
     assert space._is_complement == (2 * space.size > 40)
+
+
+def test_a_null_space_from_a_file_has_the_bits_of_the_one_just_found(tmp_path: Path) -> None:
+    """At a size where products depend on how the basis lies in memory."""
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn((600, 256), generator=draw) * torch.linspace(0.1, 2, 256)
+    made = null_space("m", keys.T @ keys / 600, 0.5, CPU)
+    save_file(made, tmp_path / "parts")
+    read = load_file(tmp_path / "parts")
+    rows = torch.randn((100, 256), dtype=torch.float64, generator=draw)
+    assert torch.equal(NullSpace(**made).enter(rows), NullSpace(**read).enter(rows))
 
 
 def test_a_null_space_that_is_all_there_is_is_refused() -> None:

@@ -20,7 +20,7 @@ from editor import alphaedit, located
 from harness.export.command import main as export
 from harness.job import moments
 from harness.job.facts import FIRST_WORDS, Contexts
-from harness.job.moments import MomentSums
+from harness.job.moments import KeptOfMoments, MomentSums
 from harness.run import places
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
@@ -238,9 +238,24 @@ def test_sums_that_are_not_finite_are_no_place_to_go_on_from(tmp_path: Path) -> 
         sums.sums[MODULES[0]][0, 0] = float("nan")
         raise KeyboardInterrupt
 
-    with pytest.raises(FloatingPointError, match=MODULES[0]):
+    with pytest.raises(KeyboardInterrupt):  # a signal stays one
         sums.add_up(until_stopped(), None)
     assert not (tmp_path / "part").exists()
+
+
+def test_a_null_space_that_one_process_lacks_is_found_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(places, "CACHE", tmp_path)
+    asked: list[int] = []
+
+    def make(_: Any) -> dict[str, torch.Tensor]:
+        asked.append(1)
+        return {"basis": torch.eye(2)}
+
+    for all_have_it, made in ((False, 1), (True, 1), (False, 2)):
+        kept = KeptOfMoments(torch.device("cpu"), True, lambda _, answer=all_have_it: answer)  # type: ignore[misc]
+        assert torch.equal(kept("some", torch.ones(2, 2), make)["basis"], torch.eye(2))
+        assert len(asked) == made
 
 
 REMEDY = "bring more text, `python -m data.prepare corpus` says how"

@@ -169,7 +169,7 @@ def test_facts_are_located_and_second_moments_made_as_by_one(place: Commands, fo
     moments = forget(kept)
     assert together(forks, 2, place.line(*line, run=many.folder.name)) == [0, 0], forks.stderr()
     assert forget(kept) == moments
-    assert len(moments) == (1 if editor == "rome" else 4)  # of each module; over questions where the preset asks
+    assert len(moments) == (2 if editor == "rome" else 4)  # of each module, over text and over questions
     require_close(one, many, 4, tolerance=1e-5)
 
 
