@@ -42,7 +42,8 @@ class Scoring:
             self._timed(SECONDS[stage]),
             progress_bar(f"evaluating {what}", count, "records") as bar,
         ):
-            summary = self.evaluation.run(upto, partial(self._line, stage), cache, bar.advance)
+            line = partial(self._line, stage, after=done) if stage == "eval" else partial(self._line, stage)
+            summary = self.evaluation.run(upto, line, cache, bar.advance)
             bar.finish()  # what was computed by an earlier run
             self._write()
         self.tracker.scores(done, summary, stage)
@@ -129,6 +130,7 @@ class Scoring:
         return summarize_values(values, self.evaluation.resamples, self.evaluation.seed)
 
     def _line(self, stage: str, score: RecordScore, **more: int) -> None:
+        """`more`: of retention its age, and of evaluations on the way after how many turns they are."""
         turn = self.evaluation.stream.turn_of(score.place)
         self._lines.append({"stage": stage, "turn": turn, **more, **score.line()})
         if len(self._lines) >= RECORD_LINES:

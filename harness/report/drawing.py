@@ -143,10 +143,10 @@ def legend_above(figure: Figure, *axes: Axes, extra: Sequence[Any] = ()) -> None
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
-def left_out(names: Iterable[str]) -> str:
-    """The end of a caption that names what a picture cannot show."""
+def not_shown(how: str, names: Iterable[str]) -> str:
+    """A sentence for a caption, of what a picture cannot show as it was not `how`; empty without any."""
     told = "; ".join(names)
-    return f" Not scored so, and not here: {told}." if told else ""
+    return f"Not {how}, so not here: {told}." if told else ""
 
 
 def count_axis(ax: Axes, what: str) -> None:

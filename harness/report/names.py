@@ -23,8 +23,10 @@ SECTIONS: Final = ("dataset", "model", "editor")
 NO_CHOICE: Final = (
     *NOT_IN_RUN_ID,
     *("seed", "evaluation", "diagnostics", "glue", "downstream_eval_steps", "num_seq", "corpus.path"),
-    *("model_device", "editor_device", "model.compute_tokens", "model.device_map", "editor.batch_size"),
+    *("model.name_or_path", "model.compute_tokens", "model.device_map", "model_device", "editor_device"),
+    "editor.batch_size",
 )
+FILES: Final = ("eval", "train", "corpus", "questions")  # that decide what was edited, and what with
 MOST_TOLD: Final = 3
 COMMIT: Final = 7  # digits
 CHANGED: Final = " with changes"
@@ -38,13 +40,18 @@ def labels(runs: Sequence[Run]) -> list[str]:
 def configurations(runs: Sequence[Run]) -> list[str]:
     """The name of each run's configuration: of all that was chosen, by override or by default, but the seed.
 
-    Where a default has changed between runs, the names have its values; keys that one of the runs does not know yet do
-    not count. Runs that repeat a seed are apart, by the version of their code or else by number.
+    It is told by overrides or, where these are alike and defaults have changed, by the values that differ. Keys that
+    one of the runs does not know yet do not count. Runs that repeat a seed are apart, by the version of their code or
+    else by number.
     """
-    chosen = [{key: value for key, value in _overrides(run).items() if key != "seed"} for run in runs]
-    names = _with_defaults(runs, _names(runs, chosen))
-    facts = [run.about.get("inputs", {}).get("eval") for run in runs]
-    keys = [(name, tuple(sorted(one.items())), data) for name, one, data in zip(names, chosen, facts, strict=True)]
+    keys = _identities(runs)
+    chosen = [{key: value for key, value in _overrides(run).items() if not _is_no_choice(key)} for run in runs]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    places = sorted(first.values())
+    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
+    told = [_name(runs[place], chosen[place], shared) for place in places]
+    name_of = dict(zip((keys[place] for place in places), _with_defaults([keys[p] for p in places], told), strict=True))
+    names = [name_of[key] for key in keys]
     seeded = [(key, run.seed) for key, run in zip(keys, runs, strict=True)]
     repeated = {key for key, seed in seeded if seeded.count((key, seed)) > 1}
     codes = [code(run) if key in repeated else "" for key, run in zip(keys, runs, strict=True)]
@@ -54,8 +61,8 @@ def configurations(runs: Sequence[Run]) -> list[str]:
     repeats = [(key, run.seed) for key, run in zip(of_code, runs, strict=True)]
     apart = [(key, repeats[:place].count(repeats[place])) for place, key in enumerate(of_code)]
     distinct = list(dict.fromkeys(apart))
-    name_of = dict(zip(distinct, _numbered([name for (name, _), _ in distinct]), strict=True))
-    return [name_of[one] for one in apart]
+    numbered = dict(zip(distinct, _numbered([name for (name, _), _ in distinct]), strict=True))
+    return [numbered[one] for one in apart]
 
 
 def but_for_the_step(runs: Sequence[Run]) -> list[str]:
@@ -76,39 +83,55 @@ def code(run: Run) -> str:
     return f"{state['commit'][:COMMIT]}{CHANGED * bool(state['dirty'])}" if state else ""
 
 
-def _with_defaults(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Runs of one name whose resolved configurations differ all the same, told apart by what differs."""
-    told = list(names)
-    for name in dict.fromkeys(names):
-        members = [place for place, one in enumerate(names) if one == name]
-        settings = [_settings(runs[place]) for place in members]
-        known = [key for key in settings[0] if all(key in one for one in settings)]
-        unlike = [key for key in known if len({one[key] for one in settings}) > 1]
-        for place, own in zip(members, settings, strict=True):
-            told[place] = " ".join([name, *(_setting(key, own[key]) for key in unlike[:MOST_TOLD])])
-            if len(unlike) > MOST_TOLD:
-                told[place] += f" and {len(unlike) - MOST_TOLD} more settings {_digest(own, unlike)}"
-    return told
+Identity = tuple[tuple[str, str], ...]
+"""Settings and their values, in the order of their names."""
+
+
+def _identities(runs: Sequence[Run]) -> list[Identity]:
+    """Of each run what makes its method, as far as all runs with its editor know the setting."""
+    every = [_settings(run) for run in runs]
+    known: dict[str, set[str]] = {}
+    for settings in every:
+        name = settings["editor.name"]
+        known[name] = known.get(name, set(settings)) & set(settings)
+    return [tuple(sorted((key, one[key]) for key in known[one["editor.name"]])) for one in every]
 
 
 def _settings(run: Run) -> dict[str, str]:
-    """What its configuration says of the method, key by key, and the hashes of the files that it learnt from."""
+    """What its configuration says, key by key, the model's weights, and the hashes of the files that it learnt from."""
     config = leaves(leave_out(run.about["config"], NO_CHOICE), ".")
-    inputs = run.about.get("inputs", {})
-    read = {f"{name} file": str(inputs[name])[:8] for name in ("train", "corpus", "questions") if name in inputs}
-    return {key: json.dumps(value, sort_keys=True).strip('"') for key, value in config} | read
+    typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in config}
+    inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
+    read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
+    return typed | read | {"weights": str(weights)}
 
 
-def _digest(settings: Mapping[str, str], keys: Sequence[str]) -> str:
-    return digest_of({key: settings[key] for key in keys}, "settings")[:4]
+def _is_no_choice(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in NO_CHOICE)
+
+
+def _with_defaults(keys: Sequence[Identity], names: Sequence[str]) -> list[str]:
+    """Names that several configurations have, told apart by the settings that differ."""
+    told = list(names)
+    for name in dict.fromkeys(names):
+        members = [place for place, one in enumerate(names) if one == name]
+        settings = [dict(keys[place]) for place in members]
+        unlike = [key for key in settings[0] if key != "eval file" and len({one[key] for one in settings}) > 1]
+        for place, own in zip(members, settings, strict=True):
+            told[place] = " ".join([name, *(_setting(key, own[key]) for key in unlike[:MOST_TOLD])])
+            if len(unlike) > MOST_TOLD:
+                own_rest = digest_of({key: own[key] for key in unlike}, "settings")[:4]
+                told[place] += f" and {len(unlike) - MOST_TOLD} more settings {own_rest}"
+    return told
 
 
 def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
     shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
-    return [
-        " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
-        for run, one in zip(runs, chosen, strict=True)
-    ]
+    return [_name(run, one, shared) for run, one in zip(runs, chosen, strict=True)]
+
+
+def _name(run: Run, chosen: Mapping[str, str], shared: set[tuple[str, str]]) -> str:
+    return " ".join([str(run.about["config"]["editor"]["name"]), *_told(chosen, shared)])
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ from harness.report.drawing import (
     log_axis,
     look,
     marker,
+    not_shown,
     panel_grid,
     percent_axis,
 )
@@ -95,8 +96,7 @@ def harm_over_edits(runs: Sequence[Named]) -> Picture | None:
 def some_over_edits(name: str, title: str, names: Sequence[str], runs: Sequence[Named]) -> Picture | None:
     on_the_way = [named for named in runs if any(line["stage"] == "eval" for line in named.run.evaluations)]
     there = {score for named in on_the_way for line in named.run.evaluations for score in line["scores"]}
-    others = dict.fromkeys(named.label for named in runs if named not in on_the_way)
-    note = f"Not scored on the way, so not here: {'; '.join(others)}." if others else ""
+    note = not_shown("scored on the way", dict.fromkeys(named.label for named in runs if named not in on_the_way))
     return over_edits(
         name, title, all_runs_panels(on_the_way, [one for one in names if one in there]), on_the_way, note
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,18 @@ def standings(runs: Sequence[Run]) -> tuple[dict[Key, list[Standing]], tuple[str
     for run in fit:
         final = record_scores(run.lines("records.jsonl"), "final")
         groups.setdefault(_key(run), []).append(Standing(run, None, run.results["final"], final))
+    left_out = [f"{run.folder}: left out, {reason}" for run, reason in reasons if reason]
     for key, members in groups.items():
         of_seeds = {one.run.seed for one in members}
         for run in fit:
             data, model, edits, *files = _key(run)
             if (data, model, *files) == (*key[:2], *key[3:]) and edits > key[2] and run.seed in of_seeds:
-                members += _on_the_way(run, key[2])
-    return groups, tuple(f"{run.folder}: left out, {reason}" for run, reason in reasons if reason)
+                found = _on_the_way(run, key[2])
+                if isinstance(found, Standing):
+                    members.append(found)
+                elif found:
+                    left_out.append(f"{run.folder}: left out where it had {key[2]:,} edits, {found}")
+    return groups, tuple(left_out)
 
 
 def _unfit(run: Run) -> str | None:
@@ -76,29 +81,41 @@ def group_names(key: Key, keys: Iterable[Key]) -> tuple[str, str, int]:
     return data, model, edits
 
 
-def _on_the_way(run: Run, edits: int) -> Iterator[Standing]:
-    """The run after so many edits, if it was scored there and its first edits are those of a shorter run."""
-    if run.about["config"]["editor"].get("preheat_mode", "none") not in WARM_UP_FIRST:
-        return
-    evaluations = [line for line in run.evaluations if line["stage"] == "eval"]
-    for place, line in enumerate(evaluations):
-        if run.edits_after(line["turn"]) == edits:
-            pieces = list(_evaluations(run.lines("records.jsonl"), place))
-            if len(pieces) == len(evaluations):
-                yield Standing(run, line["turn"], line["scores"], record_scores(pieces[place], "eval"))
+def _on_the_way(run: Run, edits: int) -> Standing | str | None:
+    """The run after so many edits, or why not; None where it was not scored there.
+
+    Its first edits must be those of a shorter run.
+    """
+    turns = [line["turn"] for line in run.evaluations if line["stage"] == "eval"]
+    turn = next((one for one in turns if run.edits_after(one) == edits), None)
+    if turn is None:
+        return None
+    mode = run.about["config"]["editor"].get("preheat_mode", "none")
+    if mode not in WARM_UP_FIRST:
+        return f"its warm-up is where a shorter run has none (editor.preheat_mode={mode})"
+    pieces = _evaluations(run.lines("records.jsonl"), turns, turn)
+    if pieces.keys() != set(turns):
+        return "its records.jsonl does not say which evaluation a line is of"
+    (scores,) = (line["scores"] for line in run.evaluations if line["stage"] == "eval" and line["turn"] == turn)
+    return Standing(run, turn, scores, record_scores(pieces[turn], "eval"))
 
 
-def _evaluations(lines: Iterable[Mapping[str, Any]], wanted: int) -> Iterator[list[Mapping[str, Any]]]:
-    """The lines of each evaluation on the way, of all but the wanted one none: each begins again at early facts."""
-    count, last, kept = 0, None, []
+def _evaluations(
+    lines: Iterable[Mapping[str, Any]], turns: Sequence[int], wanted: int
+) -> dict[int | None, list[Mapping[str, Any]]]:
+    """The evaluations on the way, by the turns before them; of all but the wanted one without their lines.
+
+    A line says `after` how many turns it is; in older folders an evaluation begins where places begin again.
+    """
+    found: dict[int | None, list[Mapping[str, Any]]] = {}
+    count, last = 0, -1
     for line in lines:
         if line.get("stage") != "eval":
             continue
-        if last is not None and line["place"] < last:
-            yield kept
-            count, kept = count + 1, []
+        count += line["place"] < last
         last = line["place"]
-        if count == wanted:
-            kept.append(line)
-    if last is not None:
-        yield kept
+        turn = line.get("after", turns[count] if count < len(turns) else None)
+        own = found.setdefault(turn, [])
+        if turn == wanted:
+            own.append(line)
+    return found

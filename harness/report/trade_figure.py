@@ -15,11 +15,11 @@ from harness.report.drawing import (
     Named,
     Picture,
     interval,
-    left_out,
     legend_above,
     log_axis,
     look,
     marker,
+    not_shown,
     panel_grid,
 )
 from harness.report.names import but_for_the_step
@@ -66,8 +66,8 @@ def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
         curves,
         [named.run for named in done],
         "Each large mark is a method's mean over seeds, the pale ones its runs with 95% intervals over records. Up is "
-        "better, and so is left: a method is better than another where it is above it at equal harm."
-        + left_out(dict.fromkeys(named.configuration for named in runs if named not in done)),
+        "better, and so is left: a method is better than another where it is above it at equal harm. "
+        + not_shown("scored so", dict.fromkeys(named.configuration for named in runs if named not in done)),
     )
 
 

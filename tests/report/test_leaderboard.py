@@ -191,17 +191,26 @@ def test_a_method_is_what_was_chosen_by_default_too(tmp_path: Path) -> None:
 
 
 def test_a_number_is_one_setting_however_it_is_written(tmp_path: Path) -> None:
-    for seed, step in enumerate(("1e-3", "0.001", "2e-3")):
-        made(tmp_path / step, {"ES": right(9)}, f"seed={seed}", f"model.lr={step}", f"corpus.tokens={seed}000")
-    change_override(tmp_path / "0.001", "corpus.tokens=1000", "corpus.tokens=0000")
+    for seed, (step, tokens) in enumerate((("1e-3", 400), ("2e-3", 400), ("1e-3", 900), ("0.001", 900))):
+        made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", f"model.lr={step}", f"corpus.tokens={tokens}")
     names = {one.method: one.seeds for one in only_group(tmp_path).rows[1:]}
-    assert names == {"plain lr=0.001 corpus.tokens=0000": 2, "plain lr=0.002 corpus.tokens=2000": 1}
+    assert names == {
+        "plain lr=0.001 corpus.tokens=400": 1,
+        "plain lr=0.002 corpus.tokens=400": 1,
+        "plain lr=0.001 corpus.tokens=900": 2,
+    }
 
 
-def change_override(run: Path, before: str, after: str) -> None:
-    text = (run / "run.json").read_text()
-    assert before in text
-    (run / "run.json").write_text(text.replace(before, after))
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("model_device=cuda:0", "model_device=cuda:1"), ("num_seq=100", "num_seq=200"), ("editor.alpha=10.0", "keep=3"),
+     ("dataset.valid_path=/a/x.json", "dataset.valid_path=/b/y.json")],
+)  # fmt: skip
+def test_what_decides_nothing_makes_no_other_method(tmp_path: Path, one: str, other: str) -> None:
+    """Devices, how long a run goes on, where its data lay, and a default that somebody typed."""
+    for seed, override in enumerate((one, other)):
+        change(made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", override), "editor", "alpha", 10.0)
+    assert [row.seeds for row in only_group(tmp_path).rows[1:]] == [2]
 
 
 def test_a_seed_run_again_is_told_apart_by_its_code(tmp_path: Path) -> None:
@@ -277,7 +286,13 @@ def test_a_longer_run_stands_as_it_was_after_as_many_edits(tmp_path: Path) -> No
     assert [one.method for one in at_80.rows] == ["base model", "long"]
     assert row(at_80, "long").cells["ES"].mean == pytest.approx(3 / 40)
     write_lines(long / "records.jsonl", [*on_the_way[:20], *lines])
-    assert len(board_of(open_runs([tmp_path])).groups[0].rows) == 2, "a piece is missing: which is which is not known"
+    board = board_of(open_runs([tmp_path]))
+    assert len(board.groups[0].rows) == 2, "a piece is missing: which is which is not known"
+    unknown = "its records.jsonl does not say which evaluation a line is of"
+    assert board.left_out == (f"{long}: left out where it had 40 edits, {unknown}",)
+    one_each = [{**on_the_way[0], "after": 4}, {**on_the_way[59], "after": 6}]
+    write_lines(long / "records.jsonl", [*one_each, *lines])
+    assert row(board_of(open_runs([tmp_path])).groups[0], "long").cells["ES"].mean == 0
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -383,7 +398,7 @@ def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:
     made(tmp_path / "c1", {"ES": right(9)}, "seed=1", editor="c")
     picture = methods_against_harm(named_runs(open_runs([tmp_path])))
     assert picture is not None
-    assert picture.caption.endswith(" Not scored so, and not here: c.")
+    assert picture.caption.endswith(" Not scored so, so not here: c.")
     assert methods_against_harm(named_runs(open_runs([tmp_path / "a1", tmp_path / "a2"]))) is None
 
 

@@ -86,11 +86,12 @@ def make_run(
     seeds = [int(override.removeprefix("seed=")) for override in overrides if override.startswith("seed=")]
     config = {
         "seed": (seeds or [42])[0],
-        "editor": {"name": editor},
+        "editor": {"name": editor, "lr": 1e-3},
         "dataset": {"name": "zsre", "prompt_form": "qa"},
         "evaluation": {"prompt": None},
         "model": {"name_or_path": "some/tiny-model"},
     }
+    put_in(config, overrides)
     about = {
         "run_id": "0123456789abcdef", "status": status, "error": error, "started": "2026-01-02T03:04:05+00:00",
         "finished": None, "config": config, "overrides": list(overrides), "inputs": {"eval": data}, "model": {},
@@ -113,6 +114,22 @@ def make_run(
         results = {"base": scores[0]["scores"], "final": scores[-1]["scores"], "cost": {"turns": turns, "edits": 40}}
         (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def put_in(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """What the overrides say, where Hydra would have put it; of a group, its choice."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *sections, last = key.split(".")
+        if key == "seed" or isinstance(config.get(key), dict):
+            continue
+        into = config
+        for section in sections:
+            into = into.setdefault(section, {})
+        try:
+            into[last] = float(value)
+        except ValueError:
+            into[last] = value
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
