@@ -18,7 +18,7 @@ from data.records import LossTerm, Phase, Turn
 from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
-ROUTED = 0.999  # epsilon is that much less: the input it was found at goes through W', whatever rounding does
+ROUTED = 0.999  # epsilon is this part of it: the input it was found at goes through W', whatever rounding does
 
 
 @dataclass(frozen=True)
