@@ -16,8 +16,10 @@ from harness.memory.passes import a_layer, read_once, searched
 # Copies of C in float64 that are there beside what is kept of it: what is factored; what is decomposed, its vectors,
 # and as much as two more, which LAPACK and its kin work in.
 COPIES_FACTORED, COPIES_DECOMPOSED = 1, 4
-# Of K_0^T K_0 where m has passed d_k: rows in float64, it, a turn's own, their sum, its factor.
-COPIES_OF_GRAM = 5
+# Of K_0^T K_0 where m has passed d_k: rows in float64, it, a turn's own, their sum, its factor, that as it is solved.
+COPIES_OF_GRAM = 6
+# Of a turn's keys in float64: as they are, rounded, as they enter, what they leave of each other, as they leave.
+COPIES_OF_KEYS = 5
 # Batches of keys over text that are there at a time: that which is summed, and the one that follows.
 BATCHES_OF_KEYS = 2
 # Tokens of a prefix beside those that are asked for: its first word, and the stop behind it.
@@ -96,7 +98,7 @@ def _of_updates(asked: Asked) -> Iterator[Item]:
 def _of_solve(asked: Asked, contexts: int) -> Iterator[Item]:
     d_k = max(d_k for d_k, _ in asked.shapes.values())
     yield Item("keys", asked.turn * contexts * d_k * SINGLE, "of the facts in their contexts", while_in="update")
-    solve = 3 * asked.turn * d_k + (COPIES_OF_GRAM * d_k**2 if asked.turn > d_k else 0)
+    solve = COPIES_OF_KEYS * asked.turn * d_k + (COPIES_OF_GRAM * d_k**2 if asked.turn > d_k else 0)
     yield Item("solve", solve * DOUBLE, "keys as they enter and leave, in float64", of_editor=True, while_in="update")
 
 

@@ -19,7 +19,7 @@ from config.compose import compose_config
 from config.schema import RunConfig, to_run_config
 from data.records import Phase, TokenSequence, Turn
 from editor.base import Editor, LocateInputs
-from editor.located import KeptKeys
+from editor.located import KeptKeys, NullSpace, SecondMomentFactor
 from harness.job import build_editor, source_of
 from harness.job.moments import MomentSums
 from harness.memory.asked import Asked, Facts, Item
@@ -136,6 +136,56 @@ def test_sums_of_second_moments_are_a_part_of_their_own(folder: Path, tmp_path: 
     later = sum(one.bytes for one in here if one.while_in is None and one.name not in ("weights", "originals"))
     assert later
     assert highest(here, True) == sum(one.bytes for one in here) - later
+
+
+@pytest.mark.parametrize("editor", ["memit", "alphaedit"])
+def test_factoring_takes_what_is_told(editor: str) -> None:
+    """Or up to half less, of one module; what the editor keeps of it included."""
+    d_k = 200
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn((2 * d_k, d_k), generator=draw) * torch.linspace(0.01, 1, d_k)
+    moments = keys.T @ keys / len(keys)
+    told = told_at(d_k, f"editor={editor}", part="factoring")
+    if editor == "memit":
+        taken = most_bytes(lambda: SecondMomentFactor("m", moments, 1e-6, CPU))
+    else:
+        taken = most_bytes(lambda: NullSpace.of("m", moments, 0.2, CPU))
+    assert 1 <= round(told["being factored"] / taken, 3) < 2
+
+
+def told_at(d_k: int, *settings: str, part: str, n_edits: int = 20, budget: int = 512) -> dict[str, int]:
+    """Bytes of a part, by item, of a model of three layers, d_v 64, with one edit module of that key size."""
+    more = [f"dataset.n_edits={n_edits}", f"model.compute_tokens={budget}", "editor.prefixes=0"]
+    cfg = to_run_config(compose_config(["model=tiny", *more, *settings]))
+    sketch = Outline(None, {"m.1.m": (d_k, 64)}, 0, 64, 260, layers=3, lowest=1, keys_and_values=384)
+    return {one.name: one.bytes for one in items(cfg, sketch, FACTS, CPU) if one.while_in == part}
+
+
+@pytest.mark.parametrize("turns", [5, 11])
+def test_a_solve_takes_what_is_told(turns: int) -> None:
+    """Or up to half less; with fewer keys than d_k = 200, and in the turn in which they become more."""
+    d_k, n = 200, 20
+    kept = KeptKeys(d_k, 10.0, torch.float32, CPU)
+    turn = torch.randn((n, d_k), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(turns - 1):
+        kept.left_factor(turn, keep=True)
+    taken = most_bytes(lambda: kept.left_factor(turn, keep=True))
+    told = told_at(d_k, "editor=alphaedit", f"num_seq={turns}", part="update")
+    assert 1 <= (told["kept keys anew"] + told["solve"]) / taken < 2
+
+
+def test_second_moments_take_what_is_told(tmp_path: Path) -> None:
+    """Or up to half less, beside the sums."""
+    shape = {"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **shape)).requires_grad_(False)
+    modules = find_edit_modules(base, ["model.layers.1.mlp.down_proj"], 0)
+    sums = MomentSums(
+        LanguageModel(base, None, modules, compute_tokens=512), list(modules), tmp_path / "part.safetensors"
+    )
+    windows = [TokenSequence((1,) * 65, 64)] * 32
+    taken = most_bytes(lambda: sums._add(windows))
+    told = told_at(512, "editor=memit", part="second moments")
+    assert 1 <= sum(told[name] for name in ("keys over text", "a product", "a layer")) / taken < 2
 
 
 @pytest.mark.parametrize("editor", ["memit", "grace"])
