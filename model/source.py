@@ -74,11 +74,16 @@ class Outline:
     vocabulary: int
     layers: int
     lowest: int  # layer of the lowest edit module, counted from 0
+    keys_and_values: int  # numbers that attention keeps of a token, in all layers together; 0 without attention
 
     @property
     def traced_layers(self) -> int:
         """Layers from the lowest edited one to the top, whose activations a capture holds."""
         return self.layers - self.lowest
+
+    def layers_from(self, name: str) -> int:
+        """Layers from the one that holds a module to the top; all of them where none does."""
+        return self.layers - (_layer(name) or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
         )
     modules = find_edit_modules(model, edit_modules, auto_layers)
     text = config.get_text_config()
-    layers = [int(found[1]) for name in modules if (found := re.search(r"\.(\d+)\.", name))]
+    layers = [layer for name in modules if (layer := _layer(name)) is not None]
     return Outline(
         context_length_of(config),
         {name: shape_of(module) for name, module in modules.items()},
@@ -288,7 +293,28 @@ def outline(source: ModelSource, edit_modules: str | Sequence[str], auto_layers:
         vocabulary=text.vocab_size,
         layers=text.num_hidden_layers,
         lowest=min(layers, default=0),
+        keys_and_values=_keys_and_values(text),
     )
+
+
+def _keys_and_values(text: Any) -> int:
+    """Numbers that attention keeps of a token, in all layers; 0 where a model has no heads."""
+    heads = _most(getattr(text, "num_attention_heads", None))
+    if not heads:
+        return 0
+    size = _most(getattr(text, "head_dim", None)) or text.hidden_size // heads
+    return 2 * (_most(getattr(text, "num_key_value_heads", None)) or heads) * size * text.num_hidden_layers
+
+
+def _most(number: Any) -> int:
+    """Of a number that a configuration gives by layers, the largest; 0 for none."""
+    return max(number) if isinstance(number, list | tuple) else number or 0
+
+
+def _layer(name: str) -> int | None:
+    """The layer that holds a module, by its name."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def read_weights(

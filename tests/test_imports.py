@@ -96,7 +96,9 @@ MAY_IMPORT = {
     "harness/export/delta.py": "torch safetensors.* data.disk harness.run.* model",
     "harness/export/*.py": "torch transformers.* config.schema harness.* model.*",
     "harness/ask/*.py": "torch transformers.* rich.* config.* data.progress data.prompts harness.* model.*",
-    "harness/memory/*.py": "torch.* psutil rich.* transformers config.* editor.registry harness.* model.*",
+    "harness/memory/*.py": (
+        "torch.* psutil rich.* transformers config.* data.stream editor.grace editor.registry harness.* model.*"
+    ),
     "harness/__init__.py": "",
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
     "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model.*",

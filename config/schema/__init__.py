@@ -10,11 +10,16 @@ from config.schema.checks import ConfigError, quoted
 from config.schema.convert import register, to_run_config
 from config.schema.dataset import AnswerEnd, AnswerTokens, PromptForm, SyntheticConfig
 from config.schema.editor import (
+    AlphaEditConfig,
     AnswerLoss,
     ClosedFormConfig,
+    EditorConfig,
     FactToken,
+    FineTuningConfig,
+    GraceConfig,
     HyperNetworkConfig,
     LocateConfig,
+    MemitConfig,
     Order,
     PreheatMode,
     PreserveText,
@@ -24,6 +29,7 @@ from config.schema.editor import (
     Token,
     UpdateEvery,
     WhiteningFloorMode,
+    WiseConfig,
 )
 from config.schema.model import Dtype, EditPrecision
 from config.schema.run import RunConfig, settings_without_effect

@@ -3,10 +3,12 @@
     python -m harness.memory model=mistral-7b editor=stableedit --gib 24
 
 Settings are those of main.py. Of the model only its config.json is read: with model.name_or_path=FOLDER, a folder that
-holds that file alone will do. Weights, the editor's state, captures and kept updates are counted. Activations are
-estimated from sizes, and how many copies of a covariance and of logits there are at a time is assumed (COPIES_OF_SIGMA,
-FLOATS_OF_LOGITS, scored_bytes in items.py). Left out is what is there for a while only: text generation, perplexity,
-GLUE-style tasks, second moments while they are made, the losses of meta-training. No GPU has been asked yet.
+holds that file alone will do. Counted are weights, the editor's state, what it makes on the way (captures; factors of
+second moments, and those while they are made; keys and values of what stands before a moved position; what a step of
+fine-tuning or of a side memory has), and kept updates. What a state grows to is told from num_seq, where that is null
+at its bound or, for GRACE, for 20,000 facts. Activations are estimated from sizes, and how many copies of matrices and
+of logits there are at a time is assumed (the constants in harness/memory). Left out is what is there for a while only:
+text generation, perplexity, GLUE-style tasks, the losses of meta-training. No GPU has been asked yet.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from rich.table import Table
 
 from config.compose import check_command_line, compose_config
 from config.schema import HyperNetworkConfig, RunConfig, to_run_config
-from harness.job import check_rank, source_of
-from harness.memory.items import Facts, Item, highest, items, what_fits
+from harness.job import check_modules, check_rank, source_of
+from harness.memory.asked import Facts, Item
+from harness.memory.items import highest, items, what_fits
 from harness.run.command import Parser
-from model.source import outline
+from model.source import Outline, outline
 
 GIB = 1 << 30
 OWN = 0.5  # GiB that CUDA, its libraries and torch's allocator keep for themselves
@@ -65,6 +68,7 @@ def work(chosen: argparse.Namespace) -> None:
     device, room, about = device_of(cfg, chosen.gib)
     facts = Facts(chosen.tokens, chosen.answer_tokens)
     sketch = outline(source_of(cfg), cfg.model.edit_modules, cfg.model.auto_layers)
+    check_modules(cfg, list(sketch.shapes))
     if isinstance(cfg.editor, HyperNetworkConfig):
         check_rank(cfg.editor, sketch.shapes)
 
@@ -78,10 +82,14 @@ def work(chosen: argparse.Namespace) -> None:
         console.print(f"{needed / GIB:.1f} GiB at most: fits {about}")
         return
     switches, then = what_fits(cfg, size, room)
-    last = "" if then <= room else ", which is still too much: edit fewer modules, or set model.device_map=auto"
-    raise ValueError(
-        f"{needed / GIB:.1f} GiB at most, more than {about}; with {' '.join(switches)} it is {then / GIB:.1f} GiB{last}"
-    )
+    last = "" if then <= room else f", which is still too much: {_remedy(sketch)}"
+    smaller = f"; with {' '.join(switches)} it is {then / GIB:.1f} GiB" if switches else ""
+    raise ValueError(f"{needed / GIB:.1f} GiB at most, more than {about}{smaller}{last}")
+
+
+def _remedy(sketch: Outline) -> str:
+    fewer = "edit fewer modules, or " if len(sketch.shapes) > 1 else ""
+    return f"{fewer}set model.device_map=auto"
 
 
 def on_one_device(cfg: RunConfig, device: torch.device) -> bool:
