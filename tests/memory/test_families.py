@@ -19,7 +19,7 @@ from config.compose import compose_config
 from config.schema import RunConfig, to_run_config
 from data.records import Phase, TokenSequence, Turn
 from editor.base import Editor, LocateInputs
-from editor.located import KeptKeys, NullSpace, SecondMomentFactor
+from editor.located import KeptKeys, SecondMomentFactor, null_space
 from harness.job import build_editor, source_of
 from harness.job.moments import MomentSums
 from harness.memory.asked import Asked, Facts, Item
@@ -149,7 +149,7 @@ def test_factoring_takes_what_is_told(editor: str) -> None:
     if editor == "memit":
         taken = most_bytes(lambda: SecondMomentFactor("m", moments, 1e-6, CPU))
     else:
-        taken = most_bytes(lambda: NullSpace.of("m", moments, 0.2, CPU))
+        taken = most_bytes(lambda: null_space("m", moments, 0.2, CPU))
     assert 1 <= round(told["being factored"] / taken, 3) < 2
 
 
