@@ -67,7 +67,7 @@ def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
         [named.run for named in done],
         "Each large mark is a method's mean over seeds, the pale ones its runs with 95% intervals over records. Up is "
         "better, and so is left: a method is better than another where it is above it at equal harm. "
-        + not_shown("scored so", dict.fromkeys(named.configuration for named in runs if named not in done)),
+        f"{not_shown('scored so', dict.fromkeys(named.configuration for named in runs if named not in done))}".strip(),
     )
 
 
