@@ -94,6 +94,7 @@ def _each_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compose, "MAX_JOBS", 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import the modules too
 @pytest.mark.parametrize("shown", SHOWN)
 def test_a_command_takes_what_it_is_given(shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "hydra/launcher" in shown:
