@@ -66,11 +66,14 @@ def memory_settings(config: Mapping[str, Any]) -> Any:
     missing = [entry.name for entry in fields(kind) if entry.name not in typed]
     if missing:
         raise ValueError(f"run.json: has no editor.{missing[0]}, another version wrote it; ask it with that version")
-    return kind(**{entry.name: typed[entry.name] for entry in fields(kind)})
+    return _chosen(kind, typed)
 
 
 def settings_of(kind: Any, cfg: RunConfig) -> Any:
     """A dataclass of an editor's settings, each under the name that users type; `seed` is the run's."""
     typed = {"seed": cfg.seed, **vars(cfg.editor)}
-    values = {key: value.name if isinstance(value, Enum) else value for key, value in typed.items()}
-    return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
+    return _chosen(kind, {key: value.name if isinstance(value, Enum) else value for key, value in typed.items()})
+
+
+def _chosen(kind: Any, typed: Mapping[str, Any]) -> Any:
+    return kind(**{entry.name: typed[entry.name] for entry in fields(kind)})

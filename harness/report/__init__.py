@@ -91,15 +91,9 @@ def _group_drawn(group: Group, is_one_of_several: bool) -> list[tuple[Picture, b
     drawn = _drawn(ended, BOARD_DRAWINGS) + _drawn(named, LONGER_DRAWINGS)
     if not is_one_of_several:
         return drawn
+    slug = leaderboard_files.slug(group.title)
     return [
-        (
-            replace(
-                picture,
-                name=f"{picture.name}_{leaderboard_files.slug(group.title)}",
-                title=f"{picture.title}: {group.title}",
-            ),
-            png,
-        )
+        (replace(picture, name=f"{picture.name}_{slug}", title=f"{picture.title}: {group.title}"), png)
         for picture, png in drawn
     ]
 

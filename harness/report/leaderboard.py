@@ -115,6 +115,7 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
         if column not in (*NEVER_BEST, *apart)
     }
     notes += _said_of_comparisons([one for found in comparisons.values() for one in found], methods)
+    notes += _seeds(methods)
     rows = [
         replace(row, cells={name: _judged(cell, row, comparisons.get(name, ())) for name, cell in row.cells.items()})
         for row in rows
@@ -261,7 +262,7 @@ def _judged(cell: Cell, row: Row, comparisons: Sequence[Comparison]) -> Cell:
 
 
 def _said_of_comparisons(comparisons: Sequence[Comparison], methods: Methods) -> Iterator[str]:
-    """Of methods that cannot be compared, or on few of their records, or on other seeds: a line each."""
+    """Of methods that cannot be compared, or on few of their records: a line each."""
     few: dict[tuple[str, str, int, int, int], list[str]] = {}
     for one in comparisons:
         if one.method == one.best:
@@ -279,6 +280,10 @@ def _said_of_comparisons(comparisons: Sequence[Comparison], methods: Methods) ->
             f"{' and '.join(columns)}: {method} was asked about {own_count:,} records and {best}, the best, about "
             f"{its_count:,}; only the {shared:,} that both were asked about are compared."
         )
+
+
+def _seeds(methods: Methods) -> Iterator[str]:
+    """A line where not all methods have the same."""
     seeds = {label: sorted({str(one.run.seed) for one in own}) for label, own in methods.items()}
     if len({tuple(one) for one in seeds.values()}) > 1:
         told = "; ".join(f"{label} {', '.join(own)}" for label, own in seeds.items())

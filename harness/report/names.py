@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from harness.report.runs import Run
 from harness.run import NOT_IN_RUN_ID, digest_of, leave_out, leaves
@@ -45,24 +46,36 @@ def configurations(runs: Sequence[Run]) -> list[str]:
     else by number.
     """
     keys = _identities(runs)
-    chosen = [{key: value for key, value in _overrides(run).items() if not _is_no_choice(key)} for run in runs]
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    places = sorted(first.values())
-    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
-    told = [_name(runs[place], chosen[place], shared) for place in places]
-    name_of = dict(zip((keys[place] for place in places), _with_defaults([keys[p] for p in places], told), strict=True))
-    names = [name_of[key] for key in keys]
+    first: dict[Identity, Run] = {}
+    for key, run in zip(keys, runs, strict=True):
+        first.setdefault(key, run)
+    names = _with_defaults(list(first), _names(list(first.values()), map(_choices, first.values())))
+    name_of = dict(zip(first, names, strict=True))
+    return _repeats_apart(keys, runs, [name_of[key] for key in keys])
+
+
+def _choices(run: Run) -> dict[str, str]:
+    """Of its overrides those that make a method."""
+    return {key: value for key, value in _overrides(run).items() if not _is_no_choice(key)}
+
+
+def _repeats_apart(keys: Sequence[Identity], runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Where a configuration has a seed twice, its runs by the version of their code; what is still alike, by number."""
     seeded = [(key, run.seed) for key, run in zip(keys, runs, strict=True)]
-    repeated = {key for key, seed in seeded if seeded.count((key, seed)) > 1}
-    codes = [code(run) if key in repeated else "" for key, run in zip(keys, runs, strict=True)]
-    if len({(key, one) for key, one in zip(keys, codes, strict=True)}) > len(set(keys)):
-        names = [f"{name} at {one}" if one else name for name, one in zip(names, codes, strict=True)]
-    of_code = list(zip(names, keys, strict=True))
-    repeats = [(key, run.seed) for key, run in zip(of_code, runs, strict=True)]
-    apart = [(key, repeats[:place].count(repeats[place])) for place, key in enumerate(of_code)]
-    distinct = list(dict.fromkeys(apart))
-    numbered = dict(zip(distinct, _numbered([name for (name, _), _ in distinct]), strict=True))
-    return [numbered[one] for one in apart]
+    repeated = {key for (key, _), count in Counter(seeded).items() if count > 1}
+    coded = {(key, code(run)) for key, run in zip(keys, runs, strict=True) if key in repeated}
+    by_code = {key for key, count in Counter(key for key, _ in coded).items() if count > 1}
+    told = [
+        f"{name} at {code(run)}" if key in by_code else name for key, run, name in zip(keys, runs, names, strict=True)
+    ]
+    before: Counter[Any] = Counter()
+    repeats = []
+    for name, seed in zip(told, seeded, strict=True):
+        repeats.append((name, seed[0], before[name, seed]))
+        before[name, seed] += 1
+    distinct = list(dict.fromkeys(repeats))
+    number_of = dict(zip(distinct, _numbered([name for name, *_ in distinct]), strict=True))
+    return [number_of[one] for one in repeats]
 
 
 def but_for_the_step(runs: Sequence[Run]) -> list[str]:
@@ -73,7 +86,7 @@ def but_for_the_step(runs: Sequence[Run]) -> list[str]:
 
 def shared_choices(runs: Sequence[Run]) -> list[str]:
     """What was chosen alike in all of them, but the seed and the editor, and so is in no name."""
-    shared = set.intersection(*(set(_overrides(run).items()) for run in runs))
+    shared = _shared([_overrides(run) for run in runs])
     return _told({key: value for key, value in sorted(shared) if key != "seed"}, set())
 
 
@@ -125,13 +138,18 @@ def _with_defaults(keys: Sequence[Identity], names: Sequence[str]) -> list[str]:
     return told
 
 
-def _names(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> list[str]:
-    shared = set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
-    return [_name(run, one, shared) for run, one in zip(runs, chosen, strict=True)]
+def _names(runs: Sequence[Run], choices: Iterable[Mapping[str, str]]) -> list[str]:
+    """The editor of each, and what of its choices not all of them share."""
+    chosen = list(choices)
+    shared = _shared(chosen)
+    return [
+        " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
+        for run, one in zip(runs, chosen, strict=True)
+    ]
 
 
-def _name(run: Run, chosen: Mapping[str, str], shared: set[tuple[str, str]]) -> str:
-    return " ".join([str(run.about["config"]["editor"]["name"]), *_told(chosen, shared)])
+def _shared(chosen: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
+    return set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +25,8 @@ from harness.report.drawing import (
 from harness.report.names import but_for_the_step
 from harness.report.runs import Run
 
+Member = TypeVar("Member")
+
 WRITTEN: Final = {"ES_gen": "edited facts said exactly", "ES_seq": "edited answers, all tokens"}
 """What counts as written: the first of these that every run has."""
 
@@ -37,9 +39,8 @@ def written_against_harm(runs: Sequence[Named]) -> Picture | None:
     if len(steps) == len(set(names)):
         return None
     curves = [
-        Curve(name, look(place), _points(own, [f"{step_of(run):g}" for run in own]))
-        for place, name in enumerate(dict.fromkeys(names))
-        for own in [sorted((run for run, one in zip(done, names, strict=True) if one == name), key=step_of)]
+        Curve(name, look(place), _grouped((f"{step_of(run):g}", run) for run in sorted(own, key=step_of)))
+        for place, (name, own) in enumerate(_grouped(zip(names, done, strict=True)).items())
     ]
     return drawn(
         "written_against_harm",
@@ -53,14 +54,10 @@ def written_against_harm(runs: Sequence[Named]) -> Picture | None:
 def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
     """A mark a method, its mean over seeds, with its seeds behind it; None for one method alone."""
     done = _judged(runs)
-    methods = dict.fromkeys(named.configuration for named in done)
+    methods = _grouped((named.configuration, named) for named in done)
     if len(methods) < 2:
         return None
-    curves = [
-        Curve(name, own[0].look, _points([named.run for named in own], [""] * len(own)))
-        for name in methods
-        for own in [[named for named in done if named.configuration == name]]
-    ]
+    curves = [Curve(name, own[0].look, {"": [named.run for named in own]}) for name, own in methods.items()]
     return drawn(
         "methods_against_harm",
         curves,
@@ -85,11 +82,11 @@ class Curve:
     points: Mapping[str, Sequence[Run]]
 
 
-def _points(runs: Sequence[Run], words: Sequence[str]) -> dict[str, list[Run]]:
-    points: dict[str, list[Run]] = {}
-    for run, word in zip(runs, words, strict=True):
-        points.setdefault(word, []).append(run)
-    return points
+def _grouped(named: Iterable[tuple[str, Member]]) -> dict[str, list[Member]]:
+    groups: dict[str, list[Member]] = {}
+    for name, one in named:
+        groups.setdefault(name, []).append(one)
+    return groups
 
 
 def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str) -> Picture | None:
