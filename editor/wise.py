@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.records import LossTerm, Phase, Turn
+from editor import linalg
 from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
@@ -27,6 +28,7 @@ class WISESettings:
 
     lr: float
     num_steps: int
+    facts_per_step: int | None
     stop_loss: float
     alpha: float
     beta: float
@@ -44,7 +46,8 @@ class WISE:
     """An input a of the module goes through W' where ||a D|| > epsilon (the paper's routing), else through W.
 
     Position by position, so that it holds in batches, with padding, and in cached generation alike. The facts of a turn
-    are dealt to `shards`, each of which trains a copy of D by gradient descent, at the entries of a random mask only:
+    are dealt to `shards`, each of which trains a copy of D by gradient descent, at the entries of a random mask only,
+    mini-batches of `facts_per_step` facts one after another (one fact at a time, as published), `num_steps` each, of
 
         -log p_W'(answer | prompt), the mean over answer tokens, every position of the facts going through W',
         + max(0, ||a_u D|| - alpha) + max(0, beta - ||a_e D||) + max(0, gamma - (||a_e D|| - ||a_u D||)),
@@ -126,36 +129,51 @@ class WISE:
         self.unrelated = torch.cat([self.unrelated, keys[chosen.to(keys.device)]])
 
     def _dealt(self, turn: Turn) -> list[Turn]:
-        """The facts of each shard, which are a mini-batch of its own."""
+        """The facts of each shard, in the turn's order."""
         order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
         dealt = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
-        return [_as_one_batch(turn.part(some)) for some in dealt if some]
+        return [turn.part(some) for some in dealt if some]
 
     def _trained(self, model: EditableModel, part: Turn, turn: int, shard: int) -> Tensor:  # (d_k, d_v)
-        """What a shard changes in D.
-
-        dloss/dD = K^T G, with the inputs K of all positions and the gradients G at the module's output there.
-        """
-        drawn = torch.rand(self.side.shape, generator=self._generator("mask", turn, shard))
-        mask = (drawn < self.settings.mask_ratio).to(self.device)
-        edited = model.capture(part).modules[self.name].keys.to(self.side)
+        """What a shard changes in D."""
+        generator = self._generator("mask", turn, shard)
+        mask = (torch.rand(self.side.shape, generator=generator) < self.settings.mask_ratio).to(self.device)
+        batches = list(linalg.row_chunks(len(part.sequences), self.settings.facts_per_step))
         self._in_training = self.side.clone()
         try:
-            for step in range(self.settings.num_steps):
-                model.tell((shard + step / self.settings.num_steps) / self.settings.shards)
-                captured = model.capture(part, every_token=True)
-                rows = captured.modules[self.name]
-                gradient = rows.keys.to(self.side).T @ rows.value_grads.to(self.side)
-                margin, margin_gradient = self._margin(edited, self._in_training)
-                if captured.loss + margin < self.settings.stop_loss:
-                    break
-                self._in_training = self._in_training - self.settings.lr * mask * (gradient + margin_gradient)
+            for number, facts in enumerate(batches):
+                batch = _as_one_batch(part.part(range(len(part.sequences))[facts]))
+                for step in self._steps(model, batch, mask):
+                    done = (number + step / self.settings.num_steps) / len(batches)
+                    model.tell((shard + done) / self.settings.shards)
             change = self._in_training - self.side
         finally:
             self._in_training = None
         if not bool(torch.isfinite(change).all()):
             raise FloatingPointError(f"the side memory of {self.name} is not finite; set a smaller editor.lr")
         return change
+
+    def _steps(
+        self,
+        model: EditableModel,
+        batch: Turn,
+        mask: Tensor,  # (d_k, d_v)
+    ) -> Iterator[int]:
+        """Steps of a mini-batch on the D in training, counted from 1; fewer where its loss falls below `stop_loss`.
+
+        dloss/dD = K^T G, with the inputs K of all positions and the gradients G at the module's output there.
+        """
+        edited = model.capture(batch).modules[self.name].keys.to(self.side)
+        for step in range(1, self.settings.num_steps + 1):
+            captured = model.capture(batch, every_token=True)
+            rows = captured.modules[self.name]
+            gradient = rows.keys.to(self.side).T @ rows.value_grads.to(self.side)
+            assert self._in_training is not None
+            margin, margin_gradient = self._margin(edited, self._in_training)
+            if captured.loss + margin < self.settings.stop_loss:
+                break
+            self._in_training = self._in_training - self.settings.lr * mask * (gradient + margin_gradient)
+            yield step
 
     def _margin(
         self,

@@ -360,7 +360,7 @@ class SteppingConfig(EditorConfig):
     """Editors that write a turn's facts by gradient steps of their own, of size editor.lr."""
 
     num_steps: int = 25
-    """Steps, at most: of each mini-batch of facts, for those that fine-tune; of a turn, for memories."""
+    """Steps, at most: of each mini-batch of facts; GRACE's is the turn."""
     stop_loss: float = 0.01
     """Nats a token: where the loss is smaller, no step is taken any more; 0 = all num_steps."""
 
@@ -426,6 +426,8 @@ class GraceConfig(MemoryConfig):
 class WiseConfig(MemoryConfig):
     """WISE: a side memory of one module, and a router."""
 
+    facts_per_step: int | None = 1
+    """Facts a mini-batch, which takes all its steps before the next begins; null = all that a shard has."""
     alpha: float = 5.0
     """Unrelated inputs should have a smaller activation ||a (W' - W)||."""
     beta: float = 20.0
@@ -449,6 +451,7 @@ class WiseConfig(MemoryConfig):
     def mistakes(self) -> list[str]:
         return [
             *super().mistakes(),
+            *at_least("editor.facts_per_step", self.facts_per_step, 1, "null takes all facts of a shard"),
             *not_negative("editor.alpha", self.alpha),
             *positive("editor.beta", self.beta),
             *not_negative("editor.gamma", self.gamma),

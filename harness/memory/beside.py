@@ -79,7 +79,9 @@ def of_wise(asked: Asked) -> Iterator[Item]:
     yield Item("shards", (shards - 1) * change, "changes of the others", of_editor=True, while_in="training")
     about = "copy of D, gradients, step, in float32; mask"
     yield Item("step", OF_A_STEP * change + asked.entries, about, of_editor=True, while_in="training")
-    yield from _of_capture(asked, -(-asked.turn // shards), 2 * every_token, "training")
+    of_a_shard = -(-asked.turn // shards)
+    batch = min(editor.facts_per_step or of_a_shard, of_a_shard)
+    yield from _of_capture(asked, batch, 2 * every_token, "training")
 
     yield Item("shards", shards * change, "changes of all", of_editor=True, while_in="merging")
     merging = (OF_A_MERGE * shards + ONCE_A_MERGE) * asked.entries

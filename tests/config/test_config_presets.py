@@ -168,8 +168,8 @@ NUMBERS = {
     "locft_bf": FINE_TUNING | {"facts_per_step": 8, "order": Order.breadth, "norm_constraint": None},
     "grace": {"lr": 1, "num_steps": 100, "eps_init": 1, "stop_loss": 0},
     "wise": {
-        "lr": 1, "num_steps": 70, "alpha": 5, "beta": 20, "gamma": 10, "shards": 2, "mask_ratio": 0.2,
-        "merge_density": 0.53, "merge_weight": 1, "route_ratio": 1, "stop_loss": 0,
+        "lr": 1, "num_steps": 70, "facts_per_step": 1, "alpha": 5, "beta": 20, "gamma": 10, "shards": 2,
+        "mask_ratio": 0.2, "merge_density": 0.53, "merge_weight": 1, "route_ratio": 1, "stop_loss": 0,
     },
 }  # fmt: skip
 """Of DESIGN section 1, the same for every model; the routing ratio is the paper's."""

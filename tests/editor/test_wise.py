@@ -24,9 +24,9 @@ ONE = f"model.edit_modules=[{MODULES[0]}]"
 
 def chosen(**changes: Any) -> WISESettings:
     values = {
-        "lr": 0.05, "num_steps": 6, "stop_loss": 0.0, "alpha": 0.5, "beta": 3.0, "gamma": 2.0, "shards": 2,
-        "mask_ratio": 0.5, "merge_density": 0.3, "merge_weight": 0.9, "route_ratio": 0.88, "unrelated": 8, "seed": 7,
-        **changes,
+        "lr": 0.05, "num_steps": 6, "facts_per_step": None, "stop_loss": 0.0, "alpha": 0.5, "beta": 3.0, "gamma": 2.0,
+        "shards": 2, "mask_ratio": 0.5, "merge_density": 0.3, "merge_weight": 0.9, "route_ratio": 0.88,
+        "unrelated": 8, "seed": 7, **changes,
     }  # fmt: skip
     return WISESettings(**values)
 
@@ -77,7 +77,13 @@ class Reference:
         return shift.norm() if bool((shift != 0).any()) else 0 * shift.sum()  # at 0, of all slopes, 0
 
     def train(self, facts: list[TokenSequence], mask: Tensor) -> Tensor:
-        s, side, edited = self.settings, self.side.clone(), self.answer_inputs(facts)
+        side, batch = self.side, self.settings.facts_per_step or len(facts)
+        for first in range(0, len(facts), batch):
+            side = self.steps(facts[first : first + batch], mask, side)
+        return side - self.side
+
+    def steps(self, facts: list[TokenSequence], mask: Tensor, side: Tensor) -> Tensor:
+        s, edited = self.settings, self.answer_inputs(facts)
         for _ in range(s.num_steps):
             leaf = side.clone().requires_grad_()
             self.training = leaf
@@ -93,7 +99,7 @@ class Reference:
                 break
             (g,) = torch.autograd.grad(loss, leaf)
             side = side - s.lr * mask * g
-        return side - self.side
+        return side
 
     def merge(self, changes: list[Tensor], facts: list[TokenSequence]) -> None:
         merged = torch.zeros_like(self.side)
@@ -113,10 +119,15 @@ class Reference:
         self.epsilon = min(self.epsilon, 0.999 * self.settings.route_ratio * least)
 
 
+@pytest.mark.parametrize(
+    ("facts_per_step", "stop_loss"), [(None, 0.0), (1, 5.5)], ids=["a shard a step", "a fact a step"]
+)
 @pytest.mark.parametrize(("make", "modules"), [(tiny_llama, LLAMA), (tiny_gpt2, GPT2)])
-def test_three_turns_agree_with_the_reference(make: Callable[..., Any], modules: list[str]) -> None:
+def test_three_turns_agree_with_the_reference(
+    make: Callable[..., Any], modules: list[str], facts_per_step: int | None, stop_loss: float
+) -> None:
     """What is drawn (unrelated inputs, shards, masks) is taken from the editor; what is computed with it is not."""
-    settings = chosen()
+    settings = chosen(facts_per_step=facts_per_step, stop_loss=stop_loss)
     model = harness(make, modules[1:], dtype=torch.float64)
     editor = WISE(model, settings, CPU)
     reference = Reference(make(dtype=torch.float64), modules[1], settings)
@@ -277,6 +288,7 @@ def test_it_cannot_be_exported_as_plain_weights(run: Commands) -> None:
     ("setting", "said"),
     [
         ("editor.shards=0", "editor.shards=0: must be 1 or more"),
+        ("editor.facts_per_step=0", "editor.facts_per_step=0: must be 1 or more; null takes all facts of a shard"),
         ("editor.mask_ratio=1.5", "editor.mask_ratio=1.5: must lie in (0, 1]"),
         ("editor.route_ratio=0", "editor.route_ratio=0.0: must lie in (0, 1]"),
         ("editor.beta=-1", "editor.beta=-1.0: must be a finite number above 0"),
