@@ -128,6 +128,7 @@ class MomentSums:
                         tokens = self._add(some)
                     bar.advance(tokens)
                     if time.monotonic() - saved > SAVE_SECONDS:
+                        _require_finite(self.sums)
                         self._save()
                         saved = time.monotonic()
                 bar.finish()
@@ -144,12 +145,12 @@ class MomentSums:
         for keys in self.model.token_keys(windows, list(self.sums)):
             for name, rows in keys.items():
                 self.sums[name] += rows.T @ rows  # in the keys' precision; batches add up in float64
+            del keys, rows  # before the next batch is computed
         tokens = sum(window.answer_start for window in windows)
         self.windows, self.tokens = self.windows + len(windows), self.tokens + tokens
         return tokens
 
     def _save(self) -> None:
-        _require_finite(self.sums)
         if self.writes and self.windows:
             _write(self.path, self.sums, windows=self.windows, tokens=self.tokens)
 

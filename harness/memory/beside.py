@@ -14,7 +14,7 @@ from config.schema import WiseConfig
 from data.stream import DEFAULT_WARM_UP_TURNS
 from editor.grace import AT_ONCE, Codebook
 from harness.memory.asked import DOUBLE, SINGLE, Asked, Item
-from harness.memory.captured import WithoutNumbers, bytes_captured, rows_of_a_fact
+from harness.memory.captured import bytes_captured, rows_of_a_fact, shapes_alone
 from harness.memory.passes import differentiated, read_once, searched
 
 # Entries of GRACE where num_seq is null: the facts of the longest published runs on zsRE.
@@ -51,7 +51,7 @@ def of_grace(asked: Asked) -> Iterator[Item]:
 
 def _codebook_bytes(entries: int, d_k: int, d_v: int) -> int:
     """Of its tensors: the codebook itself knows best, built where tensors have shapes alone."""
-    with torch.device("meta"), WithoutNumbers():
+    with shapes_alone():
         keys, values, radii = (torch.empty(shape) for shape in ((entries, d_k), (entries, d_v), (entries,)))
         book = Codebook.of(keys, values, radii, ())
     return sum(part.nbytes for part in vars(book).values() if isinstance(part, Tensor))

@@ -5,6 +5,7 @@ Letters: N rows (captured tokens) of a turn, d_k key size, d_v value size of an 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,7 +78,7 @@ def _rule(asked: Asked) -> torch.nn.Module:
     if named == "cpu":  # editors choose by device, and nothing moves from meta to the CPU: it is built as it will be
         rule = kind(asked.shapes, settings, torch.device("cpu"))
     else:
-        with torch.device("meta"), WithoutNumbers():
+        with shapes_alone():
             rule = kind(asked.shapes, settings, torch.device("meta"))
     assert isinstance(rule, torch.nn.Module)
     return rule
@@ -87,7 +88,14 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-class WithoutNumbers(TorchFunctionMode):
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """What is built takes no memory: tensors have shapes, and nothing in them."""
+    with torch.device("meta"), _WithoutNumbers():
+        yield
+
+
+class _WithoutNumbers(TorchFunctionMode):
     """Nothing is drawn: tensors without memory take no generator of the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
