@@ -19,8 +19,13 @@ from torch.nn import functional
 from data.batches import padded
 from data.records import TokenBatch, TokenSequence, row_offsets
 from model.below import BlocksBelow
-from model.text import KEPT, CachedPrompts, TextModel
+from model.text import KEPT, SEARCHED, CachedPrompts, TextModel
 from model.tracing import answer_row_indices, hooks, require_ran, same_bits
+
+
+def tokens_searched(compute_tokens: int, width: int) -> int:
+    """Of a batch of tails, at most."""
+    return min(compute_tokens, max(1, SEARCHED // width))
 
 
 class OffsetLosses:
@@ -37,6 +42,7 @@ class OffsetLosses:
         name: str,  # of the edit module
         module: nn.Module,
         below: BlocksBelow,
+        budget: int,  # tokens of a batch of tails
         precise: torch.dtype,  # of losses and gradients
         sequences: Sequence[TokenSequence],
         positions: Sequence[int],  # one of each sequence, before its last token, which is not read
@@ -44,7 +50,7 @@ class OffsetLosses:
         replace: bool,
     ) -> None:
         self.model, self.name, self.module, self.below = model, name, module, below
-        self.precise, self.replace = precise, replace
+        self.budget, self.precise, self.replace = budget, precise, replace
         self.expected = None if reference is None else reference.to(precise).log_softmax(-1)
         self.first_row = row_offsets(sequences)
         keeps = model.can_extend(max((len(s.ids) for s in sequences), default=0))
@@ -111,7 +117,7 @@ class OffsetLosses:
 
     def _fitting(self, order: Sequence[int], ends: Sequence[int]) -> int:
         """How many of the sequences, from the first on, a batch takes: all with something before, or none."""
-        first, budget, longest = order[0], self.model.compute_tokens, 0
+        first, budget, longest = order[0], self.budget, 0
         for size, i in enumerate(order):
             longest = max(longest, self.cuts[i])
             tokens, kept = (size + 1) * ends[first], (size + 1) * (longest + ends[first])

@@ -16,7 +16,7 @@ from data.batches import PADDING, compute_batches, on_device
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
-from model.offsets import OffsetLosses, offset_hook
+from model.offsets import OffsetLosses, offset_hook, tokens_searched
 from model.text import TextModel
 from model.tracing import hooks, require_ran, select_head_rows
 
@@ -203,9 +203,9 @@ class PositionModel(TextModel):
 
         Behind a residual block the offset is one of the layer's output, too.
         """
-        module = self.edited[name].module
-        below = self._below(name)
-        return OffsetLosses(self, name, module, below, self.precise, sequences, positions, reference, replace)
+        module, (_, width) = self.edited[name].module, self.edited[name].shape
+        below, budget = self._below(name), tokens_searched(self.compute_tokens, width)
+        return OffsetLosses(self, name, module, below, budget, self.precise, sequences, positions, reference, replace)
 
 
 class _AllRead(Exception):  # noqa: N818  no error

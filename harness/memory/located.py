@@ -20,8 +20,6 @@ COPIES_FACTORED, COPIES_DECOMPOSED = 1, 4
 COPIES_OF_GRAM = 6
 # Of a turn's keys in float64: as they are, rounded, as they enter, what they leave of each other, as they leave.
 COPIES_OF_KEYS = 5
-# Batches of keys over text that are there at a time: that which is summed, and the one that follows.
-BATCHES_OF_KEYS = 2
 # Tokens of a prefix beside those that are asked for: its first word, and the stop behind it.
 BESIDE_PREFIX = 2
 # Numbers a fact has while its target vector is sought, in d_v: h, the offset, its gradient, Adam's two moments.
@@ -34,8 +32,8 @@ def of_moments(asked: Asked) -> Iterator[Item]:
         return
     squares = [d_k**2 for d_k, _ in asked.shapes.values()]
     yield Item("sums", sum(squares) * DOUBLE, "of k k^T in float64", while_in=MOMENTS)
-    keys = BATCHES_OF_KEYS * asked.budget * sum(d_k for d_k, _ in asked.shapes.values()) * SINGLE
-    yield Item("keys over text", keys, f"two batches of {asked.budget} tokens", while_in=MOMENTS)
+    keys = asked.budget * sum(d_k for d_k, _ in asked.shapes.values()) * SINGLE
+    yield Item("keys over text", keys, f"a batch of {asked.budget} tokens", while_in=MOMENTS)
     yield Item("a product", max(squares) * SINGLE, "of a batch's keys", while_in=MOMENTS)
     yield a_layer(asked, asked.budget, MOMENTS)
     if asked.device.type == "cpu":

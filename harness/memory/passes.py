@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from harness.memory.asked import SINGLE, Asked, Facts, Item
 from model.below import KEPT_TOKENS
+from model.offsets import tokens_searched
 from model.text import KEPT
 
 # Numbers that autograd keeps for a token and traced layer, in widths of the hidden states and of the MLP's inside:
@@ -78,8 +79,8 @@ def searched(
 ) -> Iterator[Item]:
     """Losses at any offsets (model/offsets.py), of all these sequences.
 
-    What stands before is read once, its keys and values kept. A batch has so many tails as fill a compute batch, unless
-    too many tokens stand before them; its keys and values are there once more, with those of the tails, and for
+    What stands before is read once, its keys and values kept. A batch has as many tails as it may have tokens, unless
+    too many stand before them; its keys and values are there once more, with those of the tails, and for
     attention, which shares none between heads, at the width of the queries.
     """
     outline, answers = asked.outline, asked.facts.answer_tokens
@@ -87,12 +88,13 @@ def searched(
     cache = kept * outline.keys_and_values * asked.number
     yield Item("what stands before", cache, f"keys and values of {kept} tokens in all layers", while_in=part)
     layers = outline.layers_from(name)
-    attended = min(sequences * longest, KEPT * asked.budget)
+    budget = tokens_searched(asked.budget, outline.width)
+    attended = min(sequences * longest, KEPT * budget)
     a_token = outline.keys_and_values + 2 * outline.width * layers
     about = f"keys and values of {attended} tokens, estimated"
     yield Item("attended to", attended * a_token * asked.number, about, while_in=part)
-    yield activations(asked, min(sequences * tail, asked.budget), layers, part)
-    yield logits(asked, min(sequences * answers, asked.budget), part)
+    yield activations(asked, min(sequences * tail, budget), layers, part)
+    yield logits(asked, min(sequences * answers, budget), part)
     yield from read_once(asked, "tails read once", sequences * tail, "the tails", part)
 
 

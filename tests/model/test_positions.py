@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.records import TokenSequence
 from model import LanguageModel
+from model.offsets import tokens_searched
 from model.source import find_edit_modules
 from tests.conftest import exact_llama, tiny_gpt2, tiny_llama
 
@@ -130,6 +131,20 @@ def test_compute_batches_change_nothing(make: Callable[..., Any], names: tuple[s
     ):
         torch.testing.assert_close(small, large)
     torch.testing.assert_close(few.keys_at(sequences(), POSITIONS), many.keys_at(sequences(), POSITIONS))
+
+
+def test_a_search_differentiates_fewer_tokens_the_wider_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as have `SEARCHED` hidden numbers, where a compute batch has more."""
+    assert tokens_searched(8192, 576) == 8192
+    assert tokens_searched(8192, 4096) == 2048
+    assert tokens_searched(256, 4096) == 256
+    model = language_model(exact_llama, LLAMA, 10_000)
+    many = model.offset_losses(LLAMA[0], sequences(), POSITIONS)
+    monkeypatch.setattr("model.offsets.SEARCHED", 3 * offsets().shape[1])
+    few = model.offset_losses(LLAMA[0], sequences(), POSITIONS)
+    assert len(few.before) > len(many.before)
+    for one, other in zip(few(offsets()), many(offsets()), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_kl_of_the_model_with_itself_is_nothing_and_replacing_by_what_is_there_changes_nothing() -> None:
