@@ -285,6 +285,19 @@ def test_facts_that_contradict_each_other_are_told_where_they_are_edited(run: Co
     assert "1 contradict another one, by another answer to the same prompt (rows 2 and 10)" in line
 
 
+def test_facts_that_fill_no_turn_are_told(run: Commands) -> None:
+    """Unless so many turns were asked for."""
+
+    def told(done: Run) -> list[str]:
+        return [line for line in (done.folder / "main.log").read_text().splitlines() if "fill no turn" in line]
+
+    file = run.write("eval", [zsre_row(i) for i in range(11)])
+    (line,) = told(run(run="all"))
+    assert f"file {file}: 2 of its 11 rows fill no turn of dataset.n_edits=3 and are not edited" in line
+    assert told(run("num_seq=2", run="two")) == []
+    assert told(run("dataset.n_edits=11", "num_seq_zsre=0", run="one")) == []
+
+
 def test_zero_warm_up_turns_are_the_run_without_warm_up(run: Commands) -> None:
     """The training file is not opened, and no score or statistic differs."""
     without = run("editor.preheat_mode=none", run="without")
