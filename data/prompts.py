@@ -1,4 +1,4 @@
-"""How a fact is put to the model: the text around its question, and what ends its answer (DESIGN section 10)."""
+"""How a fact is put to the model: the text around its question, and what ends its answer (DESIGN section 4)."""
 
 from __future__ import annotations
 

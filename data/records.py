@@ -174,7 +174,8 @@ class TurnCapture:
     modules: Mapping[str, Capture]
     loss: float  # nats a token, the mean over the turn's mini-batches
     all_correct: tuple[bool, ...]  # of each fact: whether every answer token is the model's first choice already
-    max_token_loss: tuple[float, ...]  # of each fact: the largest -log p of its answer tokens, nats
+    mean_token_loss: tuple[float, ...]  # of each fact: the mean -log p of its answer tokens, nats
+    max_token_loss: tuple[float, ...]  # of each fact: the largest
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,11 +70,11 @@ class UpdateRule(State, Protocol):
 
 
 @runtime_checkable
-class AdaptiveWarmUp(Protocol):
-    """A rule that knows when it has had warm-up turns enough."""
+class TurnRule(Protocol):
+    """A rule that is to know where a turn begins, of which it otherwise sees passes alone."""
 
-    def passes_over(self, phase: Phase) -> bool:
-        """Whether the turn that comes now is left out; asked once a turn."""
+    def begin(self, phase: Phase) -> bool:
+        """Called before a turn's first pass; False leaves the turn out, as where warm-up turns have been enough."""
 
 
 def shape_name(shape: tuple[int, int]) -> str:

@@ -5,14 +5,25 @@ Letters: N rows of a turn, d_k key size, d_v value size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data.records import Allocate, Capture, LowRankUpdate, Phase, Turn, WeightChange, row_indices, row_offsets
-from editor.base import AdaptiveWarmUp, Edit, EditableModel, UpdateRule
+from data.records import (
+    Allocate,
+    Capture,
+    LowRankUpdate,
+    Phase,
+    Turn,
+    TurnCapture,
+    WeightChange,
+    row_indices,
+    row_offsets,
+)
+from editor.base import Edit, EditableModel, TurnRule, UpdateRule
 from editor.stopwatch import Stopwatch
 from editor.updates import summed
 
@@ -43,7 +54,7 @@ class CaptureEditor:
 
     def edit(self, model: EditableModel, turn: Turn) -> Edit:
         """Raises FloatingPointError, saying which weights the model has then, where a number is not finite."""
-        if isinstance(self.rule, AdaptiveWarmUp) and self.rule.passes_over(turn.phase):
+        if isinstance(self.rule, TurnRule) and not self.rule.begin(turn.phase):
             return Edit(None, {}, {}, {}, {"passed_over": True})
         watch = Stopwatch(*model.devices, self.device)
         todo, done = turn.with_replay(), _Passes(len(turn.sequences))
@@ -57,7 +68,7 @@ class CaptureEditor:
                 message = f"turn {turn.index}{number}: {error}; the weights are those of the {before} before"
                 raise FloatingPointError(message) from error
         updates, changes = summed(done.updates, done.changes)
-        return Edit(done.losses[0], updates, changes, watch.seconds, done.details())
+        return Edit(done.loss, updates, changes, watch.seconds, done.details())
 
     def _pass(self, model: EditableModel, todo: Turn, done: _Passes, watch: Stopwatch) -> Turn:
         """One capture, update and application; the facts that are left for the next one."""
@@ -65,6 +76,8 @@ class CaptureEditor:
         pushed_anyway = 0 if done.losses else done.new
         with watch.measure("capture"):
             captured = model.capture(todo, every_token, self.settings.allocate)
+            if not done.losses:
+                done.loss = _own_loss(captured, todo, done.new)
             said = captured.all_correct if limit is None else [loss < limit for loss in captured.max_token_loss]
             unsaid = [i for i, is_said in enumerate(said) if i < pushed_anyway or not is_said]
             modules = captured.modules
@@ -89,6 +102,7 @@ class _Passes:
     """What the passes of a turn did so far."""
 
     new: int  # facts of the turn's own, which its first pass pushes whether they are said or not
+    loss: float = math.nan  # of these, before the turn
     losses: list[float] = field(default_factory=list)
     facts: list[int] = field(default_factory=list)  # that each pass pushed
     updates: list[Mapping[str, LowRankUpdate]] = field(default_factory=list)
@@ -99,3 +113,11 @@ class _Passes:
         if len(self.losses) == 1 and self.facts[0] == self.new:
             return {}
         return {"passes": {"facts": self.facts, "loss": self.losses}}
+
+
+def _own_loss(captured: TurnCapture, turn: Turn, own: int) -> float:
+    """The mean over mini-batches, as `captured.loss`, of the turn's first `own` facts; replayed ones follow them."""
+    if own == len(turn.sequences):
+        return captured.loss
+    weights = [w * s.answer_length for w, s in zip(turn.loss_weights[:own], turn.sequences, strict=False)]
+    return math.fsum(w * loss for w, loss in zip(weights, captured.mean_token_loss, strict=False)) / math.fsum(weights)

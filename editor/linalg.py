@@ -144,7 +144,7 @@ class CholeskyCoordinates:
 
 
 class PreservingSystem:
-    """The normal equations of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), factored once (DESIGN section 13).
+    """The normal equations of ||K DeltaW - V||^2 + tr(DeltaW^T A DeltaW), factored once (DESIGN section 1).
 
     With A = alpha I + beta C that is the ridge system of K and of beta tokens of text whose keys are asked to stay. It
     is solved in A's coordinates, where it is a `RidgeSystem` with a ridge of 1, whose `check_errors` and `info` it has.

@@ -26,6 +26,9 @@ FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 # Those whose covariance changes little from one turn to the next, so that its root can be followed.
 LASTING: frozenset[Mode] = frozenset({"stable", "frozen"})
 
+# Counts of what following a root takes.
+DONE: frozenset[str] = frozenset({"whitening_decomposed", "whitening_steps", "whitening_products"})
+
 # Names of the quantiles of the whitening matrix's eigenvalues in turns.jsonl.
 SPECTRUM = {
     "whitening_min": 0.0,
@@ -46,7 +49,7 @@ class StableEditSettings:
     with full whitening.
     `whitening_solver` auto = newton on a GPU with whitening_floor_mode=shift and a mode in `LASTING`, else eigh, which
     is faster on a CPU at every size (benchmarks/whitening.py).
-    `preserve` is beta of the preserving solve; preheat_mode=adaptive ends warm-up by itself (DESIGN section 13).
+    `preserve` is beta of the preserving solve; preheat_mode=adaptive ends warm-up by itself (DESIGN section 1).
     """
 
     lr: float
@@ -106,11 +109,17 @@ class StableEdit(nn.Module):
         self.to(device)
         self._preserving = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
         self._turn_statistics: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}
+        self._before: dict[str, dict[str, Tensor]] = {}  # moments as the turn found them
+
+    def begin(self, phase: Phase) -> bool:
+        """Statistics are of a turn, whatever its passes; False where adaptive warm-up has come to its end."""
+        self._turn_statistics = {group: {} for group in self.normalizers}
+        self._before = {}
+        return not (phase is Phase.WARM_UP and self.warm_up is not None and bool(self.warm_up.over))
 
     @torch.no_grad()
     def update(self, captures: Mapping[str, Capture], phase: Phase) -> dict[str, LowRankUpdate]:
-        """All rows of the turn enter the statistics before any of them is normalised."""
-        self._turn_statistics = {group: {} for group in self.normalizers}
+        """All rows of the pass enter the statistics before any of them is normalised."""
         self._observe(captures, phase)
         return self._updates(captures, self._whitenings(phase))
 
@@ -124,21 +133,15 @@ class StableEdit(nn.Module):
             return
         for group in self.normalizers:
             normalizer = self._normalizer(group)
-            before = normalizer.moments()
+            if group not in self._before:
+                self._before[group] = normalizer.moments()
             if mode == "batch":
                 normalizer.reset()
             own = [capture for name, capture in captures.items() if self.groups[name] == group]
             normalizer.observe([(capture.keys, capture.value_grads) for capture in own], self.settings.batch_size)
-            self._turn_statistics[group] |= normalizer.changes_since(before)
+            self._turn_statistics[group] |= normalizer.changes_since(self._before[group])
         if self.warm_up is not None and phase is Phase.WARM_UP:
             self.warm_up.count([found["value_covariance_change"] for found in self._turn_statistics.values()])
-
-    def passes_over(self, phase: Phase) -> bool:
-        """Whether a turn is one of warm-up, and adaptive warm-up has come to its end."""
-        passed = phase is Phase.WARM_UP and self.warm_up is not None and bool(self.warm_up.over)
-        if passed:
-            self._turn_statistics = {group: {} for group in self.normalizers}
-        return passed
 
     def _coordinates(
         self,
@@ -146,7 +149,13 @@ class StableEdit(nn.Module):
     ) -> linalg.CholeskyCoordinates:  # of A = alpha I + beta C
         matrix = second_moments.to(self.device).double() * self.settings.preserve
         matrix.diagonal().add_(self.settings.alpha)
-        return linalg.CholeskyCoordinates(matrix)
+        try:
+            return linalg.CholeskyCoordinates(matrix)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"editor.alpha={self.settings.alpha}: too small beside editor.preserve={self.settings.preserve} times "
+                "the second moments of keys, which rounding leaves without a factor; set a larger one"
+            ) from error
 
     def _whitenings(self, phase: Phase) -> dict[str, Whitening]:
         """One a group and turn; none where the diagonal form serves."""
@@ -161,9 +170,16 @@ class StableEdit(nn.Module):
                 self._turn_statistics[group] |= {
                     "floored_fraction": found[group].floored,
                     **_spectrum_quantiles(found[group].spectrum),
-                    **found[group].details,
+                    **self._over_passes(group, found[group].details),
                 }
         return found
+
+    def _over_passes(self, group: str, details: Mapping[str, float | None]) -> dict[str, float | None]:
+        """What passes do adds up over a turn; of the rest that of the last stands."""
+        so_far = self._turn_statistics[group]
+        return {
+            name: (value or 0) + (so_far.get(name) or 0) if name in DONE else value for name, value in details.items()
+        }
 
     def _updates(
         self, captures: Mapping[str, Capture], whitenings: Mapping[str, Whitening]
@@ -221,9 +237,9 @@ class StableEdit(nn.Module):
         """Rows seen, mean |mu| and mean sigma of the value gradients, floored fraction (None: diagonal form).
 
         Where rows entered this turn: each moment's relative change since the turn before. Where value gradients were
-        whitened: quantiles of the eigenvalues of Sigma^(-1/2) and, where its root is followed, whether Sigma was
-        decomposed after all (0 or 1), Newton's steps, products and residual
-        (`nets.FollowedRoot`), or the shrinkage coefficient.
+        whitened: quantiles of the eigenvalues of Sigma^(-1/2) and, where its root is followed, in how many passes Sigma
+        was decomposed after all, Newton's steps, products and residual (`nets.FollowedRoot`), or the shrinkage
+        coefficient. Of several passes: steps and products together, the rest as the last one has it.
         """
         return {
             group.replace("/", "."): {

@@ -154,6 +154,7 @@ class LanguageModel(PositionModel):
         weights = torch.tensor(turn.loss_weights, dtype=torch.float64)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         wrong = torch.zeros(len(turn.sequences), dtype=torch.int64, device=self.device)  # answer tokens of each
+        each = torch.zeros(len(turn.sequences), dtype=torch.float64, device=self.device)  # its loss, summed
         worst = torch.zeros(len(turn.sequences), dtype=self.precise, device=self.device)
         with same_bits():
             for batch in self.batches(turn.sequences):
@@ -165,6 +166,7 @@ class LanguageModel(PositionModel):
                 losses, missed = self._capture_batch(batch, here, (rows, positions), target, weight, captures)
                 loss += (losses.double() * weight).sum()
                 wrong.index_add_(0, fact, missed.long())
+                each.index_add_(0, fact, losses.double())
                 worst.scatter_reduce_(0, fact, losses, "amax")
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
         mean = float(loss) / mini_batches
@@ -174,7 +176,8 @@ class LanguageModel(PositionModel):
         for name, is_finite in zip(captures, read_together(finite), strict=True):
             if not is_finite:
                 raise FloatingPointError(f"the keys or value gradients of {name} are not finite")
-        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()), tuple(worst.tolist()))
+        means = [total / s.answer_length for total, s in zip(each.tolist(), turn.sequences, strict=True)]
+        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()), tuple(means), tuple(worst.tolist()))
 
     def empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
         """Room for the captures of a turn of that many rows."""

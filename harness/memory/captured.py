@@ -59,6 +59,8 @@ def _of_rule(asked: Asked) -> Iterator[Item]:
     covariances = [one for one in state if one.ndim == 2 and one.dtype is torch.float64]
     if covariances:
         copies = COPIES_OF_SIGMA * max(one.nbytes for one in covariances)
+        found = sum(one.nbytes for one in covariances)
+        yield Item("statistics before", found, "covariances as the turn found them", of_editor=True)
         yield Item("whitening", copies, "copies of a covariance", of_editor=True, while_in="update")
     if isinstance(cfg.editor, HyperNetworkConfig) and cfg.editor.trains():
         moments = 3 * _size(rule.parameters())

@@ -79,29 +79,32 @@ class SharedModel(LanguageModel):
         first_row = row_offsets(turn.sequences, every_token).tolist()
         captures = self.empty_captures(first_row[-1], allocate)
         losses: list[tuple[float, float]] = []  # and what each counts for
-        all_correct, max_loss = [False] * len(turn.sequences), [0.0] * len(turn.sequences)
+        of_facts: list[tuple[bool, float, float]] = [(False, 0.0, 0.0)] * len(turn.sequences)
         capture = super().capture
 
-        def own() -> tuple[tuple[float, float, list[tuple[bool, float]]], list[Tensor]]:
+        def own() -> tuple[tuple[float, float, list[tuple[bool, float, float]]], list[Tensor]]:
             part = turn.part(shares[self.ranks.rank])
             if not part.sequences:
                 return (0.0, 0.0, []), []
             found = capture(part, every_token)
             weight = sum(w * s.answer_length for w, s in zip(part.loss_weights, part.sequences, strict=True))
-            facts = list(zip(found.all_correct, found.max_token_loss, strict=True))
+            facts = list(zip(found.all_correct, found.mean_token_loss, found.max_token_loss, strict=True))
             return (found.loss, weight, facts), _sides(found.modules)
 
-        def take(rank: int, said: tuple[float, float, list[tuple[bool, float]]], tensors: Sequence[Tensor]) -> None:
+        def take(
+            rank: int, said: tuple[float, float, list[tuple[bool, float, float]]], tensors: Sequence[Tensor]
+        ) -> None:
             rows = row_indices(shares[rank], first_row)
             for into, tensor in zip(_sides(captures), tensors, strict=False):  # a rank without a share has none
                 into[rows.to(into.device)] = tensor.to(into.device)
             losses.append(said[:2])
             for i, found in zip(shares[rank], said[2], strict=True):
-                all_correct[i], max_loss[i] = found
+                of_facts[i] = found
 
         self.ranks.all_gather_tensors(own, take)
         mean = math.fsum(loss * w for loss, w in losses) / math.fsum(w for _, w in losses)
-        return TurnCapture(captures, mean, tuple(all_correct), tuple(max_loss))
+        all_correct, means, largest = zip(*of_facts, strict=True)
+        return TurnCapture(captures, mean, all_correct, means, largest)
 
     # -- scoring and text
 

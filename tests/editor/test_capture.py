@@ -122,9 +122,12 @@ def test_of_the_replay_only_what_is_forgotten_is_pushed(limit: float | None) -> 
     forgotten = [place for place in range(17) if not is_said(by_hand, replayed, place, limit)]
     assert 0 < len(forgotten) < 17
     own = random_turn(0, EDIT)
+    before = model.capture(own)
     edit = CaptureEditor(Descent(), CPU, CaptureSettings(1, limit)).edit(model, replace(own, replay=replayed))
     CaptureEditor(Descent(), CPU).edit(by_hand, replace(own, replay=replayed.part(forgotten)).with_replay())
     assert edit.details["passes"]["facts"] == [17 + len(forgotten)]
+    assert edit.loss == pytest.approx(before.loss, rel=1e-5)
+    assert abs(edit.details["passes"]["loss"][0] / before.loss - 1) > 0.01
     for name, weight in by_hand.snapshot().items():
         torch.testing.assert_close(model.snapshot()[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -150,11 +153,16 @@ def test_a_number_that_is_not_finite_says_where_and_what_is_left(passes: int, pl
 def test_a_fact_is_right_when_all_its_tokens_are_the_first_choice() -> None:
     model = harness(tiny_llama, LLAMA)
     turn = random_turn(3, EDIT)
-    right = []
+    right, losses = [], []
     for sequence in turn.sequences:
         logits = model.model(input_ids=torch.tensor([sequence.ids])).logits[0]
+        answer = torch.tensor(sequence.ids[sequence.answer_start :])
+        losses.append(-logits.log_softmax(-1)[sequence.answer_start - 1 : -1][range(len(answer)), answer])
         chosen = logits.argmax(-1)[sequence.answer_start - 1 : -1]
         right.append(chosen.tolist() == list(sequence.ids[sequence.answer_start :]))
     said = replace(turn, sequences=turn.sequences[:2] * 8 + turn.sequences[2:3])
-    assert model.capture(turn).all_correct == tuple(right)
+    found = model.capture(turn)
+    assert found.all_correct == tuple(right)
+    assert found.mean_token_loss == pytest.approx([float(one.mean()) for one in losses], rel=1e-5)
+    assert found.max_token_loss == pytest.approx([float(one.max()) for one in losses], rel=1e-5)
     assert model.capture(said).all_correct == tuple(right[:2] * 8 + right[2:3])

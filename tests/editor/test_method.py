@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from data.records import Capture, Phase, TokenSequence, Turn
 from data.stream import mini_batch_weights
 from editor import linalg
-from editor.capture import CaptureEditor
+from editor.capture import CaptureEditor, CaptureSettings
 from editor.stableedit import StableEdit, StableEditSettings
 from model import LanguageModel
 from model.source import find_edit_modules
@@ -151,7 +152,7 @@ def test_adaptive_warm_up_ends_when_the_covariance_stands_still() -> None:
 
     rule, whole = editor()
     edits = [whole.edit(model, random_turn(0, WARM_UP))]
-    assert not rule.passes_over(WARM_UP), "there was no covariance before that it could stand still against"
+    assert rule.begin(WARM_UP), "there was no covariance before that it could stand still against"
     edits += [whole.edit(model, random_turn(i, WARM_UP)) for i in (1, 2)]
     change = rule.statistics()["40x24"]["value_covariance_change"]
     assert change is not None
@@ -162,8 +163,8 @@ def test_adaptive_warm_up_ends_when_the_covariance_stands_still() -> None:
     assert edits[-1].details == {"passed_over": True}
     again, resumed = editor()
     resumed.load_state_dict(whole.state_dict())
-    assert again.passes_over(WARM_UP)
-    assert not again.passes_over(EDIT)
+    assert not again.begin(WARM_UP)
+    assert again.begin(EDIT)
     assert not resumed.edit(model, random_turn(4, WARM_UP)).updates
     assert resumed.edit(model, random_turn(5, EDIT)).updates
 
@@ -185,6 +186,7 @@ def compare(make: Callable[..., Any], modules: list[str], tolerance: float = 1e-
     )  # fmt: skip
     for index, phase in enumerate(PHASES):
         turn = random_turn(index, phase)
+        assert editor.begin(phase)
         updates = editor.update(model.capture(turn).modules, phase)
         model.apply(updates)
         expected = reference.turn([(list(s.ids), s.answer_start) for s in turn.sequences], 5, phase is WARM_UP)
@@ -261,6 +263,7 @@ def test_warm_up_turns_use_the_diagonal_form_and_report_it() -> None:
     capture = model.capture(random_turn(0, WARM_UP)).modules
     editor.update(capture, WARM_UP)
     assert editor.statistics()["40x24"]["floored_fraction"] is None
+    assert editor.begin(EDIT)
     editor.update(capture, EDIT)
     assert editor.statistics()["40x24"]["floored_fraction"] is not None
 
@@ -273,9 +276,46 @@ def test_editor_state_survives_a_restart(changes: dict[str, Any]) -> None:
     for capture in captures[:2]:
         whole.update(capture, EDIT)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert whole.begin(EDIT)
+    assert resumed.begin(EDIT)
     ours, theirs = (editor.update(captures[2], EDIT) for editor in (whole, resumed))
     assert all(torch.equal(dense(ours[name]), dense(theirs[name])) for name in LLAMA)
     assert whole.statistics() == resumed.statistics()
+
+
+def test_statistics_are_of_a_turn_whatever_its_passes() -> None:
+    """Moments are compared with those of the turn before, and what following a root takes adds up."""
+    model = harness(tiny_llama, LLAMA)
+    chosen = settings(whitening_floor_mode="shift", whitening_floor=0.5, whitening_solver="newton")
+    rule = StableEdit(model.shapes, chosen, torch.device("cpu"))
+    editor = CaptureEditor(rule, torch.device("cpu"), CaptureSettings(passes=3))
+    editor.edit(model, random_turn(0, EDIT))
+    (normalizer,) = rule.normalizers.values()
+    before, done = normalizer.moments(), []
+    counted = StableEdit._over_passes
+
+    def count(self: StableEdit, group: str, details: dict[str, float | None]) -> dict[str, float | None]:
+        done.append(details)
+        return counted(self, group, details)
+
+    with mock.patch.object(StableEdit, "_over_passes", count):
+        edit = editor.edit(model, random_turn(1, EDIT))
+    assert len(done) == len(edit.details["passes"]["facts"]) == 3
+    found = rule.statistics()["40x24"]
+    for name, change in normalizer.changes_since(before).items():
+        assert found[name] == change
+    for name in ("whitening_decomposed", "whitening_steps", "whitening_products"):
+        assert found[name] == sum(details[name] for details in done)
+    assert found["whitening_residual"] == done[-1]["whitening_residual"]
+
+
+def test_a_ridge_too_small_to_preserve_by_ends_in_one_line() -> None:
+    """C is float32, so alpha I + beta C may have eigenvalues below 0."""
+    rows = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)) * 1e3
+    rows[:, 0] *= 1e3
+    small = settings(alpha=1e-5, preserve=100.0)
+    with pytest.raises(ValueError, match=r"editor.alpha=1e-05: too small beside editor.preserve=100.0 .* set a larger"):
+        StableEdit({"m": (40, 24)}, small, torch.device("cpu"), lambda _: rows.T @ rows / 20)
 
 
 def test_value_gradients_of_zero_ask_for_no_update() -> None:

@@ -99,6 +99,7 @@ def test_solvers_give_the_same_updates_and_newton_goes_on_bit_for_bit() -> None:
         if turn == 15:
             resumed = StableEdit({"m": (16, 48)}, settings("newton"), CPU)
             resumed.load_state_dict(copy.deepcopy(newton.state_dict()))
+        assert all(one.begin(Phase.EDIT) for one in (newton, eigh, *([resumed] if resumed else [])))
         mine, theirs = newton.update(capture, Phase.EDIT)["m"], eigh.update(capture, Phase.EDIT)["m"]
         assert (mine.right - theirs.right).norm() <= 1e-4 * theirs.right.norm()
         if resumed is not None:
