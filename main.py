@@ -38,7 +38,6 @@ from harness.evaluation import Downstream
 from harness.job import LoopState, Plan
 from harness.ranks import init_ranks, launch_command
 from harness.run import (
-    MODEL_KEY,
     Interrupted,
     Interruption,
     RunFolder,
@@ -192,13 +191,9 @@ def begin(
     start = None if earlier is None else job.newest_checkpoint(earlier)
     model = job.load_model(cfg, plan)
     about["model"]["fingerprint"] = model.fingerprint()
-    given = job.editor_inputs(cfg, plan, model, about["model"]["fingerprint"])
-    editor = job.build_editor(cfg, model, plan.editor_device, allocate, given)
+    editor = job.make_editor(cfg, plan, model, about["model"]["fingerprint"], allocate)
     if cfg.model_cache and model.is_wrapped:
         raise ValueError(f"model_cache=true: {BESIDE_WEIGHTS}; leave it out")
-    if plan.network is not None:
-        plan.network.require({MODEL_KEY: about["model"]["fingerprint"]})
-        editor.load_state_dict(plan.network.tensors())
     diagnostics = TurnDiagnostics(*model.devices, plan.editor_device, previous=cfg.diagnostics.previous, seed=cfg.seed)
     state = LoopState(earlier or job.new_record(plan.ranks, folder, about), model, editor, diagnostics, cfg.keep)
     if earlier is not None:

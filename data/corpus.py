@@ -19,6 +19,7 @@ from data.stream import AnswerTokens, tokenize
 
 BLOCK = 1 << 16  # characters of a text file that are tokenised as one document, or a line more
 MOST_BYTES = 1 << 26  # of a line of JSON Lines
+MOST_CHARACTERS = 16  # of a token, on average of a text
 TOGETHER = 64  # documents
 SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
 
@@ -65,7 +66,7 @@ class TextFiles:
 
     def total(self, tokens: int) -> int | None:
         size = sum(path.stat().st_size for path in (*self.texts, *self.rows))
-        return tokens if size > 16 * tokens else None
+        return tokens if size > MOST_CHARACTERS * tokens else None
 
     def documents(self) -> Iterator[str]:
         """ValueError, naming file and line, for a row without text."""
@@ -124,8 +125,11 @@ def _cut(documents: Iterable[Sequence[int]], window: int, tokens: int) -> Iterat
             return
 
 
-def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
-    """The corpus at `corpus.path`, None for the shipped texts. ValueError where it is no text file."""
+def open_corpus(path: str | None, sample_dir: Path, tokens: int) -> TextFiles:
+    """The corpus at `corpus.path`, None for the shipped texts, of which `tokens` will be read.
+
+    ValueError where it is no text file, or has a row without text among those.
+    """
     if path is None:
         texts: tuple[Path, ...] = (sample_dir / "passage.txt",)
         rows: tuple[Path, ...] = tuple(sample_dir / name for name in SAMPLES)
@@ -134,7 +138,12 @@ def open_corpus(path: str | None, sample_dir: Path) -> TextFiles:
     if not file.is_file():
         raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")
     corpus = TextFiles((file,), (), f"corpus.path={path}", _digest([file]))
-    if not any(document.strip() for document in corpus.documents()):
+    read, has_text = 0, False
+    for document in corpus.documents():
+        read, has_text = read + len(document), has_text or bool(document.strip())
+        if has_text and read > MOST_CHARACTERS * tokens:
+            break
+    if not has_text:
         raise ValueError(f"corpus.path={path}: holds no text; name another file, or set it to null")
     return corpus
 

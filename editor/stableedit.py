@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ FULL_WHITENING: frozenset[Mode] = frozenset({"stable", "batch", "frozen"})
 
 # Those whose covariance changes little from one turn to the next, so that its root can be followed.
 LASTING: frozenset[Mode] = frozenset({"stable", "frozen"})
+
+# What followed roots are called in a state.
+FOLLOWED = ".followed."
 
 # Counts of what following a root takes.
 DONE: frozenset[str] = frozenset({"whitening_decomposed", "whitening_steps", "whitening_products"})
@@ -249,6 +252,15 @@ class StableEdit(nn.Module):
             }
             for group in self.normalizers
         }
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Also that of a run that followed no root, or that followed one where this does not (GPUs do, CPUs do not).
+
+        What is followed then begins anew, with a decomposition.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if FOLLOWED in name}
+        rest = {name: tensor for name, tensor in state_dict.items() if FOLLOWED not in name or name in own}
+        return super().load_state_dict({**own, **rest}, strict, assign)
 
     def _normalizer(self, group: str) -> LifelongNormalizer:
         normalizer = self.normalizers[group]

@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default {MAX_NEW_TOKENS}"
     )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:N; default: a GPU if any")
     parser.add_argument("--json", action="store_true", help="an object a line: question, base, edited")
     parser.add_argument("--trust-remote-code", action="store_true", help="for models that bring code; a run says it")
     return parser.parse_args(arguments)

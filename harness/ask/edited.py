@@ -83,23 +83,36 @@ def open_edited(
     model: str | None = None,
     prompt: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> EditedModel:
     """The edited model that `path` stands for, with its base model.
 
     `path` is a run's folder (its newest checkpoint, or that of `turn`), a checkpoint's folder, a delta, or a folder
     that `from_pretrained` reads, whose base model only `model` can name. `prompt` is raw, chat or qa; default: the
-    run's own, raw for other folders. ValueError, before weights are read, where there is nothing to open.
+    run's own, raw for other folders. `device` is cpu, cuda, cuda:N or auto, a GPU where there is one; on it a run that
+    laid its model over several devices does so again. ValueError, before weights are read, where there is nothing to
+    open.
     """
     if prompt is not None and prompt not in PROMPT_FORMS:
         raise ValueError(f"--prompt {prompt}: must be one of {', '.join(PROMPT_FORMS)}")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
+    where = _device(device)
     found = _find(Path(path).expanduser().absolute(), turn, model, trust_remote_code)
     form = prompt or found.form
     _generation(form, load_tokenizer(found.source), max_new_tokens)
-    edited, base = found.load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    edited, base = found.load(where)
     return EditedModel(edited, base, found.about, form, max_new_tokens)
+
+
+def _device(name: str) -> torch.device:
+    """ValueError where this machine has no such device."""
+    count = torch.cuda.device_count()
+    known = ["cpu", *["cuda"] * bool(count), *(f"cuda:{i}" for i in range(count))]
+    if name not in ("auto", *known):
+        raise ValueError(f"--device {name}: this machine has {', '.join(known)}; choose one of them, or auto")
+    return torch.device(known[:2][-1] if name == "auto" else name)
 
 
 def _generation(form: str, tokenizer: Any, max_new_tokens: int) -> Generation:

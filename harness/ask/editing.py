@@ -11,7 +11,7 @@ from config.compose import choices_of, compose_config
 from config.schema import quoted, to_run_config
 from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
-from harness.job import build_editor, editor_inputs, load_model, make_plan
+from harness.job import load_model, make_editor, make_plan
 from harness.ranks import init_ranks
 from harness.watch import turn_note
 
@@ -24,12 +24,13 @@ def edit(
     editor: str = "stableedit_plus",
     settings: Sequence[str] = (),
 ) -> EditedModel:
-    """A model with the facts written into it, ready to be asked; nothing is written to disk.
+    """A model with the facts written into it, ready to be asked; on disk caches alone are written.
 
     `model` is a preset of config/model, or the folder or Hugging Face name of any causal language model, which needs
     a step size: settings=["model.lr=1e-3"]. Each fact has a `prompt`, an `answer` and, for editors that ask for it, a
     `subject`. `settings` are those of the command line. Up to 100 facts are one turn; more of them are turns of
-    `dataset.n_edits`, which must share them out evenly. Nothing warms up, unless the settings say otherwise.
+    `dataset.n_edits`, which must share them out evenly. Nothing warms up, unless the settings say otherwise. Editors
+    that learn to edit take a network that a run has trained (`editor.load_checkpoint`).
     ValueError, in one line, for what is wrong with any of them, before a weight is read.
     """
     rows = [_row(i, fact) for i, fact in enumerate(facts)]
@@ -38,7 +39,13 @@ def edit(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        cfg = to_run_config(compose_config([*_choices(model, editor, path, len(rows)), *settings]))
+        composed = compose_config([*_choices(model, editor, path, len(rows)), *settings])
+        if composed.editor.get("n_epochs") and composed.editor.load_checkpoint is None:
+            raise ValueError(
+                f"editor={editor}: edit() trains no network; name a run that has, editor.load_checkpoint=RUN, or set "
+                "editor.n_epochs=0 for the untrained one"
+            )
+        cfg = to_run_config(composed)
         plan = make_plan(cfg, init_ranks())
         if len(plan.stream.edited()) < len(rows):
             raise ValueError(
@@ -46,7 +53,7 @@ def edit(
                 "set dataset.n_edits to a number that divides them"
             )
         edited = load_model(cfg, plan)
-        chosen = build_editor(cfg, edited, plan.editor_device, given=editor_inputs(cfg, plan, edited))
+        chosen = make_editor(cfg, plan, edited, edited.fingerprint())
         with progress_bar("editing", len(plan.stream), "turns", keep=True) as bar:
             for turn in plan.stream.from_turn(0):
                 with edited.reading_once(), edited.telling(bar.within):

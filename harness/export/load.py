@@ -48,6 +48,7 @@ def edited_by_run(
         outline(source, settings["edit_modules"], settings["auto_layers"]).shapes,
         dtype=DTYPES[Dtype[settings["half"]]],
         device=device,
+        device_map=settings["device_map"] if device.type == "cuda" else None,
         master=EditPrecision[settings["edit_precision"]] is EditPrecision.master,
     )
     name = moved_to or settings["name_or_path"]

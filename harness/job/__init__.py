@@ -1,6 +1,6 @@
 """One command: its plan, checked before a weight is read; what it goes on from; its meta-training; `evaluate=`."""
 
-from harness.job.build import build_editor, editor_inputs, memory_of_run, memory_settings, settings_of
+from harness.job.build import build_editor, make_editor, memory_of_run, memory_settings, settings_of
 from harness.job.devices import DTYPES
 from harness.job.evaluate_only import evaluate_only, evaluated_source
 from harness.job.evaluation import base_cache, make_evaluation, make_hidden_states, plan_downstream

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config.schema import LocateConfig, RunConfig, Token
 from data.records import Allocate
@@ -17,6 +19,7 @@ from editor.registry import EDITORS, build
 from harness.job.facts import Contexts, write_prefixes
 from harness.job.moments import KeptOfMoments, second_moments
 from harness.job.plan import Plan
+from harness.run import MODEL_KEY
 from model import LanguageModel
 
 
@@ -32,21 +35,38 @@ def build_editor(
     return build(kind, model, settings_of(kind.Settings, cfg), device, capture, given)
 
 
-def editor_inputs(
-    cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str | None = None
-) -> LocateInputs | SecondMoments | None:
+def make_editor(
+    cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str, allocate: Allocate | None = None
+) -> Editor:
+    """The editor before the first turn, with all it asks for and, where a trained network was named, with that.
+
+    `model` is not edited yet, `fingerprint` is its own. ValueError where the network was trained for another one.
+    """
+    editor = build_editor(cfg, model, plan.editor_device, allocate, _inputs(cfg, plan, model, fingerprint))
+    if plan.network is not None:
+        plan.network.require({MODEL_KEY: fingerprint})
+        editor.load_state_dict(plan.network.tensors())
+    return editor
+
+
+def _inputs(cfg: RunConfig, plan: Plan, model: LanguageModel, fingerprint: str) -> LocateInputs | SecondMoments | None:
     """Second moments of keys and, for locate-then-edit, facts in contexts; None for editors that ask for neither.
 
-    `model` is not edited yet; `fingerprint` is its own, where that is known already.
+    Moments are made when the first is asked for: an editor may refuse the model before that.
     """
     if not cfg.editor.asks_for_text():
         return None
-    moments = second_moments(cfg, plan, model, fingerprint or model.fingerprint()).pop
+    made = cache(lambda: second_moments(cfg, plan, model, fingerprint))
+
+    def moments(name: str) -> Tensor:
+        return made().pop(name)
+
     if not isinstance(cfg.editor, LocateConfig):
         return moments
     prefixes = write_prefixes(model, plan.tokenizer, cfg.editor.prefixes, cfg.editor.prefix_tokens)
     contexts = Contexts(cfg, plan.tokenizer, plan.form, prefixes, plan.outline.context_length)
-    return LocateInputs(contexts, moments, KeptOfMoments(plan.editor_device, plan.ranks.is_first, model.all_ranks))
+    keep = KeptOfMoments(plan.editor_device, plan.ranks.writes_cache, model.all_ranks)
+    return LocateInputs(contexts, moments, keep)
 
 
 def memory_of_run(

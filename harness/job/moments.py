@@ -61,13 +61,13 @@ def _moments_over(
     missing = [name for name in files if not model.all_ranks(kept[name] is not None)]
     if missing:
         part = folder / f"{_key(cfg, plan, corpus, fingerprint, list(files))}.part.safetensors"
-        sums = MomentSums(model, missing, part, writes=plan.ranks.is_first)
-        windows = corpus.windows(plan.tokenizer, cfg.corpus.window, cfg.corpus.tokens)
+        sums = MomentSums(model, missing, part, plan.ranks.writes_cache, plan.ranks.is_first)
+        windows = corpus.windows(plan.tokenizer, _window(cfg, plan), cfg.corpus.tokens)
         sums.add_up(windows, corpus.total(cfg.corpus.tokens))
         made = {name: sums.moments(name) for name in missing}
         _require_finite(made)
         kept |= {name: (moments, sums.tokens) for name, moments in made.items()}
-        if plan.ranks.is_first:
+        if plan.ranks.writes_cache:
             for name, moments in made.items():
                 _write(files[name], {"moments": moments}, tokens=sums.tokens)
             part.unlink(missing_ok=True)
@@ -102,9 +102,11 @@ class KeptOfMoments:
 class MomentSums:
     """Sums of k k^T over windows of text, kept on disk from time to time and where a signal ends the process."""
 
-    def __init__(self, model: LanguageModel, names: Sequence[str], path: Path, writes: bool = True) -> None:
+    def __init__(
+        self, model: LanguageModel, names: Sequence[str], path: Path, writes: bool = True, takes_signals: bool = True
+    ) -> None:
         """Of the keys of the edit modules `names`."""
-        self.model, self.path, self.writes = model, path, writes
+        self.model, self.path, self.writes, self.takes_signals = model, path, writes, takes_signals
         self.windows, self.tokens = 0, 0
         self.sums = {
             name: torch.zeros((d_k, d_k), dtype=torch.float64, device=model.device)
@@ -139,7 +141,7 @@ class MomentSums:
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
         """A signal waits until all sums have the same windows."""
-        return postponed() if self.writes else contextlib.nullcontext()
+        return postponed() if self.takes_signals else contextlib.nullcontext()
 
     def _add(self, windows: list[TokenSequence]) -> int:
         for keys in self.model.token_keys(windows, list(self.sums)):
@@ -182,11 +184,16 @@ def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: 
         "tokenizer": plan.tokenizer_hash,
         "corpus": corpus.sha256,
         "modules": modules,
-        "tokens": [cfg.corpus.tokens, cfg.corpus.window],
+        "tokens": [cfg.corpus.tokens, _window(cfg, plan)],
         "arithmetic": [plan.device.type, cfg.model.half.name, cfg.model.compute_tokens],
         "versions": [FORMAT, versions()],
     }
     return digest_of(identity, "second moments")[:16]
+
+
+def _window(cfg: RunConfig, plan: Plan) -> int:
+    """Tokens that are read together: no more than the model can."""
+    return min(cfg.corpus.window, plan.outline.context_length or cfg.corpus.window)
 
 
 def _read(file: Path) -> tuple[Tensor, int] | None:

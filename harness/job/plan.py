@@ -192,7 +192,7 @@ def plan_corpora(
         return {"corpus": Questions(lambda: asked, form, answer_tokens, name, remedy)}
     found: dict[str, Corpus] = {}
     if cfg.corpus.questions < 1:
-        found["corpus"] = open_corpus(cfg.corpus.path, SAMPLES)
+        found["corpus"] = open_corpus(cfg.corpus.path, SAMPLES, cfg.corpus.tokens)
     if cfg.moments_of_questions():
         name, remedy = "corpus.questions", "bring a larger dataset.train_path"
         found["questions"] = Questions(partial(training_questions, cfg, files), form, answer_tokens, name, remedy)

@@ -69,6 +69,11 @@ class Ranks:
         """Whether this is rank 0, which alone writes, talks and takes signals."""
         return self.rank == 0
 
+    @property
+    def writes_cache(self) -> bool:
+        """Whether this is the first rank of its machine: each machine has a cache of its own."""
+        return self.rank % int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == 0
+
     # -- collectives
 
     def all_gather(self, work: Callable[[], T]) -> list[T]:

@@ -325,6 +325,7 @@ def test_what_is_refused_before_weights_are_read(commands: Commands, done: Path,
     )
     assert "argument --prompt: invalid choice: 'loud'" in refused(done, "--prompt", "loud")
     assert "--max-new-tokens 0: must be 1 or more" in refused(done, "--max-new-tokens", 0)
+    assert "--device cuda:97: this machine has cpu" in refused(done, "--device", "cuda:97")
     assert "a question is blank: give it a text" in refused(done, "Who?", " ")
     assert "--model /gone: no such folder" in refused(done, "--model", "/gone")
     assert "--model /gone: no such folder" in refused(whole, "--model", "/gone")

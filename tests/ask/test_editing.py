@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from harness.ask import edit, open_edited
 from tests.commands import MODULES, Commands
+from tests.conftest import tiny_llama
 
 FACTS = [{"prompt": f"Who keeps box {i}?", "answer": f"number {7 * i % 10}"} for i in range(6)]
 SETTINGS = (f"model.edit_modules=[{','.join(MODULES)}]", "model.half=fp32", "model.lr=0.1")
@@ -49,6 +51,27 @@ def test_another_editor_and_few_facts_in_one_turn(folder: str) -> None:
     edited = edit(folder, FACTS, editor="ultraedit", settings=SETTINGS)
     assert not edited.language_model.is_original()
     assert [one.question for one in edited.ask(["Who keeps box 1?"])] == ["Who keeps box 1?"]
+
+
+def test_a_trained_network_is_taken_up_and_none_is_trained(run: Commands, folder: str) -> None:
+    small = ("editor.rank=4", "editor.n_blocks=1")
+    trained = run(
+        "editor=malmen", *small, "editor.held_out_turns=1", "editor.meta_lr=0.1", "editor.save_checkpoint=true"
+    )
+    network = f"editor.load_checkpoint={trained.folder}"
+    settings = [*SETTINGS, *small, "dataset.prompt_form=raw", "dataset.answer_end=none"]
+    mine, untrained = (edit(folder, FACTS, "malmen", [*settings, one]) for one in (network, "editor.n_epochs=0"))
+    for name, module in mine.language_model.edited.items():
+        assert not torch.equal(module.master, untrained.language_model.edited[name].master)
+    with pytest.raises(ValueError, match=r"editor=malmen: edit\(\) trains no network; name a run that has"):
+        edit(folder, FACTS, "malmen", settings)
+    other = run.folder / "other"
+    shutil.copytree(folder, other)
+    changed = tiny_llama()
+    changed.get_submodule(MODULES[0]).weight.data.add_(1.0)
+    changed.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"editor\.load_checkpoint"):
+        edit(str(other), FACTS, "malmen", [*settings, network])
 
 
 @pytest.mark.parametrize(

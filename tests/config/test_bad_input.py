@@ -433,7 +433,7 @@ def test_an_update_that_is_not_finite(commands: Commands, applied: dict[str, Any
 def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
     commands: Commands, applied: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = main.job.build_editor
+    build = main.job.make_editor
 
     def building(*args: Any) -> Any:
         editor = build(*args)
@@ -448,7 +448,7 @@ def test_of_two_updates_one_of_which_is_not_finite_neither_is_applied(
         monkeypatch.setattr(editor.rule, "update", spoiling)
         return editor
 
-    monkeypatch.setattr(main.job, "build_editor", building)
+    monkeypatch.setattr(main.job, "make_editor", building)
     check(commands.refused(), "turn 2", MODULES[1], "is not finite")
     check_ended(commands, applied, 2)
 

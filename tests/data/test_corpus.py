@@ -56,7 +56,7 @@ def test_ends_are_left_out_of_tokens_and_hash() -> None:
 
 
 def opened(path: Path) -> TextFiles:
-    return open_corpus(str(path), Path("nowhere"))
+    return open_corpus(str(path), Path("nowhere"), 1000)
 
 
 def words(path: Path, window: int, tokens: int) -> list[str]:
@@ -80,6 +80,7 @@ def test_windows_end_where_documents_and_the_limit_do(tmp_path: Path) -> None:
 
 def test_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "TOGETHER", 2)
+    monkeypatch.setattr(corpus, "MOST_CHARACTERS", 0)
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "abcd"}\n{"text": "efgh"}\nno JSON\n')
     assert words(path, 4, 8) == ["abcd", "efgh"]
@@ -121,6 +122,15 @@ def test_a_file_of_one_line_is_never_read_whole(tmp_path: Path, monkeypatch: pyt
     assert 0 < max(read) <= corpus.BLOCK
 
 
+def test_a_broken_line_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+    """However late, among the text that will be read; what lies behind it is left alone."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "abc def"}\n' * 500 + "nonsense\n")
+    with pytest.raises(ValueError, match="line 501"):
+        open_corpus(str(path), Path("nowhere"), 1000)
+    assert list(open_corpus(str(path), Path("nowhere"), 100).windows(byte_level(), 50, 100))
+
+
 def test_a_line_of_json_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "MOST_BYTES", 1 << 20)
     path = tmp_path / "text.json"
@@ -133,7 +143,7 @@ def test_every_text_of_the_shipped_samples_is_read(tmp_path: Path) -> None:
     (tmp_path / "passage.txt").write_text("passage")
     for name in corpus.SAMPLES:
         (tmp_path / name).write_text(json.dumps([{"a": name, "b": ["x", {"c": "y", "d": 1}]}, {"a": "z"}]))
-    shipped = open_corpus(None, tmp_path)
+    shipped = open_corpus(None, tmp_path, 1000)
     assert list(shipped.documents()) == [
         "passage",
         *(text for name in corpus.SAMPLES for text in (f"{name}\nx\ny", "z")),
@@ -141,4 +151,4 @@ def test_every_text_of_the_shipped_samples_is_read(tmp_path: Path) -> None:
     assert shipped.is_shipped
     before = shipped.sha256
     (tmp_path / "passage.txt").write_text("other")
-    assert open_corpus(None, tmp_path).sha256 != before
+    assert open_corpus(None, tmp_path, 1000).sha256 != before

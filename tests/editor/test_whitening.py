@@ -92,6 +92,21 @@ def captures(turns: int, d_v: int) -> list[dict[str, Capture]]:
     return [{"m": Capture(rows[:, :16].contiguous(), rows)} for rows in value_grads(turns, d_v)]
 
 
+@pytest.mark.parametrize("there", ["newton", "eigh"])
+def test_a_state_is_taken_up_where_the_root_is_found_otherwise(there: str) -> None:
+    """As on another kind of device: what is followed begins with a decomposition, and all else goes on."""
+    here = {"newton": "eigh", "eigh": "newton"}[there]
+    first, second = (StableEdit({"m": (16, 48)}, settings(solver), CPU) for solver in (there, here))
+    *before, last = captures(5, 48)
+    for capture in before:
+        first.update(capture, Phase.EDIT)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    mine, theirs = (one.update(last, Phase.EDIT)["m"] for one in (first, second))
+    assert (mine.right - theirs.right).norm() <= 1e-4 * theirs.right.norm()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        second.load_state_dict({})
+
+
 def test_solvers_give_the_same_updates_and_newton_goes_on_bit_for_bit() -> None:
     newton, eigh = (StableEdit({"m": (16, 48)}, settings(solver), CPU) for solver in ("newton", "eigh"))
     resumed = None

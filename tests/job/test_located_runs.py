@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from config.compose import compose_config
 from config.schema import LocateConfig, register, settings_without_effect, to_run_config
+from data.corpus import TextFiles
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, Turn
 from editor import alphaedit, located
@@ -21,6 +22,7 @@ from harness.export.command import main as export
 from harness.job import moments
 from harness.job.facts import FIRST_WORDS, Contexts
 from harness.job.moments import KeptOfMoments, MomentSums
+from harness.ranks import Ranks
 from harness.run import places
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
@@ -153,6 +155,39 @@ def test_second_moments_are_the_mean_of_k_k_over_all_tokens(tmp_path: Path) -> N
         keys = torch.cat(inputs[name])
         assert sums.tokens == len(keys)
         torch.testing.assert_close(sums.moments(name), (keys.T @ keys / len(keys)).float())
+
+
+def test_a_model_that_is_refused_is_refused_before_its_text_is_read(
+    run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr("harness.job.build.second_moments", never)
+    monkeypatch.setattr(LanguageModel, "adds_to_stream", lambda *_: False)
+    assert "norms what model.layers.1.mlp.down_proj puts out" in run.refused(*MEMIT_RUN)
+
+
+def test_text_is_read_in_windows_that_the_model_can_read(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another window is then the same, for the cache too."""
+    taken: list[int] = []
+    whole = TextFiles.windows
+
+    def count(self: TextFiles, tokenizer: Any, window: int, tokens: int) -> Any:
+        taken.append(window)
+        return whole(self, tokenizer, window, tokens)
+
+    monkeypatch.setattr(TextFiles, "windows", count)
+    for name, window in (("long", 100_000), ("longer", 200_000)):
+        run(*MEMIT_RUN, f"corpus.window={window}", run=name)
+    assert len(taken) == 1
+    assert taken[0] < 100_000
+
+
+def test_the_first_process_of_each_machine_writes_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [Ranks(rank, 4).writes_cache for rank in range(4)] == [True, False, False, False]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [Ranks(rank, 4).writes_cache for rank in range(4)] == [True, False, True, False]
 
 
 def test_a_stop_costs_nothing_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,9 +322,9 @@ def test_a_sweep(place: Commands, forks: Forks) -> None:
 def fail_in_the_second_job() -> None:
     import main
 
-    original, calls = main.job.build_editor, 0
+    original, calls = main.job.make_editor, 0
 
-    def build_editor(*arguments: Any) -> Any:
+    def make_editor(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         editor = original(*arguments)
@@ -332,7 +332,7 @@ def fail_in_the_second_job() -> None:
             editor.edit = lambda *_: (_ for _ in ()).throw(FloatingPointError("out of range"))  # type: ignore[method-assign]
         return editor
 
-    main.job.build_editor = build_editor
+    main.job.make_editor = make_editor
 
 
 @pytest.mark.slow
