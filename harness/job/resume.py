@@ -278,6 +278,7 @@ class LoopState:
             self.trained, self.training = place, groups["training"]
         else:
             self.done = place
+        self.checkpoints["training" if self.trained else "turn"].latest = place
         self.folder.go_on(state["lengths"], self.done, about["overrides"])
         self.seconds |= state["seconds"]
         if self.trained:

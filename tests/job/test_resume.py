@@ -256,6 +256,17 @@ def test_the_command_that_is_told_goes_on(run: Commands, capfd: pytest.CaptureFi
     assert Run(folder).json("run.json")["status"] == "finished"
 
 
+def test_a_checkpoint_that_a_run_went_on_from_is_told_again(run: Commands) -> None:
+    """Also where the run writes none any more."""
+    folder = stopped(run, LanguageModel, "capture", 3)
+    assert (folder / "checkpoints" / "turn_3").is_dir()
+    line = run.line(*LOOP, "checkpoint_every=0", f"resume={folder}", run="fresh")
+    with command_line(line), signal_after(LanguageModel, "capture", 1, signal.SIGTERM), pytest.raises(SystemExit):
+        main.main()
+    last = (folder / "main.log").read_text().splitlines()[-1]
+    assert "; to go on from turn 3: python main.py" in last
+
+
 def test_the_second_signal_stops_at_once(run: Commands) -> None:
     twice = (signal.SIGINT, signal.SIGINT)
     with (
