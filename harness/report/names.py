@@ -27,6 +27,8 @@ NO_CHOICE: Final = (
     *("model.name_or_path", "model.compute_tokens", "model.device_map", "model_device", "editor_device"),
     "editor.batch_size",
 )
+OF_WARM_UP: Final = ("num_seq_zsre", "num_seq_wikibigedit", "dataset.num_warm_up")
+"""Keys that do nothing where nothing warms up."""
 FILES: Final = ("eval", "train", "corpus", "questions")  # that decide what was edited, and what with
 MOST_TOLD: Final = 3
 COMMIT: Final = 7  # digits
@@ -86,7 +88,7 @@ def but_for_the_step(runs: Sequence[Run]) -> list[str]:
 
 def shared_choices(runs: Sequence[Run]) -> list[str]:
     """What was chosen alike in all of them, but the seed and the editor, and so is in no name."""
-    shared = _shared([_overrides(run) for run in runs])
+    shared = _shared(runs, [_overrides(run) for run in runs])
     return _told({key: value for key, value in sorted(shared) if key != "seed"}, set())
 
 
@@ -112,11 +114,16 @@ def _identities(runs: Sequence[Run]) -> list[Identity]:
 
 def _settings(run: Run) -> dict[str, str]:
     """What its configuration says, key by key, the model's weights, and the hashes of the files that it learnt from."""
-    config = leaves(leave_out(run.about["config"], NO_CHOICE), ".")
+    no_choice = NO_CHOICE if _warms_up(run) else (*NO_CHOICE, *OF_WARM_UP)
+    config = leaves(leave_out(run.about["config"], no_choice), ".")
     typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in config}
     inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
     read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
     return typed | read | {"weights": str(weights)}
+
+
+def _warms_up(run: Run) -> bool:
+    return run.about["config"]["editor"].get("preheat_mode") != "none"
 
 
 def _is_no_choice(key: str) -> bool:
@@ -141,15 +148,21 @@ def _with_defaults(keys: Sequence[Identity], names: Sequence[str]) -> list[str]:
 def _names(runs: Sequence[Run], choices: Iterable[Mapping[str, str]]) -> list[str]:
     """The editor of each, and what of its choices not all of them share."""
     chosen = list(choices)
-    shared = _shared(chosen)
+    shared = _shared(runs, chosen)
     return [
         " ".join([str(run.about["config"]["editor"]["name"]), *_told(one, shared)])
         for run, one in zip(runs, chosen, strict=True)
     ]
 
 
-def _shared(chosen: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
-    return set.intersection(*(set(one.items()) for one in chosen)) if chosen else set()
+def _shared(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
+    """What all that it does something in have chosen alike."""
+    wild = [() if _warms_up(run) else OF_WARM_UP for run in runs]
+    return {
+        (key, value)
+        for key, value in {item for one in chosen for item in one.items()}
+        if all(key in free or one.get(key) == value for free, one in zip(wild, chosen, strict=True))
+    }
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
@@ -161,7 +174,8 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 def _overrides(run: Run) -> dict[str, str]:
     pairs = (str(override).lstrip("+").partition("=") for override in run.about.get("overrides", ()))
-    return {key: _plain(value) for key, _, value in pairs if not key.startswith(NOT_A_LABEL)}
+    left_out = NOT_A_LABEL if _warms_up(run) else (*NOT_A_LABEL, *OF_WARM_UP)
+    return {key: _plain(value) for key, _, value in pairs if not key.startswith(left_out)}
 
 
 def _plain(value: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -29,6 +30,8 @@ Member = TypeVar("Member")
 
 WRITTEN: Final = {"ES_gen": "edited facts said exactly", "ES_seq": "edited answers, all tokens"}
 """What counts as written: the first of these that every run has."""
+WRECKED: Final = 20.0
+"""Times the least perplexity: what is larger stands at the edge, so that the others can be told apart."""
 
 
 def written_against_harm(runs: Sequence[Named]) -> Picture | None:
@@ -96,8 +99,14 @@ def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str)
         return None
     with_text = all("perplexity" in run.results["final"] for run in runs)
     figure, axes = panel_grid(1 + with_text, 2)
+    edge = WRECKED * min(perplexity(run)[0] for run in runs) if with_text else math.inf
+
+    def up_to_the_edge(run: Run) -> tuple[float, float, float]:
+        mean, low, high = perplexity(run)
+        return min(mean, edge), min(low, edge), min(high, edge)
+
     for curve in curves:
-        for ax, harm in zip(axes, (moved, perplexity), strict=False):
+        for ax, harm in zip(axes, (moved, up_to_the_edge), strict=False):
             draw(ax, curve, harm, score)
     for ax in axes:
         ax.yaxis.set_major_formatter(PERCENT)
@@ -106,11 +115,22 @@ def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str)
     axes[0].set_xlabel("unrelated first choices moved")
     if with_text:
         axes[1].set_xlabel("perplexity of a fixed text")
-        harms = [perplexity(run)[0] for run in runs]
+        harms = [up_to_the_edge(run)[0] for run in runs]
         if max(harms) > 4 * min(harms) > 0:
             log_axis(axes[1], "x", min(harms), max(harms))
+        if wrecked := _beyond(edge, curves):
+            caption += f" At the right edge, for its perplexity is larger still: {wrecked}."
     legend_above(figure, *axes)
     return Picture(name, "What was written against the harm done", caption, figure)
+
+
+def _beyond(edge: float, curves: Sequence[Curve]) -> str:
+    """The curves with means past the edge, and the largest of each."""
+    largest = {
+        curve.name: max(float(np.mean([perplexity(run)[0] for run in own])) for own in curve.points.values())
+        for curve in curves
+    }
+    return "; ".join(f"{name}, {mean:,.4g}" for name, mean in largest.items() if mean > edge)
 
 
 def draw(ax: Axes, curve: Curve, harm: Callable[[Run], tuple[float, float, float]], score: str) -> None:

@@ -38,6 +38,7 @@ FORM_NAMES: Final = {  # in the order of the table: what the model says comes fi
 PROBE_NAMES: Final = {"edit": "edited questions", "rephrase": "rephrases of them", "locality": "unrelated questions"}
 EXAMPLE_TEXTS: Final = ("question", "wanted", "base", "edited")
 NOT_SHARES: Final = {"kl"}  # forms that are no share of something, so no percent
+WRECKED: Final = 1e6  # as large as no perplexity of a model that still writes
 
 
 def turn_note(edits: int, phase: Phase) -> str:
@@ -52,8 +53,10 @@ def is_share(name: str) -> bool:
 
 
 def as_number(name: str, value: float, sign: str = "") -> str:
-    """A score, in percent where it is a share; `sign` "+" is for changes."""
-    return f"{100 * value:{sign}.1f}" if is_share(name) else f"{value:{sign}.3f}"
+    """A score, in percent where it is a share; `sign` "+" is for changes. A wrecked model's perplexity has few digits."""
+    if is_share(name):
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if abs(value) < WRECKED else f"{value:{sign}.3g}"
 
 
 def score_words(name: str) -> str:

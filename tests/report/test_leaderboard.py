@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from harness.report.drawing import named_runs
 from harness.report.leaderboard import Group, Row, board_of
 from harness.report.leaderboard_files import files, latex_text
 from harness.report.runs import open_runs
-from harness.report.trade_figure import methods_against_harm
+from harness.report.trade_figure import WRECKED, methods_against_harm
 from tests.report.test_report import make_run, score, text_of, write_lines
 
 EVERY = 40  # records
@@ -400,6 +401,38 @@ def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:
     assert picture is not None
     assert picture.caption.endswith(" Not scored so, so not here: c.")
     assert methods_against_harm(named_runs(open_runs([tmp_path / "a1", tmp_path / "a2"]))) is None
+
+
+def test_a_wrecked_model_does_not_push_the_others_together(tmp_path: Path) -> None:
+    """It stands at the edge of perplexity, and is named."""
+    for name, perplexity in {"a": 30.0, "b": 200.0, "c": 2e10}.items():
+        harm = {"LS_agree": score(0.5), "ES_gen": score(0.5), "perplexity": perplexity}
+        made(tmp_path / name, {"ES": right(9)}, editor=name, numbers=harm)
+    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    _, text_axis = picture.figure.axes
+    assert {line.get_label(): line.get_xdata()[0] for line in text_axis.get_lines()}["c"] == WRECKED * 30.0
+    assert picture.caption.endswith(" At the right edge, for its perplexity is larger still: c, 2e+10.")
+
+
+def test_warm_up_turns_name_those_alone_that_warm_up(tmp_path: Path) -> None:
+    """Asked of one that does not, they are no other method."""
+    made(tmp_path / "a1", {"ES": right(9)}, "seed=1", "num_seq_zsre=5", editor="a")
+    made(tmp_path / "a2", {"ES": right(9)}, "seed=1", "num_seq_zsre=3", editor="a")
+    for seed, asked in ((1, ("num_seq_zsre=5",)), (2, ())):
+        run = made(tmp_path / f"b{seed}", {"ES": right(9)}, f"seed={seed}", *asked, editor="b")
+        change(run, "editor", "preheat_mode", "none")
+        change(run, "dataset", "num_warm_up", len(asked) * 5)
+    for place, turns in (("a1", 5), ("a2", 3)):
+        change(tmp_path / place, "dataset", "num_warm_up", turns)
+    group = only_group(tmp_path)
+    assert {(one.method, one.seeds) for one in group.rows[1:]} == {
+        ("a num_seq_zsre=5", 1), ("a num_seq_zsre=3", 1), ("b", 2),
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "a2")
+    group = only_group(tmp_path)
+    assert {one.method for one in group.rows[1:]} == {"a", "b"}
+    assert "All with num_seq_zsre=5." in group.notes
 
 
 def test_the_latex_is_whole(written: Path) -> None:

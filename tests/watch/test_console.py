@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.watch.console import show_results
+from harness.watch.console import as_number, show_results
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")  # everything below space but the line feed
 
@@ -145,3 +145,11 @@ def test_examples_follow_the_scores_each_in_a_line(tmp_path: Path) -> None:
 
 def test_a_run_without_examples_shows_none(tmp_path: Path) -> None:
     assert "what the model says" not in shown(RESULTS, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("ES_gen", 0.8404, "84.0"), ("perplexity", 38.9127, "38.913"), ("perplexity", 2.3931e10, "2.39e+10")],
+)
+def test_a_score_has_few_digits_however_large(name: str, value: float, text: str) -> None:
+    assert as_number(name, value) == text
