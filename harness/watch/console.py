@@ -53,7 +53,7 @@ def is_share(name: str) -> bool:
 
 
 def as_number(name: str, value: float, sign: str = "") -> str:
-    """A score, in percent where it is a share; `sign` "+" is for changes. A wrecked model's perplexity has few digits."""
+    """A score, in percent where it is a share; `sign` "+" is for changes. Where it is huge it has few digits."""
     if is_share(name):
         return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.3f}" if abs(value) < WRECKED else f"{value:{sign}.3g}"
