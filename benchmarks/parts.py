@@ -201,6 +201,7 @@ def a_turn(
         with counter.measure(CAPTURE):
             model.capture(turn)
         with counter.measure("statistics"):
+            rule.begin(Phase.EDIT)
             rule._observe(made, Phase.EDIT)
         with counter.measure("whitening, the root"):
             whitenings = rule._whitenings(Phase.EDIT)
