@@ -148,7 +148,7 @@ def test_more_processes_than_there_is_work(place: Commands, forks: Forks) -> Non
 
 LOCATED = {
     "alphaedit": ("editor.nullspace_threshold=0.05", "editor.L2=0.01"),
-    "memit": ("editor.mom2_update_weight=0.5", "editor.moment_ridge=1e-3", "editor.keep_keys=true"),
+    "memit": ("editor.mom2_update_weight=0.5", "editor.moment_ridge=1e-2", "editor.keep_keys=true"),
     "rome": ("editor.moment_ridge=1e-3", "model.edit_modules=[model.layers.1.mlp.down_proj]"),
 }
 

@@ -265,6 +265,7 @@ def editor(mode: Any) -> StableEdit:
 def run(chosen: StableEdit, phases: list[Phase]) -> list[dict[str, float | None]]:
     statistics = []
     for place, phase in enumerate(phases):
+        assert chosen.begin(phase)
         chosen.update({"m": Capture(*rows(20, place))}, phase)
         statistics.append(chosen.statistics()["7x5"])
     return statistics
