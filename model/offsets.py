@@ -19,8 +19,12 @@ from torch.nn import functional
 from data.batches import padded
 from data.records import TokenBatch, TokenSequence, row_offsets
 from model.below import BlocksBelow
-from model.text import KEPT, SEARCHED, CachedPrompts, TextModel
+from model.text import KEPT, CachedPrompts, TextModel
 from model.tracing import answer_row_indices, hooks, require_ran, same_bits
+
+# Hidden numbers, tokens times width, that a search differentiates at one time: for its backward all
+# layers keep hundreds of such arrays. 2,048 tokens of a 7B suffice for products that do not wait for memory.
+SEARCHED = 1 << 23
 
 
 def tokens_searched(compute_tokens: int, width: int) -> int:

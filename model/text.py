@@ -17,9 +17,6 @@ from model.tracing import count_within, select_head_rows
 
 # Tokens whose keys and values a batch of text may keep, in compute batches: keeping costs less than computing.
 KEPT = 4
-# Hidden numbers, tokens times width, that a search differentiates at one time (model/offsets.py): for its backward all
-# layers keep hundreds of such arrays. 2,048 tokens of a 7B suffice for products that do not wait for memory.
-SEARCHED = 1 << 23
 # Texts that have ended leave their batch once no larger share than this is still written: the others are copied.
 STILL_RUNNING = 0.75
 # A beginning shared by all prompts is read by itself from this many tokens on; a batch of one token costs as much.

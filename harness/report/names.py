@@ -156,7 +156,7 @@ def _names(runs: Sequence[Run], choices: Iterable[Mapping[str, str]]) -> list[st
 
 
 def _shared(runs: Sequence[Run], chosen: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
-    """What all that it does something in have chosen alike."""
+    """What all runs have chosen alike, but for those in which it has no effect."""
     wild = [() if _warms_up(run) else OF_WARM_UP for run in runs]
     return {
         (key, value)
