@@ -57,6 +57,13 @@ def _cheapest(lengths: np.ndarray, most: np.ndarray, overhead: int) -> list[int]
     return ends[::-1]
 
 
+def every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:  # (N,), (N,) int64
+    """Rows and positions of all its tokens, sequence by sequence, without padding."""
+    inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    rows, positions = inside.nonzero(as_tuple=True)
+    return rows, positions
+
+
 def on_device(batch: TokenBatch, device: torch.device, *others: Tensor) -> tuple[TokenBatch, list[Tensor]]:
     """A batch, and other tensors of 8-byte numbers that go with it, by one copy for all of them.
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.batches import on_device
+from data.batches import every_position, on_device
 from data.disk import sync
 from data.records import (
     Allocate,
@@ -158,7 +158,7 @@ class LanguageModel(PositionModel):
         worst = torch.zeros(len(turn.sequences), dtype=self.precise, device=self.device)
         with same_bits():
             for batch in self.batches(turn.sequences):
-                rows, positions = _every_position(batch) if every_token else (batch.rows, batch.positions)
+                rows, positions = every_position(batch) if every_token else (batch.rows, batch.positions)
                 target = first_row[batch.members[rows]] + count_within(rows)
                 fact = batch.members[batch.rows]  # (M,)
                 beside = (rows, positions, target, fact, weights[fact])
@@ -168,16 +168,18 @@ class LanguageModel(PositionModel):
                 wrong.index_add_(0, fact, missed.long())
                 each.index_add_(0, fact, losses.double())
                 worst.scatter_reduce_(0, fact, losses, "amax")
+        finite = [torch.isfinite(c.keys).all() & torch.isfinite(c.value_grads).all() for c in captures.values()]
+        total, *are_finite = read_together([loss, *(one.double() for one in finite)])
         mini_batches = sum(w * s.answer_length for w, s in zip(turn.loss_weights, turn.sequences, strict=True))
-        mean = float(loss) / mini_batches
+        mean = total / mini_batches
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean}")
-        finite = [torch.isfinite(c.keys).all() & torch.isfinite(c.value_grads).all() for c in captures.values()]
-        for name, is_finite in zip(captures, read_together(finite), strict=True):
+        for name, is_finite in zip(captures, are_finite, strict=True):
             if not is_finite:
                 raise FloatingPointError(f"the keys or value gradients of {name} are not finite")
-        means = [total / s.answer_length for total, s in zip(each.tolist(), turn.sequences, strict=True)]
-        return TurnCapture(captures, mean, tuple((wrong == 0).tolist()), tuple(means), tuple(worst.tolist()))
+        missed_by, sums, largest = read_together([wrong.double(), each, worst.double()])
+        means = (total / s.answer_length for total, s in zip(sums, turn.sequences, strict=True))
+        return TurnCapture(captures, mean, tuple(number == 0 for number in missed_by), tuple(means), tuple(largest))
 
     def empty_captures(self, rows: int, allocate: Allocate | None) -> dict[str, Capture]:
         """Room for the captures of a turn of that many rows."""
@@ -410,9 +412,3 @@ def _written_or_refused(folder: Path) -> Iterator[None]:
             f"{folder}: the model could not be written ({getattr(error, 'strerror', None) or error}); make room, or "
             "choose another folder"
         ) from error
-
-
-def _every_position(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
-    rows, positions = inside.nonzero(as_tuple=True)
-    return rows, positions

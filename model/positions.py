@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batches import PADDING, compute_batches, on_device
+from data.batches import PADDING, compute_batches, every_position, on_device
 from data.records import TokenBatch, TokenSequence
 from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
@@ -128,19 +128,26 @@ class PositionModel(TextModel):
         wanted = self._modules(names)
         for batch in self.batches(sequences):
             found: dict[str, Tensor] = {}
-            inside = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]  # (B, L)
+            here, at = on_device(batch, self.device, *every_position(batch))
 
-            def keep(name: str, tensor: Tensor, found: dict[str, Tensor] = found, inside: Tensor = inside) -> None:
-                rows = tensor.reshape(*inside.shape, -1)[inside.to(tensor.device)]
-                found[name] = rows.to(self.device, self.precise)
+            def keep(
+                name: str,
+                tensor: Tensor,
+                into: dict[str, Tensor] = found,
+                here: TokenBatch = here,
+                at: list[Tensor] = at,
+            ) -> None:
+                rows, positions = (indices.to(tensor.device) for indices in at)
+                inputs = tensor.reshape(*here.input_ids.shape, -1)
+                into[name] = inputs[rows, positions].to(self.device, self.precise)
 
-            self._read_in(batch, None, wanted, _input, keep)
+            self._read_in(batch, here, wanted, _input, keep)
             yield found
 
     def _read_in(
         self,
         batch: TokenBatch,
-        here: TokenBatch | None,  # as of `_logits`
+        here: TokenBatch,  # as of `_logits`
         wanted: Mapping[str, nn.Module],
         seen: Seen,
         keep: Callable[[str, Tensor], None],

@@ -64,6 +64,17 @@ def test_no_turn_of_a_trained_editor_waits_once_a_module(learns: Any) -> None:
     assert waits(1) == waits(3)
 
 
+@pytest.mark.parametrize("facts", [2, 9])
+def test_a_capture_waits_for_its_checks_and_for_what_it_says_of_each_fact(facts: int) -> None:
+    model, counter = editable(build(SHAPES["small"], torch.float32, CPU), 3), Counter(CPU)
+    turn = Facts(facts, 1024).turn(0, Phase.EDIT)
+    with counter.measure("capture"):
+        model.capture(turn)
+    no_wait = 1 + len(list(model.batches(turn.sequences)))  # reads of what lies on the host, wherever the model is
+    transformers = len(list(model.batches(turn.sequences)))  # reads a number in its forward
+    assert counter.parts["capture"]["waits"] - no_wait - transformers == 2
+
+
 @pytest.mark.parametrize("whitens", [False, True])
 def test_no_part_waits_once_a_module(whitens: bool) -> None:
     def waits(modules: int) -> dict[str, float]:

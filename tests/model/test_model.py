@@ -178,6 +178,7 @@ class Copies(TorchDispatchMode):
         lambda model, turn: model.weight_gradients([LossTerm(turn.sequences, 1.0)]),
         lambda model, turn: model.reference_logits(turn.sequences),
         lambda model, turn: model.keys_at(turn.sequences, [len(one.ids) - 2 for one in turn.sequences]),
+        lambda model, turn: list(model.token_keys(turn.sequences)),
     ],
 )
 def test_a_batch_goes_to_the_device_in_one_copy(
