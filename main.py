@@ -52,7 +52,7 @@ from harness.run import (
     share_terminal,
 )
 from harness.run.places import CACHE
-from harness.watch import Tracker, TurnDiagnostics, show_results, turn_note
+from harness.watch import Tracker, TurnDiagnostics, forget_peaks, show_results, turn_note
 from model import BESIDE_WEIGHTS
 from model.source import stamp
 
@@ -134,6 +134,7 @@ def error_line(error: Exception) -> str:
 
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
+    forget_peaks()
     plan = job.make_plan(cfg, init_ranks())
     downstream = job.plan_downstream(cfg, plan)
     evaluated = job.evaluated_source(cfg, plan)

@@ -51,7 +51,7 @@ TOKENIZED_TOGETHER = 128  # questions
 # Tokens that take as long as what another compute batch costs beside its own: 12 to 40 on CPUs, not measured on a GPU.
 OVERHEAD = {"cpu": 32, "cuda": 256}
 # To be raised when the same model and data would score differently: older copies of base scores are then left alone.
-SCORES_FORMAT = 8
+SCORES_FORMAT = 9
 
 Score = dict[str, float | int]  # mean, low, high, n
 Summary = dict[str, Score | float]  # perplexity has no interval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -68,8 +69,11 @@ def matches(text: str, answer: str) -> tuple[bool, bool]:
 
 
 def normal(text: str) -> str:
-    """Lower case, without punctuation and English articles, single spaces."""
-    kept = "".join(c for c in spaced(text) if not unicodedata.category(c).startswith("P"))
+    """Lower case, without punctuation and English articles, single spaces.
+
+    Punctuation is what SQuAD's script takes for it, signs such as $ and + included, and that of other scripts.
+    """
+    kept = "".join(c for c in spaced(text) if not (c in string.punctuation or unicodedata.category(c).startswith("P")))
     return " ".join(ARTICLES.sub(" ", kept).split())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from harness.job.loading import load_model
 from harness.job.other_ranks import make_scoring, new_record
 from harness.job.plan import Plan, wandb_settings
 from harness.job.resume import require_model
-from harness.run import RunFolder, end_if_asked, places
+from harness.run import RunFolder, end_if_asked, places, stated_form
 from harness.watch import Tracker, show_results
 from model.source import ModelSource, load_tokenizer, locate
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -71,6 +74,7 @@ def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource | None:
     folder = Path(named).expanduser()
     if folder.is_dir():
         _check_folder(named, folder)
+        _warn_of_form(cfg, named, folder)
     elif named.startswith((".", "/", "~")):
         raise ValueError(f"evaluate={named}: no such folder; give a model's folder or a Hugging Face name")
     path = locate(named, places.CACHE)
@@ -92,4 +96,18 @@ def _check_folder(named: str, folder: Path) -> None:
         raise ValueError(
             f"evaluate={named}: no tokenizer in that folder ({', '.join(TOKENIZER_FILES)}); "
             "save the base model's tokenizer into it"
+        )
+
+
+def _warn_of_form(cfg: RunConfig, named: str, folder: Path) -> None:
+    """Where a model that was exported from here was taught its facts in another form than they are asked in."""
+    taught, asked = stated_form(folder), cfg.dataset.prompt_form.name
+    if taught not in (None, asked):
+        log.warning(
+            "evaluate=%s: it was edited with dataset.prompt_form=%s, and is asked with %s; dataset.prompt_form=%s asks "
+            "it as it was taught",
+            named,
+            taught,
+            asked,
+            taught,
         )

@@ -163,16 +163,17 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
     )
     if cfg.evaluate is None:
         warn_of_repeats(stream, files["eval"].path)
-        left = len(files["eval"]) % cfg.dataset.n_edits
-        if left and cfg.num_seq is None:
-            log.warning(
-                "file %s: %d of its %s rows fill no turn of dataset.n_edits=%d and are not edited; set a number that "
-                "divides the rows",
-                files["eval"].path,
-                left,
-                f"{len(files['eval']):,}",
-                cfg.dataset.n_edits,
-            )
+    left = len(files["eval"]) % cfg.dataset.n_edits
+    if left and cfg.num_seq is None:
+        log.warning(
+            "file %s: %d of its %s rows fill no turn of dataset.n_edits=%d and are not %s; set a number that divides "
+            "the rows",
+            files["eval"].path,
+            left,
+            f"{len(files['eval']):,}",
+            cfg.dataset.n_edits,
+            "edited" if cfg.evaluate is None else "asked about",
+        )
     return stream
 
 

@@ -102,7 +102,7 @@ def board_of(runs: Sequence[Run]) -> Board:
 
 def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
     methods: dict[str, list[Standing]] = {}
-    for label, one in zip(configurations([one.run for one in members]), members, strict=True):
+    for label, one in zip(configurations([one.run for one in members], as_scored=False), members, strict=True):
         methods.setdefault(label, []).append(one)
     rows = [Row(label, len(own), _cells(own), _codes(own)) for label, own in methods.items()]
     apart, unlike = _not_compared(methods)
@@ -302,7 +302,9 @@ def _not_compared(methods: Methods) -> tuple[set[str], list[str]]:
     notes = []
     there = {name for own in methods.values() for one in own for name in one.scores}
     written = [name for name in SCORE_COLUMNS if name.endswith("_gen") and name in there]
+    of_tokens = [name for name in SCORE_COLUMNS if name in there and name not in (*written, "perplexity")]
     for what, of, affected in (
+        ("dataset.answer_tokens", lambda run: run.about["config"]["dataset"].get("answer_tokens"), of_tokens),
         ("evaluation.max_new_tokens", lambda run: run.about["config"]["evaluation"].get("max_new_tokens"), written),
         ("the text of perplexity", lambda run: str(run.about.get("inputs", {}).get("perplexity"))[:8], ["perplexity"]),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, Final
 
 import matplotlib
@@ -47,7 +48,22 @@ PHASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {  # of meta-training: wo
     "meta_valid": ("held-out turns", {"marker": "o"}),
     "meta_train": ("training turns", {"linewidth": 1.0, "alpha": 0.6}),
 }
-PARTS: Final = ("capture", "update", "apply")
+PARTS: Final = {  # of a turn, where its time goes
+    "capture": "the language model's forward and backward",
+    "keys": "its forward, for what is inside it",
+    "targets": "the search for target vectors",
+    "solve": "the layers' systems",
+    "update": "the editor's own work",
+    "train": "steps on copies of a weight",
+    "steps": "the optimiser's steps",
+    "codebook": "which entries the facts go to",
+    "values": "the optimiser's steps on their values",
+    "merge": "shards into one weight",
+    "apply": "the weights",
+    "loss": "the loss of the turn's facts",
+}
+AREAS: Final = (("", 5), ("///", 1), ("...", 2), ("xxx", 0), ("ooo", 3))
+"""Hatch and colour of each part of a turn."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Updates: size, orthogonality, drift
@@ -128,7 +144,7 @@ def start_norm(columns: Columns) -> float:
 
 def orthogonal_drift(columns: Columns) -> np.ndarray:
     """sqrt(sum_s ||DeltaW_s||^2) / ||W_0||, the drift that orthogonal updates of these sizes add up to."""
-    return np.sqrt(np.cumsum(np.square(columns["update_norm"]))) / start_norm(columns)
+    return np.sqrt(np.nancumsum(np.square(columns["update_norm"]))) / start_norm(columns)
 
 
 def draw_cosines(ax: Axes, named: Named, modules: Mapping[str, Columns], alone: bool) -> None:
@@ -289,15 +305,13 @@ def time_over_turns(runs: Sequence[Named]) -> Picture | None:
         return None
     figure = Figure(figsize=(11, 10))
     seconds, memory, loss = axes = list(figure.subplots(3, 1, sharex=True))
+    parts = _parts(shown[0].run.turns) if len(shown) == 1 else {}
     for named in shown:
         turns = named.run.turns
-        parts = {part: turns[f"seconds/{part}"] for part in PARTS if f"seconds/{part}" in turns}
-        if len(shown) == 1 and parts:
-            colours = [COLOURS[place] for place in (5, 1, 2)]
-            stack = seconds.stackplot(turns["turn"], *parts.values(), labels=list(parts), colors=colours, linewidth=0)
-            for area, hatch in zip(stack, ("", "///", "..."), strict=False):
-                area.set_hatch(hatch)
-                area.set_edgecolor("white")
+        if parts:
+            stack = seconds.stackplot(turns["turn"], *parts.values(), labels=list(parts), linewidth=0)
+            for area, (hatch, place) in zip(stack, cycle(AREAS), strict=False):
+                area.set(facecolor=COLOURS[place], edgecolor="white", hatch=hatch)
         else:
             curve(seconds, turns["turn"], turns["seconds/total"], label=named.label, **named.look)
         draw_memory(memory, named, alone=len(shown) == 1)
@@ -315,14 +329,21 @@ def time_over_turns(runs: Sequence[Named]) -> Picture | None:
     else:
         legend_beside(seconds, shaded)
         legend_beside(memory)
+    words = [f"{part}: {PARTS[part]}" for part in parts if part in PARTS]
+    told = f"Of a turn, {'; '.join(words)}. " if words else ""
     return Picture(
         "time",
         "Time, memory and loss of each turn",
-        "Capture is the language model's forward and backward, update the editor, apply the weights. Memory at the "
-        "last turn should be memory at the second. The loss is that of facts the model has not been told yet: it "
-        "falls while edits teach the form of the answers, and rises where they harm the model.",
+        f"{told}Memory at the last turn should be memory at the second. The loss is that of facts the model has not "
+        "been told yet: it falls while edits teach the form of the answers, and rises where they harm the model.",
         figure,
     )
+
+
+def _parts(turns: Columns) -> dict[str, np.ndarray]:
+    """Seconds of each part of the turns, 0 where a turn has it not; in the order in which turns have them."""
+    names = [path.removeprefix("seconds/") for path in turns if path.startswith("seconds/")]
+    return {name: np.nan_to_num(turns[f"seconds/{name}"]) for name in names if name != "total"}
 
 
 def draw_memory(ax: Axes, named: Named, alone: bool) -> None:

@@ -27,9 +27,15 @@ NO_CHOICE: Final = (
     *("model.name_or_path", "model.compute_tokens", "model.device_map", "model_device", "editor_device"),
     "editor.batch_size",
 )
+ITS_NUMBERS: Final = (
+    "num_seq",
+    *("evaluation.prompt", "evaluation.max_new_tokens", "evaluation.perplexity", "evaluation.perplexity_window"),
+)
+"""Of these, keys that make other numbers all the same, where nobody tells them apart before."""
 OF_WARM_UP: Final = ("num_seq_zsre", "num_seq_wikibigedit", "dataset.num_warm_up")
 """Keys that do nothing where nothing warms up."""
-FILES: Final = ("eval", "train", "corpus", "questions")  # that decide what was edited, and what with
+FILES: Final = ("eval", "train", "corpus", "questions", "network")  # that decide what was edited, and what with
+UNKNOWN: Final = "?"  # stands for a setting that a run does not know
 MOST_TOLD: Final = 3
 COMMIT: Final = 7  # digits
 CHANGED: Final = " with changes"
@@ -40,25 +46,28 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return _numbered(_names(runs, [_overrides(run) for run in runs]))
 
 
-def configurations(runs: Sequence[Run]) -> list[str]:
+def configurations(runs: Sequence[Run], *, as_scored: bool = True) -> list[str]:
     """The name of each run's configuration: of all that was chosen, by override or by default, but the seed.
 
-    It is told by overrides or, where these are alike and defaults have changed, by the values that differ. Keys that
-    one of the runs does not know yet do not count. Runs that repeat a seed are apart, by the version of their code or
-    else by number.
+    It is told by overrides or, where these are alike and defaults have changed, by the values that differ. A key that
+    a run does not know yet counts where the others differ in it. Runs that repeat a seed are apart, by the version of
+    their code or else by number. With `as_scored` so are runs of other lengths, and of which a question was asked in
+    another way; without, the caller tells those apart.
     """
-    keys = _identities(runs)
+    also = ITS_NUMBERS if as_scored else ()
+    keys = _identities(runs, also)
     first: dict[Identity, Run] = {}
     for key, run in zip(keys, runs, strict=True):
         first.setdefault(key, run)
-    names = _with_defaults(list(first), _names(list(first.values()), map(_choices, first.values())))
+    names = _with_defaults(list(first), _names(list(first.values()), [_choices(run, also) for run in first.values()]))
     name_of = dict(zip(first, names, strict=True))
     return _repeats_apart(keys, runs, [name_of[key] for key in keys])
 
 
-def _choices(run: Run) -> dict[str, str]:
-    """Of its overrides those that make a method."""
-    return {key: value for key, value in _overrides(run).items() if not _is_no_choice(key)}
+def _choices(run: Run, also: Sequence[str]) -> dict[str, str]:
+    """Of its overrides those that make a method, and those of `also`."""
+    told = {key: value for key, value in _overrides(run).items() if not _is_no_choice(key)}
+    return told | {key: value for key, value in _every_override(run).items() if key in also}
 
 
 def _repeats_apart(keys: Sequence[Identity], runs: Sequence[Run], names: Sequence[str]) -> list[str]:
@@ -102,23 +111,34 @@ Identity = tuple[tuple[str, str], ...]
 """Settings and their values, in the order of their names."""
 
 
-def _identities(runs: Sequence[Run]) -> list[Identity]:
-    """Of each run what makes its method, as far as all runs with its editor know the setting."""
-    every = [_settings(run) for run in runs]
-    known: dict[str, set[str]] = {}
+def _identities(runs: Sequence[Run], also: Sequence[str]) -> list[Identity]:
+    """Of each run what makes its method, and the settings of `also`.
+
+    Of one that knows a setting not yet, what all others with its editor have in common: nobody chose between them.
+    """
+    every = [_settings(run, also) for run in runs]
+    values: dict[str, dict[str, set[str]]] = {}
     for settings in every:
-        name = settings["editor.name"]
-        known[name] = known.get(name, set(settings)) & set(settings)
-    return [tuple(sorted((key, one[key]) for key in known[one["editor.name"]])) for one in every]
+        known = values.setdefault(settings["editor.name"], {})
+        for key, value in settings.items():
+            known.setdefault(key, set()).add(value)
+    unlike = {name: {key for key, some in known.items() if len(some) > 1} for name, known in values.items()}
+    return [
+        tuple((key, one.get(key, UNKNOWN)) for key in sorted(unlike[one["editor.name"]] | {"editor.name"}))
+        for one in every
+    ]
 
 
-def _settings(run: Run) -> dict[str, str]:
+def _settings(run: Run, also: Sequence[str]) -> dict[str, str]:
     """What its configuration says, key by key, the model's weights, and the hashes of the files that it learnt from."""
     no_choice = NO_CHOICE if _warms_up(run) else (*NO_CHOICE, *OF_WARM_UP)
-    config = leaves(leave_out(run.about["config"], no_choice), ".")
-    typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in config}
+    config = run.about["config"]
+    every = [*leaves(leave_out(config, no_choice), "."), *((k, v) for k, v in leaves(config, ".") if k in also)]
+    typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in every}
     inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
     read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
+    if config["editor"].get("load_checkpoint") is None:
+        read["network file"] = "none"
     return typed | read | {"weights": str(weights)}
 
 
@@ -173,9 +193,14 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 def _overrides(run: Run) -> dict[str, str]:
-    pairs = (str(override).lstrip("+").partition("=") for override in run.about.get("overrides", ()))
+    """Those that say what was edited, and how."""
     left_out = NOT_A_LABEL if _warms_up(run) else (*NOT_A_LABEL, *OF_WARM_UP)
-    return {key: _plain(value) for key, _, value in pairs if not key.startswith(left_out)}
+    return {key: value for key, value in _every_override(run).items() if not key.startswith(left_out)}
+
+
+def _every_override(run: Run) -> dict[str, str]:
+    pairs = (str(override).lstrip("+").partition("=") for override in run.about.get("overrides", ()))
+    return {key: _plain(value) for key, _, value in pairs}
 
 
 def _plain(value: str) -> str:

@@ -121,8 +121,8 @@ def over_edits(
     return Picture(
         name,
         title,
-        f"Mean over the facts written so far; {bands_note(len(runs))} The base model is asked about all facts of the "
-        f"run. {note}".strip(),
+        f"Mean over the facts written so far; {bands_note(*map(len, panels.values()))} The base model is asked about "
+        f"all facts of the run. {note}".strip(),
         figure,
     )
 
@@ -149,10 +149,14 @@ def all_runs_panels(runs: Sequence[Named], names: Sequence[str]) -> dict[str, li
     }
 
 
-def bands_note(curves: int) -> str:
-    if curves <= MOST_BANDS:
+def bands_note(*curves: int) -> str:  # of each panel
+    if max(curves) <= MOST_BANDS:
         return "bands are 95% bootstrap intervals."
-    return f"intervals of more than {MOST_BANDS} runs would hide each other, and are in the tables."
+    if min(curves) > MOST_BANDS:
+        return f"intervals of more than {MOST_BANDS} curves would hide each other, and are in the tables."
+    return (
+        f"bands are 95% bootstrap intervals, where there are no more than {MOST_BANDS} curves; all are in the tables."
+    )
 
 
 def draw_score(ax: Axes, line: ScoreLine, bands: bool) -> None:

@@ -65,7 +65,9 @@ def _unfit(run: Run) -> str | None:
 def _key(run: Run) -> Key:
     """Data and form, model, edits; file of facts and weights, which tell apart what has the same name."""
     config = run.about["config"]
-    data = f"{source_name(config, 'dataset')} ({form_of_run(config)} prompts)"
+    form, in_own_words = config["dataset"]["prompt_form"], form_of_run(config)
+    asked = f"{form} prompts" if in_own_words == form else f"{form} prompts, {in_own_words} where it writes"
+    data = f"{source_name(config, 'dataset')} ({asked})"
     facts, weights = run.about.get("inputs", {}).get("eval"), run.about.get("model", {}).get("fingerprint")
     return data, source_name(config, "model"), int(run.results["cost"]["edits"]), str(facts), str(weights)
 

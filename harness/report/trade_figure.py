@@ -73,7 +73,7 @@ def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
 
 def _judged(runs: Sequence[Named]) -> list[Named]:
     """Runs that came to their end and say what they moved."""
-    return [named for named in runs if named.run.finished and "LS_agree" in named.run.results["final"]]
+    return [named for named in runs if named.run.finished and "LS_agree" in named.run.results.get("final", {})]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from harness.run.folder import (
     run_id,
     versions,
 )
-from harness.run.form import PROMPT_FORMS, form_note, form_of_folder, form_of_run
+from harness.run.form import PROMPT_FORMS, form_note, form_of_folder, form_of_run, stated_form
 from harness.run.interrupt import Interrupted, Interruption, end_if_asked, end_on, ignore_signals, postponed
 from harness.run.launching import check_launcher, last_lines, launcher_errors, requeued_after_checkpoint, share_terminal
 from harness.run.networks import MODEL_KEY, NETWORK_FOLDER, NetworkKeeper, TrainedNetwork, identity_of, open_network

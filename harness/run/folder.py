@@ -358,7 +358,7 @@ class RunFolder:
 
         turns, warm_up_turns, edits (those of edit turns), seconds_per_turn (means of capture, update, apply, total)
         and peak_memory (the largest of each number under `memory`). Turns of meta-training are counted by themselves,
-        as training_turns and training_seconds, where there were any.
+        as training_turns and training_seconds, where there were any; turns that were passed over are not.
         """
         turns = warm_up = edits = trained = 0
         training_seconds = 0.0
@@ -370,6 +370,8 @@ class RunFolder:
             if line["phase"] in TRAINING_PHASES:
                 trained += line["phase"] == TRAINING_PHASES[0]
                 training_seconds += line["seconds"]["total"]
+                continue
+            if line.get("passed_over"):
                 continue
             turns += 1
             warm_up += line["phase"] == Phase.WARM_UP.value

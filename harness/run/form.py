@@ -22,10 +22,15 @@ def form_note(form: str) -> dict[str, str]:
 
 
 def form_of_folder(folder: Path) -> str:
-    """What the file of an exported model says; raw for a model that was not exported from here."""
+    """How an exported model is asked; raw for a model that was not exported from here."""
+    return stated_form(folder) or "raw"
+
+
+def stated_form(folder: Path) -> str | None:
+    """What the file of an exported model says; None where there is none."""
     path = folder / FILE
     if not path.is_file():
-        return "raw"
+        return None
     try:
         form = json.loads(path.read_text(encoding="utf-8"))["prompt_form"]
     except (ValueError, KeyError, TypeError) as error:

@@ -13,5 +13,6 @@ from harness.watch.console import (
     show_results,
     turn_note,
 )
-from harness.watch.diagnostics import SMALLER_STEPS, TurnDiagnostics, memory
+from harness.watch.diagnostics import SMALLER_STEPS, TurnDiagnostics
+from harness.watch.memory import forget_peaks, memory
 from harness.watch.tracking import Tracker, WandbMode, WandbSettings, check_wandb

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import random
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from data.records import LowRankUpdate, Phase, Turn, WeightChange, read_together
 from editor import linalg
 from editor.base import Edit, Editor
+from harness.watch.memory import memory
 
 log = logging.getLogger(__name__)
 
@@ -209,16 +207,3 @@ def _factors(update: LowRankUpdate) -> linalg.Factors:
 
 def _finite(cosine: float) -> float | None:
     return cosine if math.isfinite(cosine) else None
-
-
-def memory(*devices: torch.device) -> dict[str, float]:
-    """Resident memory of the process now and at its highest, and what each GPU held at its highest."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
-    figures = {
-        "resident_bytes": psutil.Process().memory_info().rss,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-    }
-    for device in devices:
-        if device.type == "cuda":
-            figures[f"{device}_peak_bytes".replace(":", "")] = torch.cuda.max_memory_allocated(device)
-    return figures

@@ -156,6 +156,22 @@ def test_a_saved_model_scores_what_its_run_said(run: Commands, tmp_path: Path) -
     assert [line["stage"] for line in alone.lines("scores.jsonl")] == ["base", "final"]
 
 
+def test_a_saved_model_that_is_asked_in_another_form_is_told(run: Commands) -> None:
+    edited = run("model_cache=true", "num_seq=2", "num_seq_zsre=1", "dataset.prompt_form=raw", run="edited")
+
+    def told(*settings: str) -> str:
+        name = str(len(list(edited.folder.parent.iterdir())))
+        return (run(f"evaluate={edited.folder / 'model'}", *settings, run=name).folder / "main.log").read_text()
+
+    words = (
+        "it was edited with dataset.prompt_form=raw, and is asked with qa; dataset.prompt_form=raw asks it as it was"
+    )
+    assert words in told("num_seq=2", "dataset.prompt_form=qa")
+    as_taught = told("dataset.prompt_form=raw", "dataset.n_edits=5")
+    assert "it was edited with" not in as_taught
+    assert "2 of its 12 rows fill no turn of dataset.n_edits=5 and are not asked about" in as_taught
+
+
 def test_a_saved_model_is_scored_once(run: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With resume=auto, unless its weights are others by now."""
     edited = run("model_cache=true", "num_seq=2", "num_seq_zsre=1", run="edited").folder / "model"

@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_apart(tmp_path: Path) -> None:
         "zsre (qa prompts), facts first, tiny-model, 40 edits",
         "zsre (qa prompts), facts second, tiny-model, 40 edits",
         "zsre (qa prompts), tiny-model, 1,000 edits",
-        "zsre (raw prompts), tiny-model, 40 edits",
+        "zsre (qa prompts, raw where it writes), tiny-model, 40 edits",
     ]
 
 
@@ -180,15 +180,31 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_method_is_what_was_chosen_by_default_too(tmp_path: Path) -> None:
-    """Runs of one command whose defaults changed are not averaged; a key that one code does not know is no change."""
+    """Runs of one command whose defaults changed are not averaged; a key that one code does not know is no change.
+
+    Nor does it make one of two runs that know it, and differ in it.
+    """
     runs = [made(tmp_path / name, {"ES": right(9)}, f"seed={seed}") for seed, name in enumerate("abcd")]
     for run, alpha in zip(runs, (10, 10, 1000), strict=False):
         change(run, "editor", "alpha", alpha)
     change(runs[0], "editor", "unknown_to_the_others", 1)
-    assert [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]] == [("plain", 4)]
+    rows = [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]]
+    assert sorted(rows) == [("plain alpha=10", 2), ("plain alpha=1000", 1), ("plain alpha=?", 1)]
     change(runs[3], "editor", "alpha", 10)
     rows = [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]]
     assert sorted(rows) == [("plain alpha=10", 3), ("plain alpha=1000", 1)]
+    change(runs[2], "editor", "alpha", 10)
+    assert [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]] == [("plain", 4)]
+
+
+def test_other_trained_networks_make_other_methods(tmp_path: Path) -> None:
+    """One that was loaded, another, and that which a run trained itself, whose file is what it learnt from."""
+    for seed, network in enumerate(("good", "bad", None)):
+        run = made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", editor="malmen")
+        change(run, "editor", "load_checkpoint", network and f"nets/{network}")
+        change(run, "inputs", "network" if network else "train", network or "questions")
+    names = {one.method for one in only_group(tmp_path).rows[1:]}
+    assert names == {"malmen network file=good", "malmen network file=bad", "malmen network file=none"}
 
 
 def test_a_number_is_one_setting_however_it_is_written(tmp_path: Path) -> None:
@@ -255,6 +271,20 @@ def test_answers_of_different_lengths_are_not_compared(tmp_path: Path) -> None:
     assert bold(group, "ES_gen") == set()
     assert (
         "Runs differ in evaluation.max_new_tokens (8: a; 16: b), which leaves no comparison of ES_gen." in group.notes
+    )
+
+
+def test_answers_cut_into_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    """With a token that is nearly given more of them are right; whole answers that a model wrote are what they are."""
+    for name, tokens in (("a", "joint"), ("b", "separate")):
+        run = made(
+            tmp_path / name, {"ES": right(30 if name == "a" else 3)}, editor=name, numbers={"ES_gen": score(0.1)}
+        )
+        change(run, "dataset", "answer_tokens", tokens)
+    group = only_group(tmp_path)
+    assert bold(group, "ES") == set()
+    assert (
+        "Runs differ in dataset.answer_tokens (joint: a; separate: b), which leaves no comparison of ES." in group.notes
     )
 
 

@@ -379,6 +379,51 @@ def test_a_configuration_is_all_but_the_seed(tmp_path: Path) -> None:
     assert [repeated, other, lr] == ["stableedit #2", "stableedit #3", "stableedit lr=2"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("num_seq=10", "num_seq=20"), ("evaluation.prompt=raw", "evaluation.prompt=chat"),
+     ("evaluation.max_new_tokens=8", "evaluation.max_new_tokens=16")],
+)  # fmt: skip
+def test_runs_of_other_lengths_or_questions_are_not_averaged(tmp_path: Path, settings: tuple[str, str]) -> None:
+    for seed, setting in enumerate(settings):
+        make_run(tmp_path / str(seed), overrides=[f"seed={seed}", setting])
+    names = [one.configuration for one in named_runs(open_runs([tmp_path]))]
+    assert names == [f"stableedit {setting}" for setting in settings]
+
+
+def test_a_run_that_scored_its_base_model_alone_is_drawn_beside_others(tmp_path: Path) -> None:
+    """As evaluate= leaves it where it names the base model itself."""
+    results = json.loads((make_run(tmp_path / "base") / "results.json").read_text())
+    (tmp_path / "base" / "results.json").write_text(json.dumps({"base": results["base"], "cost": {}}))
+    make_run(tmp_path / "edited", editor="ultraedit")
+    write_report([tmp_path / "base", tmp_path / "edited"], tmp_path / "report")
+    assert "ultraedit" in text_of(tmp_path / "report" / "report.html")
+
+
+def test_all_that_a_turn_spends_is_drawn(tmp_path: Path) -> None:
+    """Of whatever parts, of which a turn may lack some."""
+    lines = [turn_line(turn, 0) for turn in range(3)]
+    for line in lines:
+        line["seconds"] = {"targets": 7.0, "apply": 1.0, "own part": 2.0, "total": 10.0}
+    del lines[1]["seconds"]["own part"]
+    write_lines(make_run(tmp_path / "run") / "turns.jsonl", lines)
+    picture = method_figures.time_over_turns(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    areas = picture.figure.axes[0].collections
+    assert [area.get_label() for area in areas] == ["targets", "apply", "own part"]
+    top = max(vertices[1] for vertices in areas[-1].get_paths()[0].vertices)
+    assert top == pytest.approx(10.0)
+    assert "Of a turn, targets: the search for target vectors; apply: the weights. " in picture.caption
+
+
+def test_a_caption_promises_the_bands_that_are_drawn() -> None:
+    assert score_figures.bands_note(4, 1) == "bands are 95% bootstrap intervals."
+    assert (
+        score_figures.bands_note(5) == "intervals of more than 4 curves would hide each other, and are in the tables."
+    )
+    assert "where there are no more than 4 curves" in score_figures.bands_note(5, 1)
+
+
 @pytest.mark.parametrize(("count", "seeds"), [(1, 1), (3, 1), (6, 2), (10, 2)])
 @pytest.mark.parametrize("on_the_way", [False, True])
 def test_nothing_in_a_picture_is_covered_or_cut(tmp_path: Path, count: int, seeds: int, on_the_way: bool) -> None:
@@ -661,6 +706,8 @@ def test_orthogonal_updates_drift_as_the_dotted_line_says() -> None:
     drift = np.linalg.norm(np.cumsum(updates, axis=0), axis=1) / np.linalg.norm(start)
     columns = {"update_norm": np.full(6, 3.0), "drift": drift}
     np.testing.assert_allclose(method_figures.orthogonal_drift(columns), drift)
+    columns["update_norm"][2] = np.nan  # a turn that was passed over
+    np.testing.assert_allclose(method_figures.orthogonal_drift(columns)[3:], drift[2:5])
 
 
 @pytest.mark.parametrize("over_log", [False, True])

@@ -201,6 +201,7 @@ def test_cost_sums_the_turns_up(tmp_path: Path) -> None:
     folder = create(tmp_path)
     for turn in range(4):
         folder.append_turn(turn_line(turn))
+    folder.append_turn(turn_line(0) | {"seconds": {}, "passed_over": True})
     cost = folder.cost()
     assert (cost["turns"], cost["warm_up_turns"], cost["edits"]) == (4, 1, 300)
     assert cost["seconds_per_turn"] == pytest.approx(turn_line(0)["seconds"])
