@@ -136,6 +136,10 @@ class EditableModel(Protocol):
     @property
     def devices(self) -> Sequence[torch.device]: ...
 
+    @property
+    def input_noise(self) -> float:
+        """By so much of its norm the input of a module may move with what else shares its compute batch."""
+
     def tell(self, share: float) -> None:
         """So much of the turn's work is done: an editor whose turns may be long says so to whoever waits."""
 

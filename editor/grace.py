@@ -23,8 +23,8 @@ from editor.stopwatch import Stopwatch
 SKETCH = 128  # dimensions of a sketch at least, and ...
 SKETCHED = 16  # ... at least d_k divided by this
 ROUNDING = 1e-4  # error of a squared distance that a product gives, in ||x||^2 + ||k||^2, an upper bound
-SAME_INPUT = 0.01  # keys nearer than this part of eps_init are of the same input
-COVERED = 1.001  # an expanded radius holds the key it was expanded to, whatever rounding does to its distance
+SAME_INPUT = 0.01  # keys nearer than this part of eps_init are of the same input, and nearer than rounding moves one
+COVERED = 1.001  # an expanded radius is this part of the distance to the key that it then holds, or what rounding asks
 AT_ONCE = 1 << 24  # numbers in the largest intermediate result
 IN_CACHE = 16  # part of that for what is compared one by one: a CPU then takes 6 us a pair of 1,536 numbers, not 26
 
@@ -170,7 +170,7 @@ class GRACE:
     """An input nearer to a key than that key's radius puts out its value; any other, what the module puts out.
 
     Each position is judged by itself, so padding and cached generation change nothing. The key of a fact is the
-    module's input at the prompt's last token. Its value starts as the module's output there, and Adam trains it on
+    module's input at the prompt's last token. Its value starts as the module's own output there, and Adam trains it on
     -log p(answer | prompt) until that is below `stop_loss` a token. With d the distance to the nearest key, of radius
     eps:
 
@@ -178,6 +178,9 @@ class GRACE:
         the same answer       eps expands to hold the key
         another answer        the old radius becomes d/2, where it was larger, and the new entry's is d/2
         another answer, d = 0 (which the paper leaves open)    the value is trained anew
+
+    The input of one prompt is not the same in every compute batch: by what rounding moves a key (`input_noise`), which
+    is much in bf16, d counts as 0, no radius is less, and an expanded one is more.
     """
 
     Settings: ClassVar = GRACESettings
@@ -211,7 +214,8 @@ class GRACE:
             (loss,) = model.losses([facts])
             keys = model.keys_at(turn.sequences, at)[self.name].to(self.device)
         with watch.measure("codebook"):
-            codebook, done, trained = self._admitted(keys, [one.ids[one.answer_start :] for one in turn.sequences])
+            answers = [one.ids[one.answer_start :] for one in turn.sequences]
+            codebook, done, trained = self._admitted(keys, answers, model.input_noise)
         with watch.measure("values"):
             chosen = list(trained.values())
             values = self._trained(model, [turn.sequences[fact] for fact in chosen], [at[fact] for fact in chosen])
@@ -235,11 +239,13 @@ class GRACE:
         self,
         keys: Tensor,  # (n, d_k)
         answers: Sequence[tuple[int, ...]],
+        noise: float,  # of keys, relative to their norms
     ) -> tuple[Codebook, dict[str, int], dict[int, int]]:
         """The codebook with the facts, what became of them, and the fact that each new or changed entry stands for."""
         eps_init, count = self.settings.eps_init, len(self.codebook.keys)
         old, far = self.codebook.nearest(keys)
         among = torch.cdist(keys, keys, compute_mode="donot_use_mm_for_euclid_dist").tolist()
+        moved = (noise * keys.norm(dim=1)).tolist()
         radii, known = self.codebook.radii.tolist(), list(self.codebook.answers)
         added: list[int] = []  # facts whose keys became entries
         trained: dict[int, int] = {}
@@ -248,17 +254,17 @@ class GRACE:
             others = [(among[fact][other], count + i) for i, other in enumerate(added)]
             distance, entry = min([(far[fact], old[fact]), *others])
             if distance == math.inf or distance > radii[entry] + eps_init:
-                kind, radius = "added", eps_init
+                kind, radius = "added", max(eps_init, moved[fact])
             elif known[entry] == answer:
-                radii[entry] = max(radii[entry], COVERED * distance)
+                radii[entry] = max(radii[entry], COVERED * distance, distance + moved[fact])
                 done["expanded"] += 1
                 continue
-            elif distance <= SAME_INPUT * eps_init:
+            elif distance <= max(SAME_INPUT * eps_init, moved[fact]):
                 known[entry], trained[entry] = answer, fact
                 done["replaced"] += 1
                 continue
             else:
-                kind, radius = "split", distance / 2
+                kind, radius = "split", max(distance / 2, moved[fact])
                 radii[entry] = min(radii[entry], radius)
             done[kind] += 1
             trained[count + len(added)] = fact
@@ -273,7 +279,8 @@ class GRACE:
         """The value for each fact, put out by the module at that position."""
         if not facts:
             return self.codebook.values[:0]
-        values = model.values_at(self.name, facts, at).to(self.device)
+        with model.unedited():
+            values = model.values_at(self.name, facts, at).to(self.device)
         rows = [row.clone() for row in values]  # a tensor each, with moments of its own
         optimizer = torch.optim.Adam(rows, lr=self.settings.lr)
         active = list(range(len(facts)))

@@ -14,12 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from data.records import LossTerm, Phase, Turn
+from data.records import LossTerm, Phase, Turn, row_indices, row_offsets
 from editor import linalg
 from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
-ROUTED = 0.999  # epsilon is this part of it: the input it was found at goes through W', whatever rounding does
+MARGIN = (
+    0.001  # epsilon is less by this part, or by what rounding moves an input, so that the one it was found at passes
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class WISE:
 
     a_e at the positions that predict the facts' answers and a_u of unrelated text, means over both. What the shards
     have changed is merged by TIES (`ties`) and added to D. Epsilon is the least ||a_e D|| that any turn left behind,
-    times `route_ratio`: 1 is the paper's, 0.88 the release's.
+    times `route_ratio` (1 is the paper's, 0.88 the release's), less what rounding may move it by (`input_noise`).
 
     Unrelated text is that of the warm-up turns: they edit nothing here, and leave `unrelated` of their inputs each.
     """
@@ -102,14 +104,15 @@ class WISE:
         before = self.side, self.epsilon
         try:
             with watch.measure("train"):
-                shards = self._dealt(turn)
-                changes = [self._trained(model, part, turn.index, shard) for shard, part in enumerate(shards)]
+                shards = enumerate(self._dealt(turn))
+                changes = [self._trained(model, turn, keys, facts, shard) for shard, facts in shards]
             with watch.measure("merge"):
                 side = self.side + self.settings.merge_weight * ties(changes, self.settings.merge_density)
                 least = float((keys @ side).norm(dim=1).min())
+                margin = 1 - max(MARGIN, model.input_noise)
             if not math.isfinite(least):
                 raise FloatingPointError(f"what {self.name} adds is not finite; set a smaller editor.lr")
-            self.side, self.epsilon = side, min(self.epsilon, ROUTED * self.settings.route_ratio * least)
+            self.side, self.epsilon = side, min(self.epsilon, margin * self.settings.route_ratio * least)
             with watch.measure("loss"):
                 loss_after = finite_loss(model, LossTerm(turn.sequences, 1.0))
         except FloatingPointError as error:
@@ -128,22 +131,30 @@ class WISE:
         chosen = torch.randperm(len(keys), generator=self._generator("unrelated", turn))[: self.settings.unrelated]
         self.unrelated = torch.cat([self.unrelated, keys[chosen.to(keys.device)]])
 
-    def _dealt(self, turn: Turn) -> list[Turn]:
+    def _dealt(self, turn: Turn) -> list[list[int]]:
         """The facts of each shard, in the turn's order."""
         order = torch.randperm(len(turn.sequences), generator=self._generator("shards", turn.index)).tolist()
         dealt = [sorted(order[shard :: self.settings.shards]) for shard in range(self.settings.shards)]
-        return [turn.part(some) for some in dealt if some]
+        return [some for some in dealt if some]
 
-    def _trained(self, model: EditableModel, part: Turn, turn: int, shard: int) -> Tensor:  # (d_k, d_v)
+    def _trained(
+        self,
+        model: EditableModel,
+        turn: Turn,
+        keys: Tensor,  # (N, d_k) at the positions that predict the answers of the turn
+        facts: Sequence[int],  # of the turn, which the shard has
+        shard: int,
+    ) -> Tensor:  # (d_k, d_v)
         """What a shard changes in D."""
-        generator = self._generator("mask", turn, shard)
+        generator = self._generator("mask", turn.index, shard)
         mask = (torch.rand(self.side.shape, generator=generator) < self.settings.mask_ratio).to(self.device)
-        batches = list(linalg.row_chunks(len(part.sequences), self.settings.facts_per_step))
+        batches = [facts[some] for some in linalg.row_chunks(len(facts), self.settings.facts_per_step)]
+        first_row = row_offsets(turn.sequences)
         self._in_training = self.side.clone()
         try:
-            for number, facts in enumerate(batches):
-                batch = _as_one_batch(part.part(range(len(part.sequences))[facts]))
-                for step in self._steps(model, batch, mask):
+            for number, some in enumerate(batches):
+                edited = keys[row_indices(some, first_row).to(keys.device)]
+                for step in self._steps(model, _as_one_batch(turn.part(some)), edited, mask):
                     done = (number + step / self.settings.num_steps) / len(batches)
                     model.tell((shard + done) / self.settings.shards)
             change = self._in_training - self.side
@@ -157,13 +168,13 @@ class WISE:
         self,
         model: EditableModel,
         batch: Turn,
+        edited: Tensor,  # (n, d_k) inputs at the positions that predict its answers, which no D moves
         mask: Tensor,  # (d_k, d_v)
     ) -> Iterator[int]:
         """Steps of a mini-batch on the D in training, counted from 1; fewer where its loss falls below `stop_loss`.
 
         dloss/dD = K^T G, with the inputs K of all positions and the gradients G at the module's output there.
         """
-        edited = model.capture(batch).modules[self.name].keys.to(self.side)
         for step in range(1, self.settings.num_steps + 1):
             captured = model.capture(batch, every_token=True)
             rows = captured.modules[self.name]

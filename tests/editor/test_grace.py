@@ -56,9 +56,9 @@ class Reference:
         rows = []
         for place, (x, y) in enumerate(zip(inputs[0][0], outputs[0], strict=True)):
             nearest = min(self.entries, key=lambda entry: float((x - entry.key).detach().norm()), default=None)
+            self.seen.append((x.detach(), y.detach()))
             if nearest is not None and (x - nearest.key).norm() < nearest.radius:
                 y = nearest.value
-            self.seen.append((x.detach(), y.detach()))
             rows.append(self.put[1] if self.put is not None and self.put[0] == place else y)
         return torch.stack(rows)[None]
 
@@ -274,6 +274,32 @@ def test_it_holds_in_any_batch_and_in_cached_generation() -> None:
     assert together.tolist() == first == [written[0] for written in model.generate(prompts, 2)]
     assert [written[:1] for written in base.generate(prompts, 2)] != [[token] for token in first]
     assert sum(token == s.ids[s.answer_start] for token, s in zip(first, turn.sequences, strict=True)) >= 4
+
+
+def test_what_rounding_moves_is_the_same_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 an input is another one in every compute batch: a fact that is corrected replaces the old one all the
+    same, and what an entry was expanded to, it holds in the next batch too."""
+    model = harness(tiny_llama, LLAMA[:1], dtype=torch.bfloat16)
+    noise = model.input_noise
+    assert noise > 0.01
+    keys_at, generator = model.keys_at, torch.Generator().manual_seed(0)
+
+    def in_some_batch(*asked: Any) -> dict[str, Tensor]:
+        found = keys_at(*asked)
+        moved = torch.nn.functional.normalize(torch.randn(found[LLAMA[0]].shape, generator=generator), dim=1)
+        return {LLAMA[0]: found[LLAMA[0]] + 0.5 * noise * found[LLAMA[0]].norm(dim=1, keepdim=True) * moved}
+
+    monkeypatch.setattr(model, "keys_at", in_some_batch)
+    editor = GRACE(model, chosen(eps_init=1e-4), CPU)
+    facts = random_turn(0, Phase.EDIT, records=6).sequences
+    kinds = []
+    for index, answer in enumerate((7, 8, 8)):
+        again = [TokenSequence((*one.ids[: one.answer_start], answer), one.answer_start) for one in facts]
+        turn = Turn(index, Phase.EDIT, (), tuple(again), (1 / 6,) * 6)
+        kinds.append({kind: n for kind, n in editor.edit(model, turn).details["codebook"].items() if n})
+        read = in_some_batch(again, [one.answer_start - 1 for one in again])[LLAMA[0]]
+        assert editor.codebook.hits(read)[1].tolist() == list(range(6))
+    assert kinds == [{"added": 6}, {"replaced": 6}, {"expanded": 6}]
 
 
 def test_an_empty_codebook_survives_a_restart() -> None:

@@ -136,7 +136,7 @@ def test_three_turns_agree_with_the_reference(
     reference.unrelated = list(editor.unrelated)
     for index in range(1, 4):
         turn = random_turn(index, Phase.EDIT, records=4)
-        shards = editor._dealt(turn)
+        shards = [turn.part(facts) for facts in editor._dealt(turn)]
         assert sorted(s.ids for part in shards for s in part.sequences) == sorted(s.ids for s in turn.sequences)
         masks = [
             (torch.rand(editor.side.shape, generator=editor._generator("mask", index, shard)) < settings.mask_ratio)
@@ -202,6 +202,16 @@ def test_what_the_router_leaves_to_the_module_is_the_base_bit_for_bit() -> None:
     editor.epsilon = 1e9  # nothing goes through the side memory
     assert torch.equal(model.reference_logits(turn.sequences), base.reference_logits(turn.sequences))
     assert model.is_original()
+
+
+def test_what_rounding_moves_still_goes_through_the_side_memory() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = harness(tiny_llama, LLAMA[:1], dtype=dtype)
+        editor = WISE(model, chosen(route_ratio=1.0), CPU)
+        editor.edit(model, random_turn(0, Phase.WARM_UP))
+        edit = editor.edit(model, random_turn(1, Phase.EDIT))
+        assert editor.epsilon == pytest.approx((1 - max(0.001, model.input_noise)) * edit.details["least_activation"])
+    assert model.input_noise > 0.01
 
 
 @pytest.mark.parametrize("route_ratio", [1.0, 0.88])
