@@ -18,7 +18,7 @@ SAFELY_FINITE = 1e38
 # Entries of a weight that are handled together.
 TOGETHER = 1 << 22
 # Integer types by their size in bytes.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class EditModule:
@@ -113,6 +113,6 @@ def checksum(tensor: Tensor) -> Tensor:  # () int64
     places = (places ^ (places >> 29)) | 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for first in range(0, len(bits), TOGETHER):
-        piece = bits[first : first + TOGETHER].to(torch.int64)
+        piece = bits[first : first + TOGETHER].to(torch.int64, copy=True)  # where they are int64 too
         total = total * 0x2545F4914F6CDD1D + piece.mul_(places[: len(piece)]).sum()
     return total

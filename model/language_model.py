@@ -49,8 +49,8 @@ COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
 # of a GPU would hold a turn of 100 facts of zsRE, 45% of it padding; cut at 64 there are 3.6, 10%. Counted, not timed.
 BATCH_OVERHEAD = {"cuda": 64}
 # By how much of its norm a module's input moves with what shares its compute batch, at most: kernels choose the order
-# of their sums by the batch. Measured 1.9e-6, 0.0068 and 0.031 on one core (SmolLM2-135M, 60 questions, five layers, each
-# alone, with some and with all).
+# of their sums by the batch. Measured 1.9e-6, 0.0068 and 0.031 on one core (SmolLM2-135M, 60 questions, five layers,
+# each question alone, with some and with all).
 INPUT_NOISE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.float16: 0.015, torch.bfloat16: 0.05}
 BESIDE_WEIGHTS = "this editor keeps its edits beside the weights, so there is no model to save that has them"
 

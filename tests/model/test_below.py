@@ -107,6 +107,27 @@ def test_a_model_that_hands_more_from_layer_to_layer_reads_every_time() -> None:
     assert low.times == 2 * first
 
 
+def test_a_model_whose_upper_layers_fail_without_lower_ones_reads_every_time() -> None:
+    """As where they take keys and values from these."""
+    model = language_model(exact_llama, LLAMA)
+    inner, handed = model.model.model, {}
+    inner.register_forward_pre_hook(lambda *_: handed.clear())
+    inner.layers[0].self_attn.register_forward_hook(lambda _m, _i, output: handed.update(keys=output[0]))
+    inner.layers[2].register_forward_pre_hook(lambda *_: handed["keys"].sum() * 0 and None)
+    plain = language_model(exact_llama, LLAMA)
+    with model.reading_once():
+        for ours, expected in zip(everything(model), everything(plain), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_a_model_whose_stream_has_more_rows_a_token_reads_every_time() -> None:
+    model = exact_llama()
+    blocks = model.model.layers[:2]
+    blocks[1].register_forward_hook(lambda _m, _i, output: output[None].expand(4, -1, -1, -1))
+    model.model.layers[2].register_forward_pre_hook(lambda _m, inputs: (inputs[0][0], *inputs[1:]))
+    assert below.blocks_below(model, LLAMA) == []
+
+
 @pytest.mark.parametrize(
     ("names", "count"),
     [

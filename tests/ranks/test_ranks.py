@@ -182,6 +182,16 @@ def forget(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+def test_a_warm_up_that_ends_by_itself_does_so_in_all(place: Commands, forks: Forks) -> None:
+    line = ("editor.preheat_mode=adaptive", "editor.preheat_tolerance=1e9", "num_seq_zsre=3", "num_seq=2")
+    one, many = Run(place.folder / "adaptive_one"), Run(place.folder / "adaptive_many")
+    assert together(forks, 1, place.line(*line, run="adaptive_one")) == [0], forks.stderr()
+    assert together(forks, 2, place.line(*line, run="adaptive_many")) == [0, 0], forks.stderr()
+    assert [line.get("passed_over", False) for line in many.lines("turns.jsonl")] == [False, False, True, False, False]
+    assert many.scores() == about(one.scores())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", ["ft_l", "ft_m", "locft_bf", "grace", "wise"])
 def test_editors_of_other_families_do_what_they_do_in_one(place: Commands, forks: Forks, editor: str) -> None:
     line = (
@@ -612,6 +622,17 @@ def test_checksums_tell_one_bit_apart(together: int, monkeypatch: pytest.MonkeyP
     assert len({sums["down"] for sums in seen}) == 4
     with pytest.raises(ValueError, match="rank 1 holds other bits of down than rank 0"):
         _require_alike([before, model.checksums()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_checksums_are_of_tensors_of_all_kinds(dtype: torch.dtype) -> None:
+    """An editor's state has flags and numbers too."""
+    one, other = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 0, 1]).to(dtype)
+    tensors = {"one": one, "same": one.clone(), "other": other, "flag": one[0]}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    sums = edited.checksums(tensors)
+    assert sums["one"] == sums["same"] != sums["other"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items()), "they are read, not written"
 
 
 @pytest.mark.slow
