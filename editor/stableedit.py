@@ -48,8 +48,8 @@ class StableEditSettings:
 
     `lr` is gamma, `alpha` the ridge; `batch_size` rows are handled at a time, which bounds memory, never a result.
     `RunningMeanStd_mode`: stable = statistics of every row ever seen, full whitening of value gradients; original = the
-    same, diagonal. For ablations: none = raw rows; batch = this turn's rows, frozen = those of the warm-up turns, both
-    with full whitening.
+    same, diagonal. For ablations: none = raw rows; batch = this turn's rows (of its passes so far), frozen = those of
+    the warm-up turns, both with full whitening.
     `whitening_solver` auto = newton on a GPU with whitening_floor_mode=shift and a mode in `LASTING`, else eigh, which
     is faster on a CPU at every size (benchmarks/whitening.py).
     `preserve` is beta of the preserving solve; preheat_mode=adaptive ends warm-up by itself (DESIGN section 1).
@@ -113,6 +113,7 @@ class StableEdit(nn.Module):
         self._preserving = {name: self._coordinates(second_moments(name)) for name in shapes} if second_moments else {}
         self._turn_statistics: dict[str, dict[str, float | None]] = {group: {} for group in self.normalizers}
         self._before: dict[str, dict[str, Tensor]] = {}  # moments as the turn found them
+        self._frozen: dict[str, Whitening] = {}  # of statistics that change no more
 
     def begin(self, phase: Phase) -> bool:
         """Statistics are of a turn, whatever its passes; False where adaptive warm-up has come to its end."""
@@ -136,10 +137,10 @@ class StableEdit(nn.Module):
             return
         for group in self.normalizers:
             normalizer = self._normalizer(group)
-            if group not in self._before:
+            if group not in self._before:  # in the turn's first pass
                 self._before[group] = normalizer.moments()
-            if mode == "batch":
-                normalizer.reset()
+                if mode == "batch":
+                    normalizer.reset()
             own = [capture for name, capture in captures.items() if self.groups[name] == group]
             normalizer.observe([(capture.keys, capture.value_grads) for capture in own], self.settings.batch_size)
             self._turn_statistics[group] |= normalizer.changes_since(self._before[group])
@@ -166,15 +167,23 @@ class StableEdit(nn.Module):
         if phase is Phase.WARM_UP:
             return found
         for group in self.normalizers:
-            if self._normalizer(group).can_whiten(self.settings.whitening_floor_mode):
-                found[group] = self._normalizer(group).whitening(
-                    self.settings.whitening_prior, self.settings.whitening_floor, self.settings.whitening_floor_mode
-                )
+            if group in self._frozen or self._normalizer(group).can_whiten(self.settings.whitening_floor_mode):
+                found[group] = self._whitening(group)
                 self._turn_statistics[group] |= {
                     "floored_fraction": found[group].floored,
                     **_spectrum_quantiles(found[group].spectrum),
                     **self._over_passes(group, found[group].details),
                 }
+        return found
+
+    def _whitening(self, group: str) -> Whitening:
+        """Decomposed once where nothing enters the statistics any more; one that is followed is in the state."""
+        if group in self._frozen:
+            return self._frozen[group]
+        settings, normalizer = self.settings, self._normalizer(group)
+        found = normalizer.whitening(settings.whitening_prior, settings.whitening_floor, settings.whitening_floor_mode)
+        if settings.RunningMeanStd_mode == "frozen" and normalizer.followed is None:
+            self._frozen[group] = found
         return found
 
     def _over_passes(self, group: str, details: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -258,6 +267,7 @@ class StableEdit(nn.Module):
 
         What is followed then begins anew, with a decomposition.
         """
+        self._frozen = {}
         own = {name: tensor for name, tensor in self.state_dict().items() if FOLLOWED in name}
         rest = {name: tensor for name, tensor in state_dict.items() if FOLLOWED not in name or name in own}
         return super().load_state_dict({**own, **rest}, strict, assign)

@@ -283,6 +283,39 @@ def test_editor_state_survives_a_restart(changes: dict[str, Any]) -> None:
     assert whole.statistics() == resumed.statistics()
 
 
+def test_statistics_of_a_turn_alone_are_of_all_its_passes() -> None:
+    """Later passes are of few facts, which alone would have no spread to be normalised by."""
+    model, rows = harness(tiny_llama, LLAMA), []
+    rule = StableEdit(model.shapes, settings(RunningMeanStd_mode="batch"), torch.device("cpu"))
+    editor = CaptureEditor(rule, torch.device("cpu"), CaptureSettings(passes=3))
+    update = rule.update
+
+    def seen(captures: dict[str, Capture], phase: Phase) -> Any:
+        rows.append(sum(len(each.keys) for each in captures.values()))
+        found = update(captures, phase)
+        assert rule.statistics()["40x24"]["n"] == sum(rows)
+        return found
+
+    with mock.patch.object(rule, "update", seen):
+        editor.edit(model, random_turn(0, EDIT))
+        assert len(rows) == 3
+        rows.clear()
+        editor.edit(model, random_turn(1, EDIT))
+
+
+def test_frozen_statistics_are_decomposed_once() -> None:
+    model, found = harness(tiny_llama, LLAMA), linalg.inverse_square_root
+    rule = StableEdit(model.shapes, settings(RunningMeanStd_mode="frozen"), torch.device("cpu"))
+    editor = CaptureEditor(rule, torch.device("cpu"), CaptureSettings(passes=2))
+    with mock.patch.object(linalg, "inverse_square_root", side_effect=found) as decomposed:
+        for index, phase in enumerate([WARM_UP, EDIT, EDIT]):
+            editor.edit(model, random_turn(index, phase))
+        assert decomposed.call_count == 1
+        rule.load_state_dict(rule.state_dict())
+        editor.edit(model, random_turn(3, EDIT))
+        assert decomposed.call_count == 2, "of a state that was taken up"
+
+
 def test_statistics_are_of_a_turn_whatever_its_passes() -> None:
     """Moments are compared with those of the turn before, and what following a root takes adds up."""
     model = harness(tiny_llama, LLAMA)
