@@ -165,7 +165,8 @@ class EditorConfig(Section):
 
     def ignored(self) -> dict[str, str]:
         """The keys that have no effect as its other settings stand, each with the setting that is the cause."""
-        return {}
+        alone = self.passes == 1 and self.replay == 0 and "pass_loss" not in self.unused()
+        return {"pass_loss": "editor.passes=1 and editor.replay=0"} if alone else {}
 
     def unused_elsewhere(self) -> tuple[str, ...]:
         """The keys of other sections that only other editors ask for, as they are typed."""
@@ -192,6 +193,9 @@ MINI_BATCH = "dataset.batch_size"
 
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
+
+NOT_WHITENED = (RunningMeanStdMode.original, RunningMeanStdMode.none)
+"""The modes that keep no covariance."""
 
 
 @dataclass
@@ -240,12 +244,19 @@ class ClosedFormConfig(EditorConfig):
         ]
 
     def ignored(self) -> dict[str, str]:
-        found = {}
+        found, mode = super().ignored(), self.RunningMeanStd_mode
         if self.preheat_mode is not PreheatMode.adaptive:
             cause = f"editor.preheat_mode={self.preheat_mode.name}"
-            found = dict.fromkeys(("preheat_least", "preheat_tolerance"), cause)
+            found |= dict.fromkeys(("preheat_least", "preheat_tolerance"), cause)
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
+        if mode in NOT_WHITENED:
+            keys = ("whitening_floor", "whitening_floor_mode", "whitening_prior", "whitening_solver")
+            found |= dict.fromkeys(keys, f"editor.RunningMeanStd_mode={mode.name}")
+        if mode is RunningMeanStdMode.none:
+            found["statistics_scope"] = f"editor.RunningMeanStd_mode={mode.name}"
+        if not self.preserve:
+            found["preserve_text"] = "editor.preserve=0"
         return found
 
     def asks_for_text(self) -> bool:
@@ -515,7 +526,7 @@ class LocateConfig(EditorConfig):
         return (MINI_BATCH,)
 
     def ignored(self) -> dict[str, str]:
-        return {} if self.prefixes else {"prefix_tokens": "editor.prefixes=0"}
+        return super().ignored() | ({} if self.prefixes else {"prefix_tokens": "editor.prefixes=0"})
 
     def asks_for_text(self) -> bool:
         return True

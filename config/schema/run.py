@@ -171,7 +171,7 @@ def settings_without_effect(run: RunConfig) -> list[str]:
     if preheat not in (PreheatMode.none, PreheatMode.start) and turns == 0:
         lines.append(f"editor.preheat_mode={preheat.name} has no effect with {used}=0")
     unused = next(key for key in ("num_seq_zsre", "num_seq_wikibigedit") if key != used)
-    if getattr(run, unused) is not None:
+    if getattr(run, unused) not in (None, turns):
         lines.append(
             f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
         )

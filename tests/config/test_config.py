@@ -126,6 +126,32 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
             ["editor.whitening_floor=0.5 has no effect with editor.whitening_floor_mode=shrinkage"],
         ),
         ("editor.whitening_floor=0.5", []),
+        (
+            "editor=ultraedit editor.whitening_floor=0.5 editor.whitening_prior=3",
+            [
+                "editor.whitening_floor=0.5 has no effect with editor.RunningMeanStd_mode=original",
+                "editor.whitening_prior=3.0 has no effect with editor.RunningMeanStd_mode=original",
+            ],
+        ),
+        (
+            "editor=stableedit editor.RunningMeanStd_mode=none editor.statistics_scope=module",
+            ["editor.statistics_scope=module has no effect with editor.RunningMeanStd_mode=none"],
+        ),
+        (
+            "editor=stableedit editor.preserve_text=unrelated",
+            ["editor.preserve_text=unrelated has no effect with editor.preserve=0"],
+        ),
+        (
+            "editor=stableedit editor.passes=1 editor.pass_loss=0.5",
+            ["editor.pass_loss=0.5 has no effect with editor.passes=1 and editor.replay=0"],
+        ),
+        ("editor=stableedit editor.passes=1 editor.replay=10 editor.pass_loss=0.5", []),
+        (
+            "editor=ft_m editor.pass_loss=0.5 editor.passes=1",
+            ["editor.pass_loss=0.5 has no effect with editor=ft_m"],
+        ),
+        ("experiment=gpt-j_zsre", []),
+        ("experiment=ultraedit_gpt-j_wikibigedit", []),
         ("dataset.batch_size=5 editor_device=cpu", []),
         *(
             (f"dataset.batch_size=5 editor={name}", [f"dataset.batch_size=5 has no effect with editor={name}"])
