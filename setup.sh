@@ -11,14 +11,18 @@ step() {
     echo "setup: $1" >&2
 }
 
+command -v "$PYTHON" > /dev/null || {
+    echo "error: there is no $PYTHON; set PYTHON to a Python 3.11 or newer" >&2
+    exit 1
+}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $PYTHON is older than Python 3.11; set PYTHON to a newer one" >&2
     exit 1
 }
 if ! cmp -s requirements.txt "$STAMP"; then
-    if ! [ -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then # none, or one that was left half made
         step "making .venv with $PYTHON"
-        "$PYTHON" -m venv .venv
+        "$PYTHON" -m venv --clear .venv
     fi
     step "installing $(grep -c '^[^#].*==' requirements.txt) packages and what they need: minutes, where they are not cached"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

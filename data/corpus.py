@@ -18,6 +18,7 @@ from data.records import Question, TokenSequence
 from data.stream import AnswerTokens, tokenize
 
 BLOCK = 1 << 16  # characters of a text file that are tokenised as one document, or a line more
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 MOST_BYTES = 1 << 26  # of a line of JSON Lines
 MOST_CHARACTERS = 16  # of a token, on average of a text
 TOGETHER = 64  # documents
@@ -71,7 +72,7 @@ class TextFiles:
     def documents(self) -> Iterator[str]:
         """ValueError, naming file and line, for a row without text."""
         for path in self.texts:
-            yield from _lines_of_json(path) if path.suffix in (".jsonl", ".json") else _blocks(path)
+            yield from _lines_of_json(path) if _is_json_lines(path) else _blocks(path)
         for path in self.rows:
             for row in json.loads(path.read_text(encoding="utf-8")):
                 yield "\n".join(_strings(row))
@@ -168,6 +169,19 @@ def _block(file: TextIO) -> str:
         lines.append(line)
         size += len(line)
     return "".join(lines)
+
+
+def _is_json_lines(path: Path) -> bool:
+    """By its name, or by a first line that is an object with a text."""
+    if path.suffix.lower() in JSON_LINES:
+        return True
+    with path.open("rb") as file:
+        first = next((line for line in iter(lambda: file.readline(MOST_BYTES), b"") if line.strip()), b"")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "text" in row
 
 
 def _lines_of_json(path: Path) -> Iterator[str]:

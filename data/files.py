@@ -43,9 +43,10 @@ def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir:
     """
     key = PATH_KEYS[split]
     if path is not None:
-        if not Path(path).is_file():
+        asked = Path(path).expanduser()
+        if not asked.is_file():
             raise ValueError(f"{key}={path}: no such file; set it to a JSON or JSON Lines file, or to null")
-        return Path(path)
+        return asked
     candidates = [raw_dir / name for name in dataset.raw_files.get(split, ())]
     if found := next((file for file in candidates if file.is_file()), None):
         return found

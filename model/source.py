@@ -323,20 +323,50 @@ def read_weights(
     """The model with its weights, which go to `device` one by one: none of it is whole on the CPU meanwhile.
 
     `device_map` lays one that is larger than one device over all of them, as accelerate sees fit; `device` then counts
-    for nothing. ValueError where they are too small for it together.
+    for nothing. ValueError where they are too small for it together, and where the files lack a weight of the model:
+    transformers would draw it at random.
     """
     if device == torch.device("cuda"):  # files would be read into the first GPU
         device = torch.device("cuda", torch.cuda.current_device())
     kind = _model_class(source)
     options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code, "revision": source.revision}
     with _explained(source):
-        model = kind.from_pretrained(source.path, device_map=device_map or {"": device}, **options)
+        model, found = kind.from_pretrained(
+            source.path,
+            device_map=device_map or {"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # but told of
+            **options,
+        )
+    _require_whole(source, found)
     for name in (name for name, weight in model.named_parameters() if weight.is_meta):
         raise ValueError(
             f"model.device_map={device_map}: no device has room for {name}; use more or larger devices, or "
             "model.half=bf16"
         )
     return model
+
+
+def _require_whole(source: ModelSource, found: Mapping[str, Any]) -> None:
+    """`found`: what transformers says of the weights it did not find as the model has them."""
+    for name, stored, own in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model.name_or_path={source.path}: {name} is {_size(stored)} in its files and {_size(own)} in a model of "
+            "its config.json; bring the files and the config.json of one model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        names = sorted(found["unexpected_keys"])
+        stray = next((name for name in names if name.endswith(f".{missing[0]}")), names[0] if names else None)
+        beside = f", which hold {stray} instead" if stray else ""
+        raise ValueError(
+            f"model.name_or_path={source.path}: {len(missing)} of its weights are not in its files{beside} (the first "
+            f"is {missing[0]}); save the model itself, not what wraps it or is added to it (module., _orig_mod., an "
+            "adapter), or set model.class_name to its class"
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def context_length(source: ModelSource) -> int | None:

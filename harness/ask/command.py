@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:N; default: a GPU if any")
     parser.add_argument("--json", action="store_true", help="an object a line: question, base, edited")
     parser.add_argument("--trust-remote-code", action="store_true", help="for models that bring code; a run says it")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # questions stand anywhere behind the run
 
 
 def work(chosen: argparse.Namespace) -> None:
@@ -89,8 +89,11 @@ def work(chosen: argparse.Namespace) -> None:
 
 
 def typed() -> Iterator[str]:
-    """Lines of stdin up to an empty one or the end; on a terminal, at a prompt and with a history."""
-    prompted = sys.stdin.isatty() and sys.stdout.isatty()
+    """Lines of stdin, without empty ones; on a terminal at a prompt, with a history, and up to an empty one."""
+    if not sys.stdin.isatty():
+        yield from filter(None, (line.strip() for line in sys.stdin))
+        return
+    prompted = sys.stdout.isatty()
     if prompted:
         import readline  # noqa: F401  what `input` then edits lines with
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from config.compose import choices_of, compose_config
+from config.compose import check_command_line, choices_of, compose_config
 from config.schema import quoted, to_run_config
 from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
@@ -16,6 +16,9 @@ from harness.ranks import init_ranks
 from harness.watch import turn_note
 
 FACTS_A_TURN = 100  # as published
+PARTS = ("prompt", "answer", "subject")  # of a fact
+OF_RUNS = ("model_cache", "model_cache_dir", "editor.cache_dir", "evaluate", "resume", "hydra")
+"""Settings that say what a run leaves behind, or takes up."""
 
 
 def edit(
@@ -33,13 +36,14 @@ def edit(
     that learn to edit take a network that a run has trained (`editor.load_checkpoint`).
     ValueError, in one line, for what is wrong with any of them, before a weight is read.
     """
-    rows = [_row(i, fact) for i, fact in enumerate(facts)]
-    if not rows:
-        raise ValueError("facts: there are none; give a list of {'prompt': ..., 'answer': ...}")
+    rows = _rows(facts)
+    _check_settings(settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        composed = compose_config([*_choices(model, editor, path, len(rows)), *settings])
+        line = [*_choices(model, editor, path, rows), *settings]
+        check_command_line([*line, "--cfg", "job"])  # its keys; its values below
+        composed = compose_config(line)
         if composed.editor.get("n_epochs") and composed.editor.load_checkpoint is None:
             raise ValueError(
                 f"editor={editor}: edit() trains no network; name a run that has, editor.load_checkpoint=RUN, or set "
@@ -48,9 +52,12 @@ def edit(
         cfg = to_run_config(composed)
         plan = make_plan(cfg, init_ranks())
         if len(plan.stream.edited()) < len(rows):
+            size, turns = cfg.dataset.n_edits, cfg.num_seq
+            if turns is not None and turns * size < len(rows):
+                raise ValueError(f"num_seq={turns}: turns of {size} facts, and there are {len(rows)}; leave it out")
             raise ValueError(
-                f"facts: {len(rows)} are not full turns of dataset.n_edits={cfg.dataset.n_edits}; "
-                "set dataset.n_edits to a number that divides them"
+                f"facts: {len(rows)} are not full turns of dataset.n_edits={size}; set dataset.n_edits to a number "
+                "that divides them"
             )
         edited = load_model(cfg, plan)
         chosen = make_editor(cfg, plan, edited, edited.fingerprint())
@@ -62,18 +69,45 @@ def edit(
     return EditedModel(edited, edited, f"{model} with {len(rows)} facts", cfg.asked_form().name, MAX_NEW_TOKENS)
 
 
-def _row(i: int, fact: Mapping[str, str]) -> dict[str, str | None]:
+def _rows(facts: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """What the data file of such a run has."""
+    if isinstance(facts, Mapping | str):
+        raise ValueError(f"facts: a {type(facts).__name__}; give a list of {{'prompt': ..., 'answer': ...}}")
+    rows = [_row(i, fact) for i, fact in enumerate(facts)]
+    if not rows:
+        raise ValueError("facts: there are none; give a list of {'prompt': ..., 'answer': ...}")
+    subjects = [i for i, row in enumerate(rows) if "subject" in row]
+    if subjects and len(subjects) < len(rows):
+        without = next(i for i, row in enumerate(rows) if "subject" not in row)
+        raise ValueError(f"fact {without} has no subject, and fact {subjects[0]} has one: give it to all, or to none")
+    return rows
+
+
+def _row(i: int, fact: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(fact, Mapping):
+        raise ValueError(f"fact {i} is a {type(fact).__name__}; give {{'prompt': ..., 'answer': ...}}")
+    if unknown := sorted(set(fact) - set(PARTS)):
+        raise ValueError(f"fact {i} has a {unknown[0]!r}, and a fact is of {', '.join(PARTS)}: take it out")
     missing = [name for name in ("prompt", "answer") if not str(fact.get(name) or "").strip()]
     if missing:
         raise ValueError(f"fact {i} has no {missing[0]}: give it one, {{'prompt': ..., 'answer': ...}}")
-    return {"prompt": fact["prompt"], "answer": fact["answer"], "subject": fact.get("subject")}
+    return {name: fact[name] for name in PARTS if fact.get(name) is not None}
 
 
-def _choices(model: str, editor: str, path: Path, facts: int) -> list[str]:
+def _check_settings(settings: Sequence[str]) -> None:
+    if isinstance(settings, str):
+        raise ValueError(f"settings={settings!r}: a text; give a list of them, [{settings!r}]")
+    for setting in settings:
+        key = setting.lstrip("+~").partition("=")[0]
+        if key in OF_RUNS or key.partition(".")[0] in OF_RUNS:
+            raise ValueError(f"{setting}: edit() leaves no run behind and takes none up; leave it out, or use main.py")
+
+
+def _choices(model: str, editor: str, path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
     """What the command line of such a run says."""
     preset = model in choices_of("model")
     chosen = [f"model={model}"] if preset else ["model=huggingface", f"model.name_or_path={quoted(model)}"]
-    fields = [f"dataset.fields.{name}={name}" for name in ("prompt", "answer", "subject")]
-    size = f"dataset.n_edits={min(facts, FACTS_A_TURN)}"
+    fields = [f"dataset.fields.{name}={name}" for name in PARTS if name in rows[0]]
+    size = f"dataset.n_edits={min(len(rows), FACTS_A_TURN)}"
     data = ["dataset=jsonl", f"dataset.valid_path={quoted(str(path))}", size, *fields]
     return [*chosen, f"editor={editor}", "editor.preheat_mode=none", *data]

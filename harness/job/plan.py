@@ -29,6 +29,7 @@ from harness.job.data import SAMPLES, open_data, training_questions, unrelated_q
 from harness.job.devices import devices
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
+from harness.job.registered import check_registered
 from harness.ranks import Ranks
 from harness.run import CaptureFolder, TrainedNetwork, places
 from harness.watch import WandbMode, WandbSettings, check_wandb
@@ -86,14 +87,16 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         log.warning("%s", line)
     if cfg.evaluate is not None:
         cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
+    check_registered(cfg)
     device, editor_device = devices(cfg, ranks)
     check_wandb(wandb_settings(cfg.tracker).mode)
-    files = open_data(cfg)
     source = source_of(cfg)
     model_outline = outline(source, cfg.model.edit_modules, cfg.model.auto_layers)
     check_modules(cfg, list(model_outline.shapes))
     tokenizer = load_tokenizer(source)
     form = plan_form(cfg, tokenizer, source)
+    passage = plan_passage(cfg, tokenizer, model_outline.context_length)
+    files = open_data(cfg)  # minutes, the first time that a large file is read
     stream = plan_stream(cfg, files, tokenizer, form)
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
@@ -108,7 +111,6 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
     corpora = plan_corpora(cfg, files, stream, form)
-    passage = plan_passage(cfg, tokenizer, model_outline.context_length)
     return Plan(
         files=files,
         stream=stream,
@@ -264,7 +266,7 @@ def capture_memory(
     if cfg.editor.cache_dir is None:
         yield None
         return
-    with CaptureFolder(Path(cfg.editor.cache_dir)) as folder:
+    with CaptureFolder(Path(cfg.editor.cache_dir).expanduser()) as folder:
         last = stream.turn(len(stream) - 1).with_replay()
         lengths = (len(s.ids) if cfg.editor.token is Token.all else s.answer_length for s in last.sequences)
         folder.require(shapes, sum(lengths), kept=cfg.diagnostics.previous + 1)

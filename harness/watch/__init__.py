@@ -14,5 +14,5 @@ from harness.watch.console import (
     turn_note,
 )
 from harness.watch.diagnostics import SMALLER_STEPS, TurnDiagnostics
-from harness.watch.memory import forget_peaks, memory
+from harness.watch.peaks import forget_peaks, memory
 from harness.watch.tracking import Tracker, WandbMode, WandbSettings, check_wandb

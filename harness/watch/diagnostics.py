@@ -15,7 +15,7 @@ from torch import Tensor
 from data.records import LowRankUpdate, Phase, Turn, WeightChange, read_together
 from editor import linalg
 from editor.base import Edit, Editor
-from harness.watch.memory import memory
+from harness.watch.peaks import memory
 
 log = logging.getLogger(__name__)
 

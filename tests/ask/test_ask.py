@@ -253,14 +253,20 @@ def test_the_table_has_a_column_a_model(
     assert "the base model is not known here: --model BASE puts its answers beside these" in caplog.messages
 
 
+def test_options_stand_anywhere_behind_the_run(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = QUESTIONS[:2]
+    out = said(capsys, done, "--json", first, "--max-new-tokens", FEW, second)
+    assert [one.question for one in objects(out)] == [first, second]
+
+
 def test_questions_from_a_pipe(
     done: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One a line, up to an empty one; one that is too long is said, and the next one answered."""
-    lines = [QUESTIONS[0], "long " * 60, QUESTIONS[1], "", "not this one"]
+    """One a line, without empty ones; one that is too long is said, and the next one answered."""
+    lines = [QUESTIONS[0], "long " * 60, "", " ", *QUESTIONS[1:]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     out = said(capsys, done, "--json", "--max-new-tokens", FEW)
     assert [one.question for one in objects(out)] == QUESTIONS

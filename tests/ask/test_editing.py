@@ -82,10 +82,20 @@ def test_a_trained_network_is_taken_up_and_none_is_trained(run: Commands, folder
         ([{"prompt": " ", "answer": "x"}], [], "fact 0 has no prompt"),
         (FACTS, ["dataset.n_edits=4"], "6 are not full turns of dataset.n_edits=4"),
         (FACTS, ["editor.passes=0"], "editor.passes=0"),
+        (FACTS, ["dataset.n_edits=2", "num_seq=1"], "num_seq=1: turns of 2 facts, and there are 6; leave it out"),
+        (FACTS[0], [], "facts: a dict; give a list of"),
+        (["Who?"], [], "fact 0 is a str; give"),
+        ([FACTS[0] | {"rephrase": "Who?"}], [], "fact 0 has a 'rephrase', and a fact is of prompt, answer, subject"),
+        ([FACTS[0] | {"subject": "box 0"}, FACTS[1]], [], "fact 1 has no subject, and fact 0 has one"),
+        (FACTS, ["editor.passse=10"], "editor.passse=10: there is no key editor.passse .* mean editor.passes"),
+        (FACTS, ["editor.passes=abc"], "editor.passes=abc"),
+        (FACTS, ["seed=1,2"], "seed=1,2"),
+        (FACTS, ["model_cache=true"], r"model_cache=true: edit\(\) leaves no run behind"),
+        (FACTS, ["hydra.run.dir=x"], r"hydra.run.dir=x: edit\(\) leaves no run behind"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_read(
-    folder: str, monkeypatch: pytest.MonkeyPatch, facts: list[dict[str, str]], settings: list[str], line: str
+    folder: str, monkeypatch: pytest.MonkeyPatch, facts: Any, settings: list[str], line: str
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were read")
@@ -93,3 +103,14 @@ def test_mistakes_are_told_before_the_model_is_read(
     monkeypatch.setattr("harness.ask.editing.load_model", never)
     with pytest.raises(ValueError, match=line):
         edit(folder, facts, settings=[*SETTINGS, *settings])
+
+
+def test_settings_are_a_list(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"settings='model.lr=0.1': a text; give a list of them, \['model.lr=0.1'\]"):
+        edit(folder, FACTS, settings="model.lr=0.1")
+
+
+def test_a_training_file_needs_no_subjects_where_facts_have_none(run: Commands, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, FACTS * 2)))
+    warm = (f"dataset.train_path={tmp_path / 'train.jsonl'}", "editor.preheat_mode=start", "num_seq_zsre=1")
+    assert not edit(folder, FACTS, "stableedit", [*SETTINGS, *warm]).language_model.is_original()

@@ -122,6 +122,18 @@ def test_a_file_of_one_line_is_never_read_whole(tmp_path: Path, monkeypatch: pyt
     assert 0 < max(read) <= corpus.BLOCK
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "text.JSONL", "text.ndjson", "text", "text.txt"])
+def test_json_lines_are_known_by_their_name_or_by_their_first_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('\n{"text": "A first one."}\n{"text": "A second."}\n')
+    corpus = open_corpus(str(tmp_path / name), tmp_path, 100)
+    assert list(corpus.documents()) == ["A first one.", "A second."]
+
+
+def test_text_that_looks_like_json_is_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text('{"a": 1}\nand more\n')
+    assert list(open_corpus(str(tmp_path / "text.txt"), tmp_path, 100).documents()) == ['{"a": 1}\nand more\n']
+
+
 def test_a_broken_line_is_found_before_anything_is_computed(tmp_path: Path) -> None:
     """However late, among the text that will be read; what lies behind it is left alone."""
     path = tmp_path / "text.jsonl"

@@ -174,6 +174,11 @@ class TestWhichFile:
         mine = self.put(tmp_path, "mine.json")
         assert self.resolve(tmp_path, path=str(mine)) == mine
 
+    def test_one_in_the_users_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        mine = self.put(tmp_path, "mine.json")
+        monkeypatch.setenv("HOME", str(mine.parent))
+        assert self.resolve(tmp_path, path="~/mine.json") == mine
+
     @pytest.mark.parametrize(("split", "key"), [("eval", "dataset.valid_path"), ("train", "dataset.train_path")])
     def test_one_asked_for_that_is_not_there(self, tmp_path: Path, split: str, key: str) -> None:
         with pytest.raises(ValueError, match=f"^{key}=gone.json: no such file; set it to"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +21,7 @@ from data.records import LossTerm, LowRankUpdate, Phase, TokenSequence, Turn, We
 from data.stream import mini_batch_weights
 from harness.run.same_bits import use_deterministic_algorithms
 from model import LanguageModel, edited, language_model
-from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline
+from model.source import ModelSource, find_edit_modules, load_tokenizer, locate, outline, read_weights
 from tests.conftest import tiny_gpt2, tiny_llama
 
 SMALL = {
@@ -510,3 +512,35 @@ def test_gradients_are_asked_for_the_same_bits_in_earnest() -> None:
     use_deterministic_algorithms(False)
     again = model.capture(turn)
     assert torch.equal(again.modules["down"].keys, captured.modules["down"].keys)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> ModelSource:
+    """A saved model whose file of weights holds something else."""
+    tiny_llama().save_pretrained(folder)
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return ModelSource(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+            r"39 of its weights are not in its files, which hold module\.lm_head\.weight instead \(the first is lm_h",
+        ),
+        (
+            lambda tensors: {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.down" not in name},
+            r"1 of its weights are not in its files \(the first is model\.layers\.2\.mlp\.down_proj\.weight\); save",
+        ),
+        (
+            lambda tensors: tensors | {"model.norm.weight": torch.ones(23)},
+            r"model\.norm\.weight is 23 in its files and 24 in a model of its config\.json",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path: Path, change: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.name_or_path={re.escape(str(tmp_path))}: {said}"):
+        read_weights(rewritten(tmp_path, change), dtype=torch.float32, device=torch.device("cpu"))
