@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, choice, question, samples, subject, text, texts
+from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, subject, text, texts
 from data.records import EditRecord, Question
 
 
@@ -21,8 +21,8 @@ def _easy_edit(row: Row, index: int, seed: int) -> EditRecord:
     return EditRecord(
         index,
         edit=question(row, "prompt", "target_new"),
-        rephrase=question(row, "rephrase_prompt", "target_new"),
-        locality=question(row, "locality_prompt", "locality_ground_truth"),
+        rephrase=question_or_none(row, "rephrase_prompt", "target_new"),
+        locality=question_or_none(row, "locality_prompt", "locality_ground_truth"),
         subject=subject(row, "subject"),
     )
 
@@ -31,8 +31,8 @@ def _zsre(row: Row, index: int, seed: int) -> EditRecord:
     return EditRecord(
         index,
         edit=question(row, "src", "ans"),
-        rephrase=question(row, "rephrase", "ans"),
-        locality=question(row, "loc", "loc_ans"),
+        rephrase=question_or_none(row, "rephrase", "ans"),
+        locality=question_or_none(row, "loc", "loc_ans"),
         subject=subject(row, "subject"),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, choice, question, samples, texts
+from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, texts
 from data.records import EditRecord, Question
 
 
@@ -12,7 +12,7 @@ def to_record(row: Row, index: int, seed: int) -> EditRecord:
         index,
         edit=question(row, "prompt", "alt"),
         rephrase=Question(choice(seed, index).choice(texts(row, "equiv_prompt")), answer(row, "alt")),
-        locality=question(row, "unrel_prompt", "unrel_ans"),
+        locality=question_or_none(row, "unrel_prompt", "unrel_ans"),
     )
 
 

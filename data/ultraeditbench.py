@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, question, samples
+from data.dataset import Dataset, Row, question, question_or_none, samples
 from data.records import EditRecord
 
 
@@ -11,8 +11,8 @@ def to_record(row: Row, index: int, seed: int) -> EditRecord:
     return EditRecord(
         index,
         edit=question(row, "prompt", "ans"),
-        rephrase=question(row, "rephrase_prompt", "ans"),
-        locality=question(row, "loc", "loc_ans"),
+        rephrase=question_or_none(row, "rephrase_prompt", "ans"),
+        locality=question_or_none(row, "loc", "loc_ans"),
     )
 
 

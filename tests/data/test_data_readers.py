@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,25 @@ class TestFields:
         record = read("wikibigedit", **{field: None})
         assert getattr(record, probe) is None
         assert record.edit == Question("Where is A?", "B")
+
+    @pytest.mark.parametrize(
+        ("case", "field", "probe"),
+        [
+            ("zsre", "loc", "locality"),
+            ("zsre", "rephrase", "rephrase"),
+            ("fever", "unrel_prompt", "locality"),
+            ("ultraeditbench", "rephrase_prompt", "rephrase"),
+            ("ultraeditbench", "loc", "locality"),
+            ("counterfact, EasyEdit", "rephrase_prompt", "rephrase"),
+            ("counterfact, EasyEdit", "locality_prompt", "locality"),
+            ("counterfact, zsRE", "rephrase", "rephrase"),
+            ("counterfact, zsRE", "loc", "locality"),
+        ],
+    )
+    def test_a_null_probe_of_the_others_is_left_out(self, case: str, field: str, probe: str) -> None:
+        record, whole = read(case, **{field: None}), read(case)
+        assert getattr(whole, probe) is not None
+        assert record == replace(whole, **{probe: None})
 
     def test_a_training_row_of_wikibigedit_needs_no_multi_hop_field(self) -> None:
         row = without(without(WIKIBIGEDIT, "mhop"), "mhop_ans")
