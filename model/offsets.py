@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.batches import padded
-from data.records import TokenBatch, TokenSequence, row_offsets
+from data.batches import on_device, padded
+from data.records import TokenSequence, row_offsets
 from model.below import BlocksBelow
 from model.text import KEPT, CachedPrompts, TextModel
 from model.tracing import answer_row_indices, hooks, require_ran, same_bits
@@ -89,23 +89,24 @@ class OffsetLosses:
 
     def _of(self, cached: CachedPrompts, offsets: Tensor) -> tuple[Tensor, Tensor]:  # (B,), (B, d_v)
         batch = padded(self.tails, cached.members)
+        lengths = torch.tensor([self.tails[member].answer_length for member in cached.members])
+        beside = self.at[batch.members], lengths[batch.rows], answer_row_indices(batch, self.first_row)
+        here, (at, count, answer_rows) = on_device(batch, self.model.device, *beside)
         moved = offsets.detach().to(self.model.device, self.precise).requires_grad_(True)
-        move = offset_hook(self.at[batch.members], moved, batch.input_ids.shape, self.replace)
+        move = offset_hook(at, moved, batch.input_ids.shape, self.replace)
         once = self.below.read_once(cached.members, batch.lengths.tolist())
         with torch.enable_grad(), hooks({self.module: move}), once:
-            logits = self.model.extend(cached, batch.input_ids.to(self.model.device), (batch.rows, batch.positions))
+            logits = self.model.extend(cached, here.input_ids, (here.rows, here.positions))
             require_ran([self.name], [self.name] * logits.requires_grad)
-            each = self._token_losses(logits.to(self.precise), batch)
-            rows = batch.rows.to(each.device)
-            counts = torch.bincount(rows, minlength=len(cached.members)).to(each)
-            own = each.new_zeros(len(cached.members)).index_add(0, rows, each / counts[rows])
+            each = self._token_losses(logits.to(self.precise), here.targets, answer_rows)
+            own = each.new_zeros(len(cached.members)).index_add(0, here.rows, each / count)
             (gradient,) = torch.autograd.grad(own.sum(), moved)
         return own.detach(), gradient
 
-    def _token_losses(self, logits: Tensor, batch: TokenBatch) -> Tensor:  # (M, V) -> (M,)
+    def _token_losses(self, logits: Tensor, targets: Tensor, answer_rows: Tensor) -> Tensor:  # (M, V) -> (M,)
         if self.expected is None:
-            return functional.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
-        expected = self.expected[answer_row_indices(batch, self.first_row).to(self.expected.device)].to(logits)
+            return functional.cross_entropy(logits, targets, reduction="none")
+        expected = self.expected[answer_rows.to(self.expected.device)].to(logits)
         return functional.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
