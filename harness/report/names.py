@@ -137,6 +137,8 @@ def _settings(run: Run, also: Sequence[str]) -> dict[str, str]:
     typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in every}
     inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
     read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
+    if config["editor"].get("preserve_text") == "unrelated":  # of the warm-up turns: the seed deals them out
+        read.pop("corpus file", None)
     if config["editor"].get("load_checkpoint") is None:
         read["network file"] = "none"
     return typed | read | {"weights": str(weights)}

@@ -207,6 +207,17 @@ def test_other_trained_networks_make_other_methods(tmp_path: Path) -> None:
     assert names == {"malmen network file=good", "malmen network file=bad", "malmen network file=none"}
 
 
+def test_text_that_the_seed_deals_out_makes_no_other_method(tmp_path: Path) -> None:
+    """Unrelated questions are those of the warm-up turns; a text that somebody brought is the same in all seeds."""
+    for seed in (1, 2):
+        for text in ("unrelated", "corpus"):
+            run = made(tmp_path / f"{text}{seed}", {"ES": right(9)}, f"seed={seed}", editor=text)
+            change(run, "editor", "preserve_text", text)
+            change(run, "inputs", "corpus", f"text {seed}")
+    rows = {one.method: one.seeds for one in only_group(tmp_path).rows[1:]}
+    assert rows == {"unrelated": 2, "corpus corpus file=text 1": 1, "corpus corpus file=text 2": 1}
+
+
 def test_a_number_is_one_setting_however_it_is_written(tmp_path: Path) -> None:
     for seed, (step, tokens) in enumerate((("1e-3", 400), ("2e-3", 400), ("1e-3", 900), ("0.001", 900))):
         made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", f"model.lr={step}", f"corpus.tokens={tokens}")
