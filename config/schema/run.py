@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from config.schema.checks import Section, at_least, device, filled
 from config.schema.corpus import CorpusConfig
 from config.schema.dataset import DatasetConfig, PromptForm
-from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
+from config.schema.editor import EditorConfig, HyperNetworkConfig, MemoryConfig, PreheatMode
 from config.schema.evaluation import EvaluationConfig, GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig
@@ -65,6 +65,7 @@ class RunConfig(Section):
             *root_mistakes(vars(self)),
             *device_mistakes(self),
             *made_facts_mistakes(self),
+            *export_mistakes(self),
             *warm_up_mistakes(self),
             *training_data_mistakes(self),
         ]
@@ -112,6 +113,14 @@ def device_mistakes(run: RunConfig) -> list[str]:
         return []
     laid = f"model.device_map={run.model.device_map.name}"
     return [f"model_device={run.model_device} with {laid}, which takes all devices: set model_device=auto"]
+
+
+def export_mistakes(run: RunConfig) -> list[str]:
+    """A model to be saved that would not have the edits."""
+    if not run.model_cache or run.evaluate is not None or not isinstance(run.editor, MemoryConfig):
+        return []
+    beside = "this editor keeps its edits beside the weights, so there is no model to save that has them"
+    return [f"model_cache=true: {beside}; leave it out"]
 
 
 def made_facts_mistakes(run: RunConfig) -> list[str]:
