@@ -9,5 +9,6 @@ from harness.job.networks import check_rank, network_keeper
 from harness.job.other_ranks import make_scoring, new_record, rank_settings, require_alike, silence_other_ranks
 from harness.job.outputs import check_export, export_folder, is_saved, missing_outputs, require_writable
 from harness.job.plan import Plan, capture_memory, check_modules, make_plan, source_of, wandb_settings
+from harness.job.registered import check_registered
 from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
 from harness.job.training import MetaTraining

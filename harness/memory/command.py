@@ -26,7 +26,7 @@ from rich.table import Table
 
 from config.compose import check_command_line, compose_config
 from config.schema import HyperNetworkConfig, RunConfig, to_run_config
-from harness.job import check_modules, check_rank, source_of
+from harness.job import check_modules, check_rank, check_registered, source_of
 from harness.memory.asked import Facts, Item
 from harness.memory.items import highest, items, what_fits
 from harness.run.command import Parser
@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def work(chosen: argparse.Namespace) -> None:
     check_command_line(chosen.settings)
     cfg = to_run_config(compose_config(chosen.settings))
+    check_registered(cfg)
     device, room, about = device_of(cfg, chosen.gib)
     facts = Facts(chosen.tokens, chosen.answer_tokens)
     sketch = outline(source_of(cfg), cfg.model.edit_modules, cfg.model.auto_layers)
