@@ -27,11 +27,11 @@ NO_CHOICE: Final = (
     *("model.name_or_path", "model.compute_tokens", "model.device_map", "model_device", "editor_device"),
     "editor.batch_size",
 )
-ITS_NUMBERS: Final = (
+AS_SCORED: Final = (
     "num_seq",
     *("evaluation.prompt", "evaluation.max_new_tokens", "evaluation.perplexity", "evaluation.perplexity_window"),
 )
-"""Of these, keys that make other numbers all the same, where nobody tells them apart before."""
+"""Of these, keys that make other numbers of the same method."""
 OF_WARM_UP: Final = ("num_seq_zsre", "num_seq_wikibigedit", "dataset.num_warm_up")
 """Keys that do nothing where nothing warms up."""
 FILES: Final = ("eval", "train", "corpus", "questions", "network")  # that decide what was edited, and what with
@@ -54,7 +54,7 @@ def configurations(runs: Sequence[Run], *, as_scored: bool = True) -> list[str]:
     their code or else by number. With `as_scored` so are runs of other lengths, and of which a question was asked in
     another way; without, the caller tells those apart.
     """
-    also = ITS_NUMBERS if as_scored else ()
+    also = AS_SCORED if as_scored else ()
     keys = _identities(runs, also)
     first: dict[Identity, Run] = {}
     for key, run in zip(keys, runs, strict=True):
@@ -133,8 +133,9 @@ def _settings(run: Run, also: Sequence[str]) -> dict[str, str]:
     """What its configuration says, key by key, the model's weights, and the hashes of the files that it learnt from."""
     no_choice = NO_CHOICE if _warms_up(run) else (*NO_CHOICE, *OF_WARM_UP)
     config = run.about["config"]
-    every = [*leaves(leave_out(config, no_choice), "."), *((k, v) for k, v in leaves(config, ".") if k in also)]
-    typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in every}
+    chosen = dict(leaves(leave_out(config, no_choice), "."))
+    chosen |= {key: value for key, value in leaves(config, ".") if key in also}
+    typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in chosen.items()}
     inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
     read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
     if config["editor"].get("preserve_text") == "unrelated":  # of the warm-up turns: the seed deals them out
