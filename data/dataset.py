@@ -89,6 +89,11 @@ def texts(row: Row, name: str) -> list[str]:
     return [checked_text(value, f"{name}[{place}]") for place, value in enumerate(row[name])]
 
 
+def texts_or_none(row: Row, name: str) -> list[str] | None:
+    """The texts, or None where the field is null."""
+    return None if name in row and row[name] is None else texts(row, name)
+
+
 def question(row: Row, prompt: str, reply: str) -> Question:
     return Question(text(row, prompt), answer(row, reply))
 

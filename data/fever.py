@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, texts
+from data.dataset import Dataset, Row, answer, choice, question, question_or_none, samples, texts_or_none
 from data.records import EditRecord, Question
 
 
 def to_record(row: Row, index: int, seed: int) -> EditRecord:
     """prompt -> alt, one of equiv_prompt, chosen by (seed, row), -> alt, unrel_prompt -> unrel_ans."""
+    equivalent = texts_or_none(row, "equiv_prompt")
     return EditRecord(
         index,
         edit=question(row, "prompt", "alt"),
-        rephrase=Question(choice(seed, index).choice(texts(row, "equiv_prompt")), answer(row, "alt")),
+        rephrase=None if equivalent is None else Question(choice(seed, index).choice(equivalent), answer(row, "alt")),
         locality=question_or_none(row, "unrel_prompt", "unrel_ans"),
     )
 

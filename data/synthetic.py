@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data.dataset import Dataset, Row, question
+from data.dataset import Dataset, Row, question, question_or_none
 from data.records import EditRecord
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
@@ -56,8 +56,8 @@ def to_record(row: Row, index: int, seed: int) -> EditRecord:
     return EditRecord(
         index,
         edit=question(row, "prompt", "answer"),
-        rephrase=question(row, "rephrase", "answer"),
-        locality=question(row, "locality", "locality_answer"),
+        rephrase=question_or_none(row, "rephrase", "answer"),
+        locality=question_or_none(row, "locality", "locality_answer"),
     )
 
 

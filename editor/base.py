@@ -138,7 +138,7 @@ class EditableModel(Protocol):
 
     @property
     def input_noise(self) -> float:
-        """By so much of its norm the input of a module may move with what else shares its compute batch."""
+        """By how much of its norm a module's input moves with what shares its compute batch: as far as was seen."""
 
     def tell(self, share: float) -> None:
         """So much of the turn's work is done: an editor whose turns may be long says so to whoever waits."""

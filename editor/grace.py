@@ -23,8 +23,8 @@ from editor.stopwatch import Stopwatch
 SKETCH = 128  # dimensions of a sketch at least, and ...
 SKETCHED = 16  # ... at least d_k divided by this
 ROUNDING = 1e-4  # error of a squared distance that a product gives, in ||x||^2 + ||k||^2, an upper bound
-SAME_INPUT = 0.01  # keys nearer than this part of eps_init are of the same input, and nearer than rounding moves one
-COVERED = 1.001  # an expanded radius is this part of the distance to the key that it then holds, or what rounding asks
+SAME_INPUT = 0.01  # keys nearer than this part of eps_init are of the same input
+COVERED = 1.001  # an expanded radius is so many times the distance to the key that it then holds, at least
 AT_ONCE = 1 << 24  # numbers in the largest intermediate result
 IN_CACHE = 16  # part of that for what is compared one by one: a CPU then takes 6 us a pair of 1,536 numbers, not 26
 
@@ -58,21 +58,30 @@ class Codebook:
     values: Tensor  # (m, d_v)
     radii: Tensor  # (m,)
     answers: tuple[tuple[int, ...], ...]  # token ids, m of them
+    prompts: tuple[tuple[int, ...], ...]  # whose inputs the keys are; () in checkpoints from before they were kept
     projection: Tensor  # (d_k, r)
     sketches: Tensor  # (m, r)
     squares: Tensor  # (m,) ||k||^2
     sketch_squares: Tensor  # (m,)
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, radii: Tensor, answers: Sequence[tuple[int, ...]]) -> Codebook:
-        projection = _projection(keys)
-        return cls(keys, values, radii, tuple(answers), projection, *_sketched(keys, projection))
+    def of(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        radii: Tensor,
+        answers: Sequence[tuple[int, ...]],
+        prompts: Sequence[tuple[int, ...]] | None = None,
+    ) -> Codebook:
+        projection, known = _projection(keys), prompts or [()] * len(keys)
+        return cls(keys, values, radii, tuple(answers), tuple(known), projection, *_sketched(keys, projection))
 
     def grown(
         self,
         keys: Tensor,  # (new, d_k)
         radii: Sequence[float],  # of all
         answers: Sequence[tuple[int, ...]],  # of all
+        prompts: Sequence[tuple[int, ...]],  # of the new ones
     ) -> Codebook:
         """With more keys, whose values are still 0."""
         projection = self.projection.to(keys)
@@ -81,7 +90,13 @@ class Codebook:
         sketches, *squares = _sketched(keys, projection)
         new = zip(parts, (keys, values, sketches, *squares), strict=True)
         joined = {name: torch.cat([getattr(self, name), each]) for name, each in new}
-        return Codebook(**joined, radii=keys.new_tensor(radii), answers=tuple(answers), projection=projection)
+        return Codebook(
+            **joined,
+            radii=keys.new_tensor(radii),
+            answers=tuple(answers),
+            prompts=(*self.prompts, *prompts),
+            projection=projection,
+        )
 
     def hits(
         self,
@@ -179,8 +194,8 @@ class GRACE:
         another answer        the old radius becomes d/2, where it was larger, and the new entry's is d/2
         another answer, d = 0 (which the paper leaves open)    the value is trained anew
 
-    The input of one prompt is not the same in every compute batch: by what rounding moves a key (`input_noise`), which
-    is much in bf16, d counts as 0, no radius is less, and an expanded one is more.
+    What shares its compute batch moves the input of a prompt (`input_noise`), in bf16 by more than many a radius: d is
+    0 also where the entry's prompt is the fact's own, and an expanded radius has room for it.
     """
 
     Settings: ClassVar = GRACESettings
@@ -214,8 +229,7 @@ class GRACE:
             (loss,) = model.losses([facts])
             keys = model.keys_at(turn.sequences, at)[self.name].to(self.device)
         with watch.measure("codebook"):
-            answers = [one.ids[one.answer_start :] for one in turn.sequences]
-            codebook, done, trained = self._admitted(keys, answers, model.input_noise)
+            codebook, done, trained = self._admitted(keys, turn.sequences, model.input_noise)
         with watch.measure("values"):
             chosen = list(trained.values())
             values = self._trained(model, [turn.sequences[fact] for fact in chosen], [at[fact] for fact in chosen])
@@ -238,7 +252,7 @@ class GRACE:
     def _admitted(
         self,
         keys: Tensor,  # (n, d_k)
-        answers: Sequence[tuple[int, ...]],
+        facts: Sequence[TokenSequence],
         noise: float,  # of keys, relative to their norms
     ) -> tuple[Codebook, dict[str, int], dict[int, int]]:
         """The codebook with the facts, what became of them, and the fact that each new or changed entry stands for."""
@@ -250,28 +264,33 @@ class GRACE:
         added: list[int] = []  # facts whose keys became entries
         trained: dict[int, int] = {}
         done = Counter(added=0, expanded=0, split=0, replaced=0)
-        for fact, answer in enumerate(answers):
+        prompts = [one.ids[: one.answer_start] for one in facts]
+        asked = list(self.codebook.prompts)
+        for fact, answer in enumerate(one.ids[one.answer_start :] for one in facts):
             others = [(among[fact][other], count + i) for i, other in enumerate(added)]
             distance, entry = min([(far[fact], old[fact]), *others])
-            if distance == math.inf or distance > radii[entry] + eps_init:
-                kind, radius = "added", max(eps_init, moved[fact])
+            again = entry >= 0 and asked[entry] == prompts[fact]
+            if distance == math.inf or (distance > radii[entry] + eps_init and not again):
+                kind, radius = "added", eps_init
             elif known[entry] == answer:
                 radii[entry] = max(radii[entry], COVERED * distance, distance + moved[fact])
                 done["expanded"] += 1
                 continue
-            elif distance <= max(SAME_INPUT * eps_init, moved[fact]):
+            elif again or distance <= SAME_INPUT * eps_init:
                 known[entry], trained[entry] = answer, fact
                 done["replaced"] += 1
                 continue
             else:
-                kind, radius = "split", max(distance / 2, moved[fact])
+                kind, radius = "split", distance / 2
                 radii[entry] = min(radii[entry], radius)
             done[kind] += 1
             trained[count + len(added)] = fact
             added.append(fact)
             radii.append(radius)
             known.append(answer)
-        return self.codebook.grown(keys[added], radii, known), dict(done), trained
+            asked.append(prompts[fact])
+        new = [prompts[fact] for fact in added]
+        return self.codebook.grown(keys[added], radii, known, new), dict(done), trained
 
     def _trained(
         self, model: EditableModel, facts: Sequence[TokenSequence], at: Sequence[int]
@@ -304,16 +323,25 @@ class GRACE:
         return {self.name: {"entries": entries, "radius": mean, "radius_max": largest}}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The answers are padded with -1 to the longest."""
-        answers = [torch.tensor(answer, dtype=torch.int64) for answer in self.codebook.answers]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, True, -1) if answers else torch.zeros((0, 0)).long()
+        """Answers and prompts are padded with -1 to the longest."""
         book = self.codebook
-        return {"keys": book.keys, "values": book.values, "radii": book.radii, "answers": padded}
+        texts = {"answers": _padded(book.answers), "prompts": _padded(book.prompts)}
+        return {"keys": book.keys, "values": book.values, "radii": book.radii, **texts}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         keys, values, radii = (state_dict[name].to(self.device) for name in ("keys", "values", "radii"))
-        answers = [tuple(token for token in row if token >= 0) for row in state_dict["answers"].tolist()]
-        self.codebook = Codebook.of(keys, values, radii, answers)
+        answers = _texts(state_dict["answers"])
+        prompts = _texts(state_dict["prompts"]) if "prompts" in state_dict else None
+        self.codebook = Codebook.of(keys, values, radii, answers, prompts)
+
+
+def _padded(texts: Sequence[tuple[int, ...]]) -> Tensor:  # (texts, tokens) int64
+    rows = [torch.tensor(text, dtype=torch.int64) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, -1) if rows else torch.zeros((0, 0)).long()
+
+
+def _texts(padded: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(token for token in row if token >= 0) for row in padded.tolist()]
 
 
 def _projection(

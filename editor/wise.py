@@ -19,9 +19,7 @@ from editor import linalg
 from editor.base import Edit, EditableModel, finite_loss
 from editor.stopwatch import Stopwatch
 
-MARGIN = (
-    0.001  # epsilon is less by this part, or by what rounding moves an input, so that the one it was found at passes
-)
+MARGIN = 0.001  # epsilon is less by this part, or by `input_noise`: for the same input in other compute batches
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class WISE:
 
     a_e at the positions that predict the facts' answers and a_u of unrelated text, means over both. What the shards
     have changed is merged by TIES (`ties`) and added to D. Epsilon is the least ||a_e D|| that any turn left behind,
-    times `route_ratio` (1 is the paper's, 0.88 the release's), less what rounding may move it by (`input_noise`).
+    times `route_ratio` (1 is the paper's, 0.88 the release's), less what a compute batch does to inputs.
 
     Unrelated text is that of the warm-up turns: they edit nothing here, and leave `unrelated` of their inputs each.
     """

@@ -48,10 +48,10 @@ COMPUTE_TOKENS = {"cpu": 512, "cuda": 8192}
 # Tokens that another compute batch is taken to cost, where sequences are cut by that; elsewhere batches are filled. One
 # of a GPU would hold a turn of 100 facts of zsRE, 45% of it padding; cut at 64 there are 3.6, 10%. Counted, not timed.
 BATCH_OVERHEAD = {"cuda": 64}
-# By how much of its norm a module's input moves with what shares its compute batch, at most: kernels choose the order
-# of their sums by the batch. Measured 1.9e-6, 0.0068 and 0.031 on one core (SmolLM2-135M, 60 questions, five layers,
-# each question alone, with some and with all).
-INPUT_NOISE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.float16: 0.015, torch.bfloat16: 0.05}
+# By how much of its norm a module's input moves with what shares its compute batch: kernels choose the order of their
+# sums by the batch. As far as was seen, 1.9e-6, 0.0068 and 0.053, on one core (SmolLM2-135M, tens of questions, alone
+# and with others, seven layers): no bound.
+INPUT_NOISE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.float16: 0.01, torch.bfloat16: 0.06}
 BESIDE_WEIGHTS = "this editor keeps its edits beside the weights, so there is no model to save that has them"
 
 P = TypeVar("P")
@@ -111,7 +111,7 @@ class LanguageModel(PositionModel):
 
     @property
     def input_noise(self) -> float:
-        """By so much of its norm the input of a module may move with what else shares its compute batch."""
+        """By how much of its norm a module's input moves with what shares its compute batch: as far as was seen."""
         return max(INPUT_NOISE.get(edited.weight.dtype, max(INPUT_NOISE.values())) for edited in self.edited.values())
 
     def tell(self, share: float) -> None:

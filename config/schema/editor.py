@@ -194,9 +194,6 @@ MINI_BATCH = "dataset.batch_size"
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
 
-NOT_WHITENED = (RunningMeanStdMode.original, RunningMeanStdMode.none)
-"""The modes that keep no covariance."""
-
 
 @dataclass
 class ClosedFormConfig(EditorConfig):
@@ -250,9 +247,6 @@ class ClosedFormConfig(EditorConfig):
             found |= dict.fromkeys(("preheat_least", "preheat_tolerance"), cause)
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
-        if mode in NOT_WHITENED:
-            keys = ("whitening_floor", "whitening_floor_mode", "whitening_prior", "whitening_solver")
-            found |= dict.fromkeys(keys, f"editor.RunningMeanStd_mode={mode.name}")
         if mode is RunningMeanStdMode.none:
             found["statistics_scope"] = f"editor.RunningMeanStd_mode={mode.name}"
         if not self.preserve:

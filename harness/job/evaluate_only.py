@@ -100,14 +100,14 @@ def _check_folder(named: str, folder: Path) -> None:
 
 
 def _warn_of_form(cfg: RunConfig, named: str, folder: Path) -> None:
-    """Where a model that was exported from here was taught its facts in another form than they are asked in."""
-    taught, asked = stated_form(folder), cfg.dataset.prompt_form.name
-    if taught not in (None, asked):
+    """Where the run that a model was exported from asked it in another form than this one does."""
+    before, now = stated_form(folder), cfg.asked_form().name
+    if before not in (None, now):
         log.warning(
-            "evaluate=%s: it was edited with dataset.prompt_form=%s, and is asked with %s; dataset.prompt_form=%s asks "
-            "it as it was taught",
+            "evaluate=%s: its run asked it in the form %s, and here it is asked in the form %s; dataset.prompt_form=%s "
+            "asks as its run did",
             named,
-            taught,
-            asked,
-            taught,
+            before,
+            now,
+            before,
         )

@@ -136,6 +136,8 @@ def _settings(run: Run, also: Sequence[str]) -> dict[str, str]:
     chosen = dict(leaves(leave_out(config, no_choice), "."))
     chosen |= {key: value for key, value in leaves(config, ".") if key in also}
     typed = {key: json.dumps(value, sort_keys=True).strip('"') for key, value in chosen.items()}
+    if "num_seq" in also and (edits := run.results.get("cost", {}).get("edits")):
+        typed = {key: value for key, value in typed.items() if key != "num_seq"} | {"edits": str(edits)}
     inputs, weights = run.about.get("inputs", {}), run.about.get("model", {}).get("fingerprint")
     read = {f"{name} file": str(inputs[name])[:8] for name in FILES if name in inputs}
     if config["editor"].get("preserve_text") == "unrelated":  # of the warm-up turns: the seed deals them out

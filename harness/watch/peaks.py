@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")  # Linux: 5 makes the highest resident size begin anew (proc(5))
 
 _earlier_peak = 0  # bytes, of runs before this one, where the system does not forget it
@@ -41,5 +43,9 @@ def memory(*devices: torch.device) -> dict[str, float]:
 
 
 def _peak() -> int:  # bytes
+    if STATUS.exists():  # ru_maxrss is there also that of the program which started this one
+        found = re.search(r"^VmHWM:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+        assert found is not None
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -127,13 +127,6 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
         ),
         ("editor.whitening_floor=0.5", []),
         (
-            "editor=ultraedit editor.whitening_floor=0.5 editor.whitening_prior=3",
-            [
-                "editor.whitening_floor=0.5 has no effect with editor.RunningMeanStd_mode=original",
-                "editor.whitening_prior=3.0 has no effect with editor.RunningMeanStd_mode=original",
-            ],
-        ),
-        (
             "editor=stableedit editor.RunningMeanStd_mode=none editor.statistics_scope=module",
             ["editor.statistics_scope=module has no effect with editor.RunningMeanStd_mode=none"],
         ),
@@ -151,6 +144,7 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
             ["editor.pass_loss=0.5 has no effect with editor=ft_m"],
         ),
         ("experiment=gpt-j_zsre", []),
+        ("editor=stableedit_plus arithmetic=released", []),
         ("experiment=ultraedit_gpt-j_wikibigedit", []),
         ("dataset.batch_size=5 editor_device=cpu", []),
         *(

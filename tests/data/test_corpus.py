@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from data import corpus
 from data.corpus import Questions, TextFiles, open_corpus
+from data.disk import sha256_of
 from data.prompts import PromptForm
 from data.records import Question
 from tests.data.test_stream import byte_level
@@ -127,6 +129,8 @@ def test_json_lines_are_known_by_their_name_or_by_their_first_line(tmp_path: Pat
     (tmp_path / name).write_text('\n{"text": "A first one."}\n{"text": "A second."}\n')
     corpus = open_corpus(str(tmp_path / name), tmp_path, 100)
     assert list(corpus.documents()) == ["A first one.", "A second."]
+    bytes_alone = hashlib.sha256(sha256_of(tmp_path / name).encode()).hexdigest()
+    assert (corpus.sha256 == bytes_alone) == name.endswith(".jsonl"), "other text, other moments"
 
 
 def test_text_that_looks_like_json_is_text(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ class TestFields:
             ("zsre", "loc", "locality"),
             ("zsre", "rephrase", "rephrase"),
             ("fever", "unrel_prompt", "locality"),
+            ("fever", "equiv_prompt", "rephrase"),
+            ("counterfact, ROME", "neighborhood_prompts", "locality"),
             ("ultraeditbench", "rephrase_prompt", "rephrase"),
             ("ultraeditbench", "loc", "locality"),
             ("counterfact, EasyEdit", "rephrase_prompt", "rephrase"),
@@ -126,6 +128,11 @@ class TestFields:
         record, whole = read(case, **{field: None}), read(case)
         assert getattr(whole, probe) is not None
         assert record == replace(whole, **{probe: None})
+
+    def test_a_row_of_romes_without_paraphrases_has_its_other_probes(self) -> None:
+        record = read("counterfact, ROME", paraphrase_prompts=None)
+        assert record.rephrase is None
+        assert record.locality is not None
 
     def test_a_training_row_of_wikibigedit_needs_no_multi_hop_field(self) -> None:
         row = without(without(WIKIBIGEDIT, "mhop"), "mhop_ans")

@@ -276,30 +276,52 @@ def test_it_holds_in_any_batch_and_in_cached_generation() -> None:
     assert sum(token == s.ids[s.answer_start] for token, s in zip(first, turn.sequences, strict=True)) >= 4
 
 
-def test_what_rounding_moves_is_the_same_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 an input is another one in every compute batch: a fact that is corrected replaces the old one all the
-    same, and what an entry was expanded to, it holds in the next batch too."""
-    model = harness(tiny_llama, LLAMA[:1], dtype=torch.bfloat16)
-    noise = model.input_noise
-    assert noise > 0.01
+def in_other_batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Tensor]]:
+    """Keys as they are read in bf16: others in each compute batch."""
     keys_at, generator = model.keys_at, torch.Generator().manual_seed(0)
 
-    def in_some_batch(*asked: Any) -> dict[str, Tensor]:
-        found = keys_at(*asked)
-        moved = torch.nn.functional.normalize(torch.randn(found[LLAMA[0]].shape, generator=generator), dim=1)
-        return {LLAMA[0]: found[LLAMA[0]] + 0.5 * noise * found[LLAMA[0]].norm(dim=1, keepdim=True) * moved}
+    def read(*asked: Any) -> dict[str, Tensor]:
+        found = keys_at(*asked)[LLAMA[0]]
+        moved = torch.nn.functional.normalize(torch.randn(found.shape, generator=generator), dim=1)
+        return {LLAMA[0]: found + 0.5 * model.input_noise * found.norm(dim=1, keepdim=True) * moved}
 
-    monkeypatch.setattr(model, "keys_at", in_some_batch)
+    monkeypatch.setattr(model, "keys_at", read)
+    return read
+
+
+def asked_again(facts: Sequence[TokenSequence], answer: int, index: int) -> Turn:
+    again = tuple(TokenSequence((*one.ids[: one.answer_start], answer), one.answer_start) for one in facts)
+    return Turn(index, Phase.EDIT, (), again, (1 / len(facts),) * len(facts))
+
+
+def test_a_prompt_is_the_same_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fact that is corrected replaces the old one, and what an entry was expanded to, it holds in other batches."""
+    model = harness(tiny_llama, LLAMA[:1], dtype=torch.bfloat16)
+    assert model.input_noise > 0.01
+    read = in_other_batches(model, monkeypatch)
     editor = GRACE(model, chosen(eps_init=1e-4), CPU)
     facts = random_turn(0, Phase.EDIT, records=6).sequences
     kinds = []
     for index, answer in enumerate((7, 8, 8)):
-        again = [TokenSequence((*one.ids[: one.answer_start], answer), one.answer_start) for one in facts]
-        turn = Turn(index, Phase.EDIT, (), tuple(again), (1 / 6,) * 6)
-        kinds.append({kind: n for kind, n in editor.edit(model, turn).details["codebook"].items() if n})
-        read = in_some_batch(again, [one.answer_start - 1 for one in again])[LLAMA[0]]
-        assert editor.codebook.hits(read)[1].tolist() == list(range(6))
+        edit = editor.edit(model, asked_again(facts, answer, index))
+        kinds.append({kind: n for kind, n in edit.details["codebook"].items() if n})
+        restored = GRACE(harness(tiny_llama, LLAMA[:1]), chosen(), CPU)
+        restored.load_state_dict(editor.state_dict())
+        assert restored.codebook.prompts == tuple(one.ids[: one.answer_start] for one in facts)
     assert kinds == [{"added": 6}, {"replaced": 6}, {"expanded": 6}]
+    keys = read(facts, [one.answer_start - 1 for one in facts])[LLAMA[0]]
+    assert editor.codebook.hits(keys)[1].tolist() == list(range(6))
+
+
+def test_different_prompts_stay_apart_however_near() -> None:
+    """Their keys may be nearer than rounding moves one."""
+    model = harness(tiny_llama, LLAMA[:1], dtype=torch.bfloat16)
+    editor = GRACE(model, chosen(eps_init=1.0), CPU)
+    keys = torch.randn(1, model.shapes[LLAMA[0]][0], generator=torch.Generator().manual_seed(0))
+    near = torch.cat([keys, keys * (1 + 0.5 * model.input_noise)])
+    facts = [TokenSequence((1, 2, 7), 2), TokenSequence((3, 4, 8), 2)]
+    _, done, trained = editor._admitted(near, facts, model.input_noise)
+    assert (done["added"], done["split"], trained) == (1, 1, {0: 0, 1: 1})
 
 
 def test_an_empty_codebook_survives_a_restart() -> None:

@@ -163,12 +163,11 @@ def test_a_saved_model_that_is_asked_in_another_form_is_told(run: Commands) -> N
         name = str(len(list(edited.folder.parent.iterdir())))
         return (run(f"evaluate={edited.folder / 'model'}", *settings, run=name).folder / "main.log").read_text()
 
-    words = (
-        "it was edited with dataset.prompt_form=raw, and is asked with qa; dataset.prompt_form=raw asks it as it was"
-    )
+    words = "its run asked it in the form raw, and here it is asked in the form qa; dataset.prompt_form=raw asks as"
     assert words in told("num_seq=2", "dataset.prompt_form=qa")
     as_taught = told("dataset.prompt_form=raw", "dataset.n_edits=5")
-    assert "it was edited with" not in as_taught
+    assert "its run asked it" not in as_taught
+    assert "its run asked it" not in told("num_seq=2", "dataset.prompt_form=qa", "evaluation.prompt=raw")
     assert "2 of its 12 rows fill no turn of dataset.n_edits=5 and are not asked about" in as_taught
 
 

@@ -120,8 +120,8 @@ def test_facts_are_written_from_python_with_their_subjects(run: Commands) -> Non
     settings = ["model.lr=1", *MEMIT_RUN[1:7], "corpus.tokens=500"]
     edited = edit(str(run.model), facts, editor="memit", settings=settings)
     assert edited is not None
-    with pytest.raises(ValueError, match=r"row 1: has no subject; set editor.fact_token=last"):
-        edit(str(run.model), [facts[0], {"prompt": "a", "answer": "b"}], editor="memit", settings=settings)
+    with pytest.raises(ValueError, match=r"row 0: has no subject; set editor.fact_token=last"):
+        edit(str(run.model), [{"prompt": "a", "answer": "b"}], editor="memit", settings=settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

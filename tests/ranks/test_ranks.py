@@ -649,6 +649,9 @@ def test_a_model_with_no_room_is_refused(place: Commands, monkeypatch: pytest.Mo
     from model.source import ModelSource
 
     source = ModelSource(str(place.model))
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny_llama().to("meta"))
+    found: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: (tiny_llama().to("meta"), found)
+    )
     with pytest.raises(ValueError, match=r"model.device_map=auto: no device has room for model.embed_tokens.weight"):
         LanguageModel.load(source, None, (), dtype=torch.float32, device=torch.device("cpu"), device_map="auto")
