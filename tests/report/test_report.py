@@ -381,14 +381,32 @@ def test_a_configuration_is_all_but_the_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [("num_seq=10", "num_seq=20"), ("evaluation.prompt=raw", "evaluation.prompt=chat"),
-     ("evaluation.max_new_tokens=8", "evaluation.max_new_tokens=16")],
-)  # fmt: skip
-def test_runs_of_other_lengths_or_questions_are_not_averaged(tmp_path: Path, settings: tuple[str, str]) -> None:
+    [
+        ("evaluation.prompt=raw", "evaluation.prompt=chat"),
+        ("evaluation.max_new_tokens=8", "evaluation.max_new_tokens=16"),
+    ],
+)
+def test_runs_of_which_other_questions_were_asked_are_not_averaged(tmp_path: Path, settings: tuple[str, str]) -> None:
     for seed, setting in enumerate(settings):
         make_run(tmp_path / str(seed), overrides=[f"seed={seed}", setting])
     names = [one.configuration for one in named_runs(open_runs([tmp_path]))]
     assert names == [f"stableedit {setting}" for setting in settings]
+
+
+def test_runs_of_other_lengths_are_not_averaged(tmp_path: Path) -> None:
+    """By what they have edited: of a small file no number of turns says all that 20 turns say."""
+
+    def names(*edits: int) -> list[str]:
+        for seed, (length, done) in enumerate(zip(("num_seq=20", "num_seq=null"), edits, strict=True)):
+            run = tmp_path / str(done) / str(seed)
+            make_run(run, overrides=[f"seed={seed}", length])
+            results = json.loads((run / "results.json").read_text())
+            (run / "results.json").write_text(json.dumps(results | {"cost": {"turns": 6, "edits": done}}))
+        runs = [tmp_path / str(done) / str(seed) for seed, done in enumerate(edits)]
+        return [one.configuration for one in named_runs(open_runs(runs))]
+
+    assert len(set(names(2000, 2000))) == 1
+    assert names(1000, 3000) == ["stableedit num_seq=20", "stableedit num_seq=null"]
 
 
 def test_a_run_that_scored_its_base_model_alone_is_drawn_beside_others(tmp_path: Path) -> None:
