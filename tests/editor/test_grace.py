@@ -313,6 +313,16 @@ def test_a_prompt_is_the_same_in_every_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert editor.codebook.hits(keys)[1].tolist() == list(range(6))
 
 
+def test_a_state_from_before_prompts_were_kept_goes_by_distance() -> None:
+    model = harness(tiny_llama, LLAMA[:1])
+    editor, restored = GRACE(model, chosen(), CPU), GRACE(harness(tiny_llama, LLAMA[:1]), chosen(), CPU)
+    facts = random_turn(0, Phase.EDIT, records=3).sequences
+    editor.edit(model, asked_again(facts, 7, 0))
+    restored.load_state_dict({name: part for name, part in editor.state_dict().items() if name != "prompts"})
+    _, done, _ = restored._admitted(editor.codebook.keys, asked_again(facts, 8, 1).sequences, model.input_noise)
+    assert done["replaced"] == 3
+
+
 def test_different_prompts_stay_apart_however_near() -> None:
     """Their keys may be nearer than rounding moves one."""
     model = harness(tiny_llama, LLAMA[:1], dtype=torch.bfloat16)
