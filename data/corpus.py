@@ -150,7 +150,7 @@ def open_corpus(path: str | None, sample_dir: Path, tokens: int) -> TextFiles:
 
 
 def _digest(files: Sequence[Path], as_json_lines: bool = False) -> str:
-    """Of the bytes, and of how they are read where the name does not say it."""
+    """Of the bytes and, where they are JSON Lines without ending in .jsonl or .json, of how they are read."""
     told = all(path.suffix in (".jsonl", ".json") for path in files)
     read = ["json lines"] if as_json_lines and not told else []
     return hashlib.sha256("\n".join([*map(sha256_of, files), *read]).encode()).hexdigest()

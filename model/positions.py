@@ -18,7 +18,7 @@ from model.below import BlocksBelow, blocks_below, layer_of
 from model.edited import EditModule
 from model.offsets import OffsetLosses, offset_hook, tokens_searched
 from model.text import TextModel
-from model.tracing import hooks, require_ran, select_head_rows
+from model.tracing import hooks, require_ran, rows_at, select_head_rows
 
 Seen = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(inputs, output) of a module -> the one to be read, (B, L, d) or (B L, d)."""
@@ -106,16 +106,10 @@ class PositionModel(TextModel):
         found: dict[str, Tensor] = {}
         for batch in self.batches(cut):
             here, _ = on_device(batch, self.device)
-
-            def keep(name: str, tensor: Tensor, here: TokenBatch = here) -> None:
-                at = here.rows.to(tensor.device), here.positions.to(tensor.device)
-                rows = tensor.reshape(*here.input_ids.shape, -1)[at]
+            for name, rows in self._read_in(batch, here, (here.rows, here.positions), wanted, seen).items():
                 if name not in found:
-                    found[name] = rows.new_empty((len(cut), rows.shape[1]), dtype=self.precise, device=self.device)
-                found[name][here.members] = rows.to(found[name])
-
-            self._read_in(batch, here, wanted, seen, keep)
-        require_ran(wanted, found)
+                    found[name] = rows.new_empty((len(cut), rows.shape[1]))
+                found[name][here.members] = rows
         return found
 
     @torch.no_grad()
@@ -127,43 +121,30 @@ class PositionModel(TextModel):
         """Inputs of edit modules at all tokens but each sequence's last, a compute batch at a time."""
         wanted = self._modules(names)
         for batch in self.batches(sequences):
-            found: dict[str, Tensor] = {}
-            here, at = on_device(batch, self.device, *every_position(batch))
-
-            def keep(
-                name: str,
-                tensor: Tensor,
-                into: dict[str, Tensor] = found,
-                here: TokenBatch = here,
-                at: list[Tensor] = at,
-            ) -> None:
-                rows, positions = (indices.to(tensor.device) for indices in at)
-                inputs = tensor.reshape(*here.input_ids.shape, -1)
-                into[name] = inputs[rows, positions].to(self.device, self.precise)
-
-            self._read_in(batch, here, wanted, _input, keep)
-            yield found
+            here, (rows, positions) = on_device(batch, self.device, *every_position(batch))
+            yield self._read_in(batch, here, (rows, positions), wanted, _input)
 
     def _read_in(
         self,
         batch: TokenBatch,
         here: TokenBatch,  # as of `_logits`
+        at: tuple[Tensor, Tensor],  # (N,) rows and positions
         wanted: Mapping[str, nn.Module],
         seen: Seen,
-        keep: Callable[[str, Tensor], None],
-    ) -> None:
-        """A forward that ends where the last of the wanted modules has been read."""
-        left = set(wanted)
+    ) -> dict[str, Tensor]:  # (N, d) in full precision, by module
+        """What the modules have there: a forward that ends where the last of them has been read."""
+        found: dict[str, Tensor] = {}
 
-        def kept(name: str, tensor: Tensor) -> None:
-            keep(name, tensor)
-            left.discard(name)
-            if not left:
+        def keep(name: str, tensor: Tensor) -> None:
+            rows = rows_at(tensor, here.input_ids.shape, *at)
+            found[name] = rows.to(self.device, self.precise)
+            if found.keys() == wanted.keys():
                 raise _AllRead
 
-        with contextlib.suppress(_AllRead), hooks({m: _reader(name, seen, kept) for name, m in wanted.items()}):
+        with contextlib.suppress(_AllRead), hooks({m: _reader(name, seen, keep) for name, m in wanted.items()}):
             self._logits(batch, here)
-        require_ran(wanted, wanted.keys() - left)
+        require_ran(wanted, found)
+        return found
 
     def _block_of(self, name: str) -> nn.Module:
         """The layer that holds a module."""

@@ -35,9 +35,8 @@ class Tracer:
         self._at = (rows, positions)
 
     def at_positions(self, activations: Tensor) -> Tensor:  # (N, d)
-        """The traced positions; some families flatten (B, L, d) to (B L, d) inside their MLP."""
-        rows, positions = (at.to(activations.device) for at in self._at)
-        return activations.reshape(*self._shape, -1)[rows, positions]
+        """The traced positions."""
+        return rows_at(activations, self._shape, *self._at)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -49,6 +48,16 @@ class Tracer:
             return output.clone()  # some families add to it in place, which a leaf of the graph forbids
 
         return keep
+
+
+def rows_at(
+    activations: Tensor,  # (B, L, d), or (B L, d), to which some families flatten them inside their MLP
+    shape: torch.Size,  # (B, L)
+    rows: Tensor,  # (N,)
+    positions: Tensor,  # (N,)
+) -> Tensor:  # (N, d)
+    rows, positions = (at.to(activations.device) for at in (rows, positions))
+    return activations.reshape(*shape, -1)[rows, positions]
 
 
 @contextlib.contextmanager

@@ -64,11 +64,11 @@ class SharedModel(LanguageModel):
         finally:
             self._below_alike = LanguageModel.below
 
-    def _read_in(self, *arguments: Any) -> None:
+    def _read_in(self, *arguments: Any) -> dict[str, Tensor]:
         """From what all ranks have kept alike: what each has kept of its share has other bits, by other batches."""
         of_share, self.below = self.below, self._below_alike
         try:
-            super()._read_in(*arguments)
+            return super()._read_in(*arguments)
         finally:
             self.below = of_share
 
