@@ -4,7 +4,8 @@
 
 writes report.html, which needs nothing beside it, and its pictures as PNG files. A run that is still going, or that
 failed, is drawn as far as it came. With --leaderboard it writes one table of methods instead, in four forms, and
-pictures over edits and by age. This
+pictures over edits and by age. With --numbers it copies what
+it reads of finished runs, numbers and settings alone, to be kept beside a paper. This
 package alone knows matplotlib; a run imports it when it is over.
 """
 
@@ -20,6 +21,7 @@ import matplotlib
 from data.disk import write_atomically
 from harness.report import hidden_figure, leaderboard_files, method_figures, page, score_figures, trade_figure
 from harness.report.averages import tables
+from harness.report.copies import numbers_of
 from harness.report.drawing import STYLE, Named, Picture, named_runs
 from harness.report.leaderboard import Group, board_of
 from harness.report.runs import Run, open_runs
@@ -77,6 +79,16 @@ def write_leaderboard(folders: Sequence[Path], target: Path | None = None) -> Pa
     target = target or usual_folder(runs)
     write_files(target, {**_pngs(drawn), **leaderboard_files.files(board, drawn)})
     return target / "leaderboard.html"
+
+
+def write_numbers(folders: Sequence[Path], target: Path) -> Path:
+    """Copy what reports read of finished runs to `target`, a folder a run, without a word of data or model.
+
+    ValueError, in one line, where a run is not finished or damaged, or its place is taken, before anything is written.
+    """
+    for folder, files in numbers_of(folders, target).items():
+        write_files(folder, files)
+    return target
 
 
 def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Picture, bytes]]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from harness.report import write_leaderboard, write_report
+from harness.report import write_leaderboard, write_numbers, write_report
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,14 +15,22 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or one that holds several")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write; one run: its own folder")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--leaderboard",
         action="store_true",
         help="one table of methods instead, as HTML, Markdown, CSV and LaTeX, with pictures",
     )
+    what.add_argument(
+        "--numbers",
+        action="store_true",
+        help="copies of finished runs instead, with numbers and settings alone, into --to; reports take them as runs",
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.numbers and chosen.to is None:
+        parser.error("--numbers needs --to FOLDER, for the copies")
     try:
-        write = write_leaderboard if chosen.leaderboard else write_report
+        write = write_leaderboard if chosen.leaderboard else write_numbers if chosen.numbers else write_report
         written = write(chosen.runs, chosen.to)
     except ValueError as error:
         sys.exit(f"error: {error}")

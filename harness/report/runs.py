@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TextIO
 
 import numpy as np
 
 from harness.run import EXAMPLES_FILE, TRAINING_PHASES
+
+COMPRESSED: Final = ".gz"  # ends the name of a file of lines in a copy (harness/report/copies.py)
 
 Columns = dict[str, np.ndarray]  # path/to/number -> (lines,) float64, NaN where a line lacks it
 
@@ -87,8 +91,9 @@ class Run:
         return float(before[-1]) if len(before) else 0.0
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The lines of one of the run's files; none where it is not there."""
-        return read_lines(self.folder / name, may_be_cut=not self.finished)
+        """The lines of one of the run's files, compressed or not; none where it is not there."""
+        path, compressed = self.folder / name, self.folder / f"{name}{COMPRESSED}"
+        return read_lines(path if path.is_file() else compressed, may_be_cut=not self.finished)
 
 
 def open_runs(paths: Sequence[Path]) -> list[Run]:
@@ -140,8 +145,8 @@ def read_lines(path: Path, *, may_be_cut: bool) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == COMPRESSED else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(_text_of(file, path), 1):
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -151,6 +156,13 @@ def read_lines(path: Path, *, may_be_cut: bool) -> Iterator[dict[str, Any]]:
             if not isinstance(found, dict):
                 raise ValueError(f"{path}, line {number}: is a {type(found).__name__}, not an object")
             yield found
+
+
+def _text_of(file: TextIO, path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def one_line(error: Exception) -> str:
