@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.report.runs import COMPRESSED, Run, open_runs, read_json
-from harness.run.folder import LINES
+from harness.run import LINES
 
 KEPT: Final = (
     "run_id",

@@ -7,6 +7,7 @@ share (transformers).
 from harness.run.checkpoint import Checkpoint, Checkpoints, DamagedError, Groups, write_safetensors
 from harness.run.folder import (
     EXAMPLES_FILE,
+    LINES,
     NOT_IN_RUN_ID,
     TRAINING_PHASES,
     NoRecord,
