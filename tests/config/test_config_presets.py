@@ -10,6 +10,7 @@ import yaml
 
 from config.compose import CONFIG_DIR, compose_config
 from config.schema import (
+    AnswerEnd,
     AnswerLoss,
     AnswerTokens,
     ClosedFormConfig,
@@ -19,11 +20,13 @@ from config.schema import (
     LocateConfig,
     Order,
     PreheatMode,
+    PromptForm,
     RLEditConfig,
     RunConfig,
     StatisticsScope,
     UpdateEvery,
     WhiteningFloorMode,
+    settings_without_effect,
     to_run_config,
 )
 
@@ -206,8 +209,21 @@ def test_where_their_layer_comes_from_is_said(editor: str, model: str) -> None:
 def test_the_released_arithmetic_can_be_asked_for_with_any_model() -> None:
     run = run_config("arithmetic=released")
     assert (run.dataset.answer_tokens, run.model.edit_precision) == (AnswerTokens.separate, EditPrecision.in_place)
+    assert (run.dataset.prompt_form, run.dataset.answer_end) == (PromptForm.raw, AnswerEnd.none)
     assert isinstance(run.editor, ClosedFormConfig)
     assert run.editor.whitening_floor == 1e-6
+
+
+IN_THE_FORM_OF_QUESTIONS = ("zsre", "fever", "wikibigedit", "ultraeditbench", "jsonl")
+"""The other data sets' prompts are sentences to go on with."""
+
+
+@pytest.mark.parametrize("name", files("dataset"))
+def test_how_each_data_set_is_asked(name: str) -> None:
+    dataset = run_config(f"dataset={name}", *NEEDED.get(name, [])).dataset
+    assert dataset.answer_end is (AnswerEnd.none if name == "synthetic" else AnswerEnd.eos)
+    assert dataset.answer_tokens is AnswerTokens.joint
+    assert dataset.prompt_form is (PromptForm.qa if name in IN_THE_FORM_OF_QUESTIONS else PromptForm.raw)
 
 
 PUBLISHED = [name for name in files("experiment") if name != "stress"]
@@ -224,12 +240,15 @@ def test_every_experiment_is_the_published_arithmetic(name: str) -> None:
     assert run.editor.name == ("ultraedit" if ultraedit else "stableedit")
     assert run.editor.alpha == (1 if ultraedit else 10)
     assert run.editor.preheat_mode is (PreheatMode.none if ultraedit else PreheatMode.start)
-    assert run.editor.whitening_floor == 1e-6
-    assert run.editor.whitening_floor_mode is WhiteningFloorMode.absolute
+    if not ultraedit:  # which has no eigenvalues
+        assert run.editor.whitening_floor == 1e-6
+        assert run.editor.whitening_floor_mode is WhiteningFloorMode.absolute
+    assert (run.dataset.prompt_form, run.dataset.answer_end) == (PromptForm.raw, AnswerEnd.none)
     assert run.editor.statistics_scope is StatisticsScope.shape
     assert run.editor.lr == (2e-6 if model in ("gpt-j", "qwen2.5-7b") else 1e-6)
     assert run.dataset.answer_tokens is AnswerTokens.separate
     assert run.model.edit_precision is EditPrecision.in_place
+    assert settings_without_effect(run) == []
     assert (run.dataset.n_edits, run.dataset.batch_size) == (100, 10)
     turns = {"wikibigedit": 170, "wikibigedit_500k": 5000, "ultraeditbench_2m": 20000}.get(dataset, 200)
     warm_up = {"wikibigedit_500k": 170, "ultraeditbench_2m": 200}.get(dataset, 20)
