@@ -90,6 +90,20 @@ class TestFields:
         assert read("zsre", index=4) == expected
         assert read("zsre", index=4, loc="who wrote C? ") == expected
 
+    def test_fever(self) -> None:
+        """The verdict to write is `alt`, `unrel_ans` that of another claim."""
+        record = read("fever", index=2)
+        chosen = record.rephrase
+        assert chosen is not None
+        assert chosen.prompt in FEVER["equiv_prompt"]
+        assert record == EditRecord(
+            2,
+            Question(FEVER["prompt"], FEVER["alt"]),
+            rephrase=Question(chosen.prompt, FEVER["alt"]),
+            locality=Question(FEVER["unrel_prompt"], FEVER["unrel_ans"]),
+        )
+        assert FEVER["alt"] != FEVER["unrel_ans"]
+
     def test_wikibigedit(self) -> None:
         assert read("wikibigedit") == EditRecord(
             0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from data.prompts import RAW, FormName, PromptForm, prompt_form
+from data.prompts import FormName, PromptForm, prompt_form
 from data.records import EditRecord, Question
 from data.stream import AnswerTokens, check_context, prompt_ids, tokenize
 from tests.evaluation.test_evaluate_generation import TEMPLATE
@@ -47,8 +47,9 @@ def test_the_answer_is_the_tail_in_every_form(
 
 
 def test_without_an_end_a_sequence_is_what_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenize([QUESTION], tokenizer, "joint") == tokenize([QUESTION], tokenizer, "joint", RAW)
-    assert tokenize([QUESTION], tokenizer, "joint")[0].end_tokens == 0
+    (sequence,) = tokenize([QUESTION], tokenizer, "joint")
+    assert tokenizer.decode(sequence.ids) == "Who wrote Emma? Jane Austen"
+    assert sequence.end_tokens == 0
 
 
 @pytest.mark.parametrize("cut", ["joint", "separate"])

@@ -247,6 +247,56 @@ def test_a_trajectory_gives_the_gradient_of_its_plain_graphs(make: Callable[...,
     assert_close(ours, gradients_of(editor))
 
 
+def test_steps_are_adams_on_clipped_gradients_each_of_its_own_turn() -> None:
+    model = language_model(tiny_llama, LLAMA)
+    editor, by_hand = editor_for(model, malmen()), editor_for(model, malmen())
+    trainer = trainer_for(model, editor, meta_lr=1e-2, max_grad_norm=0.05)
+    adam = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
+    plain = Plain(model, by_hand)
+    for index in range(3):
+        step = trainer.turn(training_turn(index))
+        plain.past.clear()  # each turn edits the unedited model and is judged by itself
+        plain.edited = dict(plain.start)
+        adam.zero_grad()
+        plain.loss(training_turn(index)).backward()
+        gradients = [parameter.grad for parameter in by_hand.parameters()]
+        norm = torch.stack([(gradient**2).sum() for gradient in gradients if gradient is not None]).sum().sqrt()
+        assert norm > 0.05, "nothing was clipped, and this test shows nothing"
+        assert step.grad_norm == pytest.approx(float(norm), rel=1e-6)
+        for gradient in gradients:
+            assert gradient is not None
+            gradient *= 0.05 / norm
+        adam.step()
+    for (name, ours), theirs in zip(editor.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_trajectory_has_its_length_and_ends_with_its_pass() -> None:
+    ends = {
+        length: [
+            rledit(trajectory_length=length)({"m": (4, 3)}).horizon.ends_with(training_turn(i, of=5)) for i in range(6)
+        ]
+        for length in (None, 1, 2)
+    }
+    assert ends == {
+        None: [False, False, False, False, True, False],
+        1: [True] * 6,
+        2: [False, True, False, True, True, False],
+    }
+
+
+def test_the_losses_of_held_out_turns_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model(tiny_llama, LLAMA)
+    trainer = trainer_for(model, editor_for(model, malmen()))
+    judged, judge = [], trainer._judge
+    monkeypatch.setattr(trainer, "_judge", lambda *given: judged.append(judge(*given)) or judged[-1])
+    found = trainer.validate([training_turn(0), training_turn(1)])
+    for name in ("rephrase", "locality", "total"):
+        one, other = (getattr(loss, name) for loss in judged)
+        assert one != other
+        assert getattr(found, name) == pytest.approx((one + other) / 2)
+
+
 @pytest.mark.parametrize("method", [mend(), malmen()])
 def test_the_gradient_agrees_with_finite_differences(method: Callable[..., HyperNetworkEditor]) -> None:
     """The loss of one turn, as the trainer itself measures it, along a random direction of all parameters at once."""

@@ -154,6 +154,17 @@ def test_three_turns_agree_with_the_reference(
         assert edit.details["unrelated_routed"] == sum(routed) / len(routed)
 
 
+def test_unrelated_inputs_are_those_of_every_token_of_the_warm_up() -> None:
+    """Of prompts too, not of answers alone."""
+    model = harness(tiny_llama, LLAMA[1:], dtype=torch.float64)
+    editor, turn = WISE(model, chosen(unrelated=10**6), CPU), random_turn(0, Phase.WARM_UP, records=3)
+    editor.edit(model, turn)
+    every = model.capture(turn, every_token=True).modules[LLAMA[1]].keys
+    answers = model.capture(turn).modules[LLAMA[1]].keys
+    assert len(answers) < len(editor.unrelated) == len(every)
+    torch.testing.assert_close(editor.unrelated.sort(0).values, every.sort(0).values)
+
+
 def test_ties_keeps_what_is_large_and_agreed_on() -> None:
     one = torch.tensor([[5.0, -4.0, 0.1, 0.0, 3.0]])
     other = torch.tensor([[1.0, 6.0, -0.1, 2.0, 0.0]])
