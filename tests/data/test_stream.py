@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from data.batches import compute_batches, pack, unpack
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, TokenSequence
-from data.stream import EditStream, check_context, mini_batch_weights, subject_ends, tokenize
+from data.stream import EditStream, check_context, mini_batch_weights, prompt_ids, subject_ends, tokenize
 
 BOS, EOS = "<s>", "</s>"
 
@@ -72,7 +72,8 @@ ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])
 
 
 QA = PromptForm("Q: ", "\nA:")
-FORMS = pytest.mark.parametrize("form", [PromptForm(), QA], ids=["raw", "qa"])
+CHAT = PromptForm("<user>", "<a>", brings_special_tokens=True)
+FORMS = pytest.mark.parametrize("form", [PromptForm(), QA, CHAT], ids=["raw", "qa", "chat"])
 BOTH = pytest.mark.parametrize("answer_tokens", ["joint", "separate"])
 
 
@@ -93,11 +94,22 @@ class TestSubjects:
         text = (form.before + question.prompt[:last]).replace(" ", "").replace("\n", "")
 
         def characters(upto: int) -> int:
-            tokens = tokenizer.convert_ids_to_tokens(list(sequence.ids[1:upto]))
+            first = 0 if form.brings_special_tokens else 1
+            tokens = tokenizer.convert_ids_to_tokens(list(sequence.ids[first:upto]))
             return sum(len(token.strip("▁ĠĊ").replace("<unk>", "")) for token in tokens)
 
         assert characters(place) < len(text) <= characters(place + 1)
         assert place < sequence.answer_start
+
+    @BOTH
+    def test_a_template_brings_its_special_tokens_itself(self, answer_tokens: Any) -> None:
+        """What is asked begins as what is taught does, and nothing is put before it."""
+        tokenizer = byte_level()
+        (sequence,) = tokenize([Question("in", "Rome")], tokenizer, answer_tokens, CHAT)
+        (asked,) = prompt_ids(["in"], tokenizer, CHAT)
+        assert list(sequence.ids[: len(asked)]) == asked
+        assert tokenizer.bos_token_id not in sequence.ids
+        assert tokenizer.decode(asked) == "<user>in<a>"
 
     def test_several_questions_and_none(self) -> None:
         questions = [Question("Rome is in", "it"), Question("in Rome", "x")]

@@ -99,7 +99,7 @@ def test_passes_are_captured_anew_and_leave_said_facts_alone(passes: int, limit:
 
 
 def test_a_turn_ends_when_the_model_says_all_of_it() -> None:
-    """Twelve passes are offered and fewer taken; the last capture finds nothing to push."""
+    """Forty passes are offered and fewer taken; the last capture finds nothing to push."""
     model = harness(tiny_llama, LLAMA)
     turn = random_turn(0, EDIT, records=3)
     rule = Descent(step=10.0)
@@ -108,8 +108,6 @@ def test_a_turn_ends_when_the_model_says_all_of_it() -> None:
     assert facts[-1] == 0
     assert len(facts) < 40
     assert len(rule.seen) == len(facts) - 1
-    unsettled = facts.count(3) < len(facts) - 1  # by another one
-    assert all(model.capture(turn).all_correct) or unsettled
 
 
 @pytest.mark.parametrize("limit", [None, 5.0])

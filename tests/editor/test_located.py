@@ -102,7 +102,8 @@ def reference(make: Callable[..., Any], names: Sequence[str]) -> Located:
 
 
 def memit(model: LanguageModel, keep_keys: bool = True, given: LocateInputs = GIVEN, **changes: Any) -> MEMIT:
-    settings = MEMITSettings(**{**TARGETS, **changes}, mom2_update_weight=LAMBDA, moment_ridge=0.0, keep_keys=keep_keys)
+    chosen = {**TARGETS, "moment_ridge": 0.0, **changes}
+    settings = MEMITSettings(**chosen, mom2_update_weight=LAMBDA, keep_keys=keep_keys)
     return MEMIT(model, settings, CPU, given)
 
 
@@ -111,8 +112,8 @@ def alphaedit(model: LanguageModel, keep_keys: bool = True, given: LocateInputs 
     return AlphaEdit(model, settings, CPU, given)
 
 
-def rome(model: LanguageModel) -> ROME:
-    return ROME(model, ROMESettings(**TARGETS, moment_ridge=0.0), CPU, GIVEN)
+def rome(model: LanguageModel, moment_ridge: float = 0.0) -> ROME:
+    return ROME(model, ROMESettings(**TARGETS, moment_ridge=moment_ridge), CPU, GIVEN)
 
 
 def dense(update: Any) -> Tensor:
@@ -152,6 +153,21 @@ def test_three_turns_agree_with_the_reference(kind: str, make: Callable[..., Any
             assert edit.changes[name].norm == pytest.approx(float(expected[name].norm()), rel=1e-6)
     assert edit.seconds.keys() == {"targets", "keys", "solve", "apply"}
     assert edit.details["targets"]["steps"] > 0
+
+
+@pytest.mark.parametrize("kind", ["memit", "rome"])
+def test_the_ridge_of_the_second_moments_is_in_units_of_their_mean_eigenvalue(kind: str) -> None:
+    names, ridge = LLAMA[: 1 if kind == "rome" else None], 0.3
+    model, plainly = language_model(exact_llama, names), reference(exact_llama, names)
+    for name, C in plainly.C.items():
+        plainly.C[name] = C + ridge * torch.linalg.eigvalsh(C).mean() * torch.eye(len(C), dtype=torch.float64)
+    turn = turn_of(0)
+    build = memit if kind == "memit" else rome
+    edit = build(model, moment_ridge=ridge).edit(model, turn)
+    facts = plain(contexts_of(turn))
+    expected = plainly.memit(facts, LAMBDA, True) if kind == "memit" else plainly.rome(facts)
+    for name in names:
+        assert relative(dense(edit.updates[name]), expected[name]) < 1e-6, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

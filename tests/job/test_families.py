@@ -98,6 +98,30 @@ def test_several_passes(run: Commands) -> None:
     assert 2 * (once + several) < lines[-1]["statistics"]["40x24"]["n"] <= 2 * (once + 3 * several)
 
 
+def test_facts_of_earlier_turns_are_asked_again(run: Commands) -> None:
+    """Those that the model no longer says are pushed with the turn's own, which are three."""
+    plain, replayed = (
+        run("editor.passes=2", f"editor.replay={count}", run=f"replay_{count}").lines("turns.jsonl") for count in (0, 5)
+    )
+    edits = [[line for line in lines if line["phase"] == "edit"] for lines in (plain, replayed)]
+    assert all(line["passes"]["facts"][0] == 3 for line in edits[0])
+    assert edits[0][0]["passes"] == edits[1][0]["passes"]  # there is no earlier turn
+    pushed = [line["passes"]["facts"][0] for line in edits[1]]
+    assert pushed[0] == 3
+    assert all(3 <= count <= 8 for count in pushed)
+    assert max(pushed) > 3
+
+
+def test_facts_are_pushed_until_they_are_as_likely_as_asked(run: Commands) -> None:
+    settings = ("num_seq=1", "editor.passes=4", "model.lr=1")
+    first, never = (
+        run(*settings, f"editor.pass_loss={loss}", run=f"loss_{loss}").lines("turns.jsonl")[-1]["passes"]["facts"]
+        for loss in ("1e6", "1e-6")
+    )
+    assert first == [3, 0]  # after the first pass all are
+    assert never == [3, 3, 3, 3]
+
+
 def test_several_passes_go_on_after_a_stop(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     from editor.stableedit import StableEdit
 

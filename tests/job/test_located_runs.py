@@ -10,25 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from config.compose import compose_config
 from config.schema import LocateConfig, register, settings_without_effect, to_run_config
 from data.corpus import TextFiles
 from data.prompts import PromptForm
 from data.records import EditRecord, Phase, Question, Turn
+from data.stream import tokenize
 from editor import alphaedit, located
 from harness.export.command import main as export
 from harness.job import moments
-from harness.job.facts import FIRST_WORDS, Contexts
+from harness.job.facts import FIRST_WORDS, Contexts, write_prefixes
 from harness.job.moments import KeptOfMoments, MomentSums
 from harness.ranks import Ranks
 from harness.run import places
 from harness.watch.diagnostics import TurnDiagnostics
 from model import LanguageModel
-from tests.commands import MODULES, Commands, Run, zsre_row
+from tests.commands import MODULES, Commands, Run, save_tiny_model, zsre_row
 from tests.conftest import tiny_llama
 from tests.data.test_stream import byte_level
+from tests.editor.test_method import harness
 
 QUICK = (
     "editor.v_num_grad_steps=3", "editor.prefixes=2", "editor.prefix_tokens=3", "editor.moment_ridge=1e-4",
@@ -246,6 +250,16 @@ def test_only_those_of_a_missing_module_are_made(run: Commands, monkeypatch: pyt
     assert files[0].read_bytes() == was
 
 
+def test_another_model_has_moments_of_its_own(run: Commands, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also where modules and their sizes are the same."""
+    run(*MEMIT_RUN, run="first")
+    run.model = save_tiny_model(run.folder / "other", byte_tokenizer, seed=1)
+    run(*MEMIT_RUN, run="second")
+    files = list((run.folder / "cache" / "moments").iterdir())
+    assert len(files) == 4
+    assert len({file.read_bytes() for file in files}) == 4
+
+
 def test_moments_that_are_not_finite_are_never_kept(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     def overflow(*_: Any) -> Iterator[dict[str, torch.Tensor]]:
         keys = torch.ones((3, 40))
@@ -391,6 +405,8 @@ def text(ids: Any) -> str:
 def test_contexts_of_a_fact(form: PromptForm) -> None:
     [found] = contexts(form=form)(fact("the capital of Italy is", "Italy"))
     assert len(found.sequences) == 3
+    asked = [Question("the capital of Italy is", "Rome")]
+    assert [found.sequences[0]] == tokenize(asked, byte_level(), "joint", form, as_target=True)
     for prefix, sequence, at in zip(("", "Once. ", "In a far away land it rained. "), found.sequences, found.positions,
                                     strict=True):  # fmt: skip
         assert text(sequence.ids) == f"{form.before}{prefix}the capital of Italy is{form.after} Rome"
@@ -399,6 +415,32 @@ def test_contexts_of_a_fact(form: PromptForm) -> None:
     assert text(found.kl_prompt.ids[:-1]) == "Italy is a"
     assert found.kl_prompt.answer_start == len(found.kl_prompt.ids) - 1
     assert text(found.kl_prompt.ids[: found.kl_position + 1]) == "Italy"
+
+
+def test_an_answer_has_its_space_and_its_end_as_in_the_turns_of_edits() -> None:
+    form = PromptForm("Q: ", "\nA:", end=1)
+    turn = fact("the number of Italy is", "Italy", "39")
+    [found] = contexts(form=form)(turn)
+    [taught] = tokenize([turn.records[0].edit], byte_level(), "joint", form, as_target=True)
+    assert found.sequences[0] == taught
+    assert text(taught.ids[taught.answer_start :]) == " 39"
+    assert taught.ids[-1] == 1
+    for sequence in found.sequences:
+        assert sequence.ids[sequence.answer_start :] == taught.ids[taught.answer_start :]
+
+
+def test_prefixes_are_what_the_model_writes_after_its_first_words(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", byte_tokenizer)
+    model = harness(tiny_llama, EARLY_MODULES)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    found = write_prefixes(model, byte_tokenizer, 3, 7)
+    assert len(found) == 3
+    for word, prefix in zip(FIRST_WORDS, found, strict=False):
+        ids = byte_tokenizer(word, return_tensors="pt")["input_ids"]
+        written = plain.generate(ids, max_new_tokens=7, do_sample=False)[0]
+        assert prefix == " ".join(byte_tokenizer.decode(written, skip_special_tokens=True).split()) + ". "
 
 
 def test_the_last_token_of_the_prompt() -> None:

@@ -20,7 +20,9 @@ import main
 from config.compose import CONFIG_DIR
 from data import DATASETS
 from data.files import open_records
+from data.records import TrainingTurn
 from data.stream import tokenize
+from editor.meta_train import MetaTrainer
 from harness.evaluation.evaluate import RecordScore, score_records, summarize
 from harness.run import places
 from model import LanguageModel
@@ -149,6 +151,29 @@ def test_nothing_is_written_outside_the_run_folder_and_the_cache(run: Commands, 
     assert "ES  efficacy" in done.stdout
 
 
+def test_answers_are_taught_with_their_end_and_scored_without_it(
+    run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the space before them, too, as they are numbers; in turns of training as in those of edits."""
+    trained: list[TrainingTurn] = []
+    turn = MetaTrainer.turn
+    monkeypatch.setattr(MetaTrainer, "turn", lambda self, one: trained.append(one) or turn(self, one))
+    network = ("editor=malmen", "editor.rank=4", "editor.n_blocks=1", "editor.max_train_turns=1")
+    done = run("dataset.prompt_form=qa", "dataset.answer_end=eos", "num_seq=1", *network)
+    answers = {line["index"]: len(zsre_row(line["index"])["ans"]) for line in done.lines("records.jsonl")}
+    scored = [line["tokens"] for line in done.lines("records.jsonl") if line["protocol"] == "ES"]
+    assert scored == 2 * [*answers.values()]
+    assert "ES_end" in done.json("results.json")["final"]
+    assert done.lines("turns.jsonl")[-1]["answer_tokens"] == sum(answers.values()) + 2 * len(answers)  # a byte, a token
+    assert trained
+    rows = json.loads((run.folder / "train.json").read_text())
+    for one in trained:
+        wanted = [len(rows[record.index]["ans"]) + 2 for record in one.edits.records]
+        for sequences in (one.edits.sequences, one.rephrases):
+            assert [sequence.answer_length for sequence in sequences] == wanted
+            assert all(sequence.end_tokens == 1 for sequence in sequences)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same again
 
@@ -207,15 +232,45 @@ def test_another_model_in_the_same_folder_is_another_base(
     assert sum(asked) == both
 
 
-@pytest.mark.parametrize("change", ["dataset.answer_tokens=separate", "evaluation.sample=4", "num_seq=3", "data"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "dataset.answer_tokens=separate",
+        "dataset.prompt_form=qa",
+        "dataset.answer_end=eos",
+        "dataset.shuffle=true",
+        "seed=5",
+        "model.half=bf16",
+        "evaluation.sample=4",
+        "num_seq=3",
+        "data",
+    ],
+)
 def test_what_changes_a_score_changes_the_cached_base(run: Commands, asked: list[int], change: str) -> None:
     run(run="first")
     asked.clear()
     if change == "data":
         run.write("eval", [zsre_row(i + 1) for i in range(12)])
-    done = run(*[change] * (change != "data"), run="second")
-    answers = sum(line["tokens"] for line in done.lines("records.jsonl"))
-    assert sum(asked) == answers
+    settings = [change] * (change != "data")
+    run(*settings, run="second")
+    both = sum(asked)
+    asked.clear()
+    run(*settings, run="third")
+    assert 2 * sum(asked) == both
+
+
+def test_the_text_and_the_window_of_perplexity_change_the_cached_base(run: Commands) -> None:
+    """What is kept is the number of another text, which nothing else would notice."""
+    texts = [run.folder / name for name in ("one.txt", "other.txt")]
+    for text, word in zip(texts, ("abc ", "xyz "), strict=True):
+        text.write_text(word * 60)
+    found = [
+        run(f"evaluation.perplexity={text}", f"evaluation.perplexity_window={window}", "num_seq=1", run=f"run_{i}")
+        .json("results.json")["base"]["perplexity"]
+        for i, (text, window) in enumerate(((texts[0], 32), (texts[1], 32), (texts[1], 16), (texts[0], 32)))
+    ]  # fmt: skip
+    assert len(set(found)) == 3
+    assert found[0] == found[3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,17 @@ def test_what_is_there_is_what_a_plain_forward_has(make: Callable[..., Any], nam
     assert list(model.keys_at(sequences(), POSITIONS, [names[1]])) == [names[1]]
 
 
+@FAMILIES
+def test_what_the_head_reads_where_it_predicts_the_first_token_of_an_answer(
+    make: Callable[..., Any], names: tuple[str, ...]
+) -> None:
+    model = language_model(make, names)
+    found = model.hidden_states(sequences())
+    for place, sequence in enumerate(sequences()):
+        plain = model.model(input_ids=torch.tensor([sequence.ids]), output_hidden_states=True)
+        torch.testing.assert_close(found[place], plain.hidden_states[-1][0, sequence.answer_start - 1].float())
+
+
 @pytest.mark.parametrize("massive", [1e3, 9e3, 1e5])
 def test_a_stream_whose_spacing_is_wide_takes_offsets_all_the_same(massive: float) -> None:
     """In bf16 9,000 has neighbours 64 away, so that 100 more are found as 128."""

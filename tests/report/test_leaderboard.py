@@ -327,6 +327,12 @@ def test_a_longer_run_stands_as_it_was_after_as_many_edits(tmp_path: Path) -> No
     assert "Longer runs, as they stood after as many edits: long." in at_40.notes
     assert [one.method for one in at_80.rows] == ["base model", "long"]
     assert row(at_80, "long").cells["ES"].mean == pytest.approx(3 / 40)
+    change(long, "editor", "preheat_mode", "middle")  # behind turns that a shorter run has elsewhere
+    board = board_of(open_runs([tmp_path]))
+    assert [one.method for one in board.groups[0].rows] == ["base model", "short"]
+    where = "its warm-up is where a shorter run has none (editor.preheat_mode=middle)"
+    assert board.left_out == (f"{long}: left out where it had 40 edits, {where}",)
+    change(long, "editor", "preheat_mode", "start")
     write_lines(long / "records.jsonl", [*on_the_way[:20], *lines])
     board = board_of(open_runs([tmp_path]))
     assert len(board.groups[0].rows) == 2, "a piece is missing: which is which is not known"
