@@ -323,7 +323,8 @@ def inner_products(update: Factors, others: Sequence[Factors]) -> list[Tensor]: 
     """<DeltaW, DeltaW_i> of an update with others from their factors, at a cost of r r_i (d_k + d_v) each.
 
     <L1 R1, L2 R2> = sum of (L1^T L2) * (R1 R2^T), elementwise; nothing of size (d_k, d_v) is formed. Left and right
-    factors may lie on different devices, as keys in memory-mapped files do. Factors are brought near 1 first, those of
+    factors may lie on different devices, as keys in memory-mapped files do, and those of another update, as a resumed
+    run has them, elsewhere than this one's: they are brought to them. Factors are brought near 1 first, those of
     each update once: those of a huge step have products that overflow float32.
     """
     if not others:
@@ -337,7 +338,7 @@ _NearOne = tuple[Tensor | None, Tensor, Tensor]  # left, right, () float64 that 
 
 def _product(first: _NearOne, second: _NearOne) -> Tensor:  # () float64
     left, right, scale = first
-    other_left, other_right, other_scale = second
+    other_left, other_right, other_scale = second[0], second[1].to(right.device), second[2].to(right.device)
     if left is None and other_left is None:
         products = right * other_right
     elif other_left is None:
@@ -346,7 +347,7 @@ def _product(first: _NearOne, second: _NearOne) -> Tensor:  # () float64
     elif left is None:
         products = (other_left.T.to(right.device) @ right) * other_right
     else:
-        products = (left.T @ other_left).to(right.device) * (right @ other_right.T)
+        products = (left.T @ other_left.to(left.device)).to(right.device) * (right @ other_right.T)
     return products.sum(dtype=torch.float64) * scale * other_scale
 
 

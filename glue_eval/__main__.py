@@ -27,6 +27,7 @@ from glue_eval.lm_harness import write_tasks
 from glue_eval.rows import HUB
 from glue_eval.score import PreparedTask, evaluate_tasks, prepare_tasks
 from glue_eval.tasks import TASKS, chosen_tasks
+from harness.run import prepare_libraries
 from harness.run.places import CACHE
 from model import LanguageModel
 from model.source import ModelSource, context_length, load_tokenizer, locate
@@ -38,6 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def main(arguments: Sequence[str] | None = None) -> None:
     """A mistake of the user's ends in one line, and exit code 1."""
     chosen = _parser().parse_args(arguments)
+    prepare_libraries()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(levelname)-7s %(message)s", datefmt="%H:%M:%S")

@@ -34,15 +34,17 @@ class CachedPrompts:
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, layer by layer, so that no second cache lies beside this one."""
-        self.members, self.mask = [self.members[row] for row in rows], self.mask[rows]
-        self.cache.reorder_cache(torch.tensor(rows))
+        index = torch.tensor(rows, device=self.mask.device)  # one copy; of one on the host each layer would make two
+        self.members, self.mask = [self.members[row] for row in rows], self.mask[index]
+        self.cache.reorder_cache(index)
 
     def part(self, rows: list[int] | None = None) -> CachedPrompts:
         """Some of the rows, None for all, to read on from without a change to this."""
-        cache = None if self.cache is None else _select(self.cache, rows)
-        if rows is None:
+        index = None if rows is None else torch.tensor(rows, device=self.mask.device)
+        cache = None if self.cache is None else _select(self.cache, index)
+        if rows is None or index is None:
             return CachedPrompts(self.members, self.mask, cache, self.logits)
-        return CachedPrompts([self.members[row] for row in rows], self.mask[rows], cache, self.logits)
+        return CachedPrompts([self.members[row] for row in rows], self.mask[index], cache, self.logits)
 
 
 class TextModel:
@@ -177,7 +179,8 @@ class TextModel:
             own = torch.tensor(prompts[member][shared:])
             ids[row, width - len(own) :], mask[row, width - len(own) :] = own, 1
         before = torch.ones(len(members), shared, dtype=mask.dtype)
-        cache = None if start is None else _select(start.cache, [0] * len(members))
+        first = torch.zeros(len(members), dtype=torch.int64, device=self.device)
+        cache = None if start is None else _select(start.cache, first)
         cached = CachedPrompts(members, before.to(self.device), cache)
         self.extend(cached, ids.to(self.device), mask=mask.to(self.device))
         return cached
@@ -253,7 +256,7 @@ class TextModel:
                 )
 
 
-def _select(cache: Any, rows: list[int] | None) -> Any:
+def _select(cache: Any, rows: Tensor | None) -> Any:
     """Some rows of a cache of keys and values, None for all of them, or some of one that also has states of
     convolutions; its layers may lie on several devices. Its own tensors are left as they are, not copied first: all
     rows together may fill a GPU.
@@ -263,7 +266,7 @@ def _select(cache: Any, rows: list[int] | None) -> Any:
     if rows is not None:
         for layer in chosen.layers:  # states lie in dictionaries, which both copies would share
             vars(layer).update({name: dict(held) for name, held in vars(layer).items() if isinstance(held, dict)})
-        chosen.reorder_cache(torch.tensor(rows))
+        chosen.reorder_cache(rows)
     return chosen
 
 

@@ -102,7 +102,7 @@ MAY_IMPORT = {
     ),
     "harness/__init__.py": "",
     "harness/report/*.py": "matplotlib.* numpy safetensors.* umap data.* harness.*",
-    "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run.places model.*",
+    "glue_eval/__main__.py": "torch transformers.* rich.* data.* glue_eval.* harness.run harness.run.places model.*",
     "glue_eval/*.py": "numpy datasets data.* glue_eval.* model",
     "startup.py": "torch transformers.*",
     "main.py": "*",

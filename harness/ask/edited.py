@@ -23,7 +23,7 @@ from harness.export import (
     when_of,
 )
 from harness.job import memory_settings
-from harness.run import PROMPT_FORMS, form_of_folder, form_of_run, places, read_run
+from harness.run import PROMPT_FORMS, form_of_folder, form_of_run, places, prepare_libraries, read_run
 from model import LanguageModel
 from model.source import ModelSource, load_tokenizer, locate, stored_dtype
 
@@ -98,6 +98,7 @@ def open_edited(
         raise ValueError(f"--prompt {prompt}: must be one of {', '.join(PROMPT_FORMS)}")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
+    prepare_libraries()
     where = _device(device)
     found = _find(Path(path).expanduser().absolute(), turn, model, trust_remote_code)
     form = prompt or found.form

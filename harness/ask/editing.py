@@ -13,6 +13,7 @@ from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
 from harness.job import load_model, make_editor, make_plan
 from harness.ranks import init_ranks
+from harness.run import prepare_libraries
 from harness.watch import turn_note
 
 FACTS_A_TURN = 100  # as published
@@ -36,6 +37,7 @@ def edit(
     that learn to edit take a network that a run has trained (`editor.load_checkpoint`).
     ValueError, in one line, for what is wrong with any of them, before a weight is read.
     """
+    prepare_libraries()
     rows = _rows(facts)
     _check_settings(settings)
     with tempfile.TemporaryDirectory() as folder:

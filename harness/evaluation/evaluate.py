@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import compute_batches
+from data.batches import compute_batches, on_device
 from data.disk import sync
 from data.intervals import bootstrap_interval
 from data.progress import progress_bar
-from data.records import EditRecord, Question, RecordScore, TokenSequence
+from data.records import EditRecord, Question, RecordScore, TokenBatch, TokenSequence
 from data.stream import EditStream, Tokenize, questions_of
 from harness.evaluation.generation import Generation, matches
 from harness.evaluation.locality import (
@@ -234,14 +234,15 @@ def _score_share(model: LanguageModel, share: _ShareInput) -> _ShareScores:
     hits = torch.zeros(sum(lengths), dtype=torch.bool, device=model.device)
     broken = torch.zeros((), dtype=torch.int64, device=model.device)  # stays there: read once, not every batch
     seen: list[tuple[Tensor, Compared]] = []
-    for at, logits, targets in _answer_logits(model, share.sequences):
+    for at, logits, batch in _answer_logits(model, share.sequences):
+        ours = (rows[at] >= 0).nonzero()[:, 0]
+        mine = rows[at[ours]]
+        there, (at, ours, of_base) = on_device(batch, model.device, at, ours, mine)
         first = logits.argmax(-1)  # of a row with a nan, that one
         broken += logits.gather(-1, first[:, None]).isfinite().logical_not().sum()
-        hits[at.to(model.device)] = first == targets.to(model.device)
-        ours = (rows[at] >= 0).nonzero()[:, 0]
-        if len(ours):
-            mine, here = rows[at[ours]], ours.to(model.device)
-            seen.append((mine, compare_with(logits[here], first[here], base and base[mine.to(model.device)])))
+        hits[at] = first == there.targets
+        if len(mine):
+            seen.append((mine, compare_with(logits[ours], first[ours], base and base[of_base])))
     by_sequence = [part.tolist() for part in hits.cpu().split(lengths)]
     if not seen:
         return _ShareScores(by_sequence, None, int(broken))
@@ -250,15 +251,17 @@ def _score_share(model: LanguageModel, share: _ShareInput) -> _ShareScores:
     return _ShareScores(by_sequence, local, int(broken))
 
 
-def _answer_logits(model: LanguageModel, sequences: Sequence[TokenSequence]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batch by batch: which answer tokens (M,), of all answers laid end to end; their logits (M, V); their ids (M,)."""
+def _answer_logits(
+    model: LanguageModel, sequences: Sequence[TokenSequence]
+) -> Iterator[tuple[Tensor, Tensor, TokenBatch]]:
+    """Batch by batch: which answer tokens (M,), of all answers laid end to end; their logits (M, V); the batch."""
     lengths = torch.tensor([sequence.answer_length for sequence in sequences])
     starts = torch.tensor([sequence.answer_start for sequence in sequences])
     overhead = OVERHEAD.get(model.device.type, OVERHEAD["cpu"])
     shift = lengths.cumsum(0) - lengths - (starts - 1)  # the first answer token is predicted one before it
     with progress_bar("answering", len(sequences), "questions", quiet=True) as bar:
         for batch in compute_batches(sequences, model.compute_tokens, overhead):
-            yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch.targets
+            yield shift[batch.members[batch.rows]] + batch.positions, model.answer_logits(batch), batch
             bar.advance(len(batch.members))
 
 

@@ -34,6 +34,11 @@ def devices(cfg: RunConfig, ranks: Ranks) -> tuple[torch.device, torch.device]:
     return model, editor
 
 
+def kind_of(device: torch.device) -> str:
+    """cpu, or the GPU by its name: from one to the next the last bits of products differ."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _with_index(device: torch.device, ranks: Ranks) -> torch.device:
     """`cuda` is the first GPU, or where several processes share a run, this one's own."""
     if device != torch.device("cuda"):

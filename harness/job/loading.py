@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from config.schema import EditPrecision, RunConfig
 from harness.job.devices import DTYPES
 from harness.job.plan import Plan
@@ -15,6 +17,7 @@ def load_model(cfg: RunConfig, plan: Plan, evaluated: ModelSource | None = None)
 
     ValueError, naming the rank, where a process of the run reads other weights.
     """
+    gc.collect()  # a model of before is in cycles (accelerate's hooks, what is wrapped), and a GPU would not ask for it
     model = LanguageModel.load(
         evaluated or plan.source,
         plan.tokenizer,

@@ -20,6 +20,7 @@ from data.disk import sync, whole_or_absent
 from data.progress import duration, progress_bar
 from data.records import TokenSequence
 from editor.base import OfMoments
+from harness.job.devices import kind_of
 from harness.job.plan import Plan
 from harness.run import digest_of, places, postponed, versions, write_safetensors
 from model import LanguageModel, sha256_of_tensor
@@ -84,7 +85,12 @@ class KeptOfMoments:
 
     def __call__(self, what: str, moments: Tensor, make: OfMoments) -> Mapping[str, Tensor]:
         """`what` says all that decides it beside C and the device."""
-        identity = {"what": what, "C": sha256_of_tensor(moments), "device": self.device.type, "versions": versions()}
+        identity = {
+            "what": what,
+            "C": sha256_of_tensor(moments),
+            "device": kind_of(self.device),
+            "versions": versions(),
+        }
         file = places.CACHE / "moments" / f"{digest_of(identity, what)[:16]}.safetensors"
         kept = _open(file)
         if self.all_ranks(kept is not None):
@@ -185,7 +191,7 @@ def _key(cfg: RunConfig, plan: Plan, corpus: Corpus, fingerprint: str, modules: 
         "corpus": corpus.sha256,
         "modules": modules,
         "tokens": [cfg.corpus.tokens, _window(cfg, plan)],
-        "arithmetic": [plan.device.type, cfg.model.half.name, cfg.model.compute_tokens],
+        "arithmetic": [kind_of(plan.device), cfg.model.half.name, cfg.model.compute_tokens],
         "versions": [FORMAT, versions()],
     }
     return digest_of(identity, "second moments")[:16]

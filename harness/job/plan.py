@@ -26,7 +26,7 @@ from data.stream import AnswerTokens, EditStream, Tokenize, check_context, token
 from data.training import TrainingStream
 from harness.evaluation import Examples, Generation, Passage, read_passage
 from harness.job.data import SAMPLES, open_data, training_questions, unrelated_questions
-from harness.job.devices import devices
+from harness.job.devices import devices, kind_of
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
 from harness.job.registered import check_registered
@@ -65,7 +65,8 @@ class Plan:
     @property
     def hardware(self) -> str:
         """What the numbers' last bits depend on."""
-        return str(self.device) if self.ranks.size == 1 else f"{self.ranks.size} x {self.device.type}"
+        several = f"{self.ranks.size} x " * (self.ranks.size > 1)
+        return f"{several}{kind_of(self.device)}"
 
     @property
     def tokenizer_hash(self) -> str:

@@ -83,23 +83,32 @@ def work(chosen: argparse.Namespace) -> None:
         console.print(f"{needed / GIB:.1f} GiB at most: fits {about}")
         return
     switches, then = what_fits(cfg, size, room)
-    last = "" if then <= room else f", which is still too much: {_remedy(sketch)}"
+    last = "" if then <= room else f", which is still too much: {_remedy(cfg, sketch)}"
     smaller = f"; with {' '.join(switches)} it is {then / GIB:.1f} GiB" if switches else ""
     raise ValueError(f"{needed / GIB:.1f} GiB at most, more than {about}{smaller}{last}")
 
 
-def _remedy(sketch: Outline) -> str:
+def _remedy(cfg: RunConfig, sketch: Outline) -> str:
     fewer = "edit fewer modules, or " if len(sketch.shapes) > 1 else ""
-    return f"{fewer}set model.device_map=auto"
+    return f"{fewer}{'set model.device_map=auto' if cfg.model.device_map is None else 'take more GPUs'}"
 
 
 def on_one_device(cfg: RunConfig, device: torch.device) -> bool:
-    return cfg.editor_device == "auto" or torch.device(cfg.editor_device).type == device.type
+    if cfg.editor_device == "auto":
+        return True
+    editor = torch.device(cfg.editor_device)
+    return (editor.type, editor.index or 0) == (device.type, device.index or 0)
 
 
 def device_of(cfg: RunConfig, gib: float | None) -> tuple[torch.device, int, str]:
     """Where the model will be, the bytes that there are for it, and in words."""
+    laid = cfg.model.device_map is not None
     if gib is not None:
+        if laid:
+            raise ValueError(
+                f"--gib {gib:g} with model.device_map, which lays the model over all GPUs: how many there are is not "
+                "said; leave one of the two out"
+            )
         return torch.device("cuda"), int((gib - OWN) * GIB), f"a GPU of {gib:g} GiB"
     named = cfg.model_device if cfg.model_device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(named).type == "cpu":
@@ -109,8 +118,11 @@ def device_of(cfg: RunConfig, gib: float | None) -> tuple[torch.device, int, str
         raise ValueError(
             f"model_device={named}: this machine has no GPU; --gib 24 says how large the one is that is meant"
         )
-    total = torch.cuda.get_device_properties(named).total_memory
-    return torch.device(named), total - int(OWN * GIB), f"{named} of {total / GIB:.1f} GiB"
+    places = range(torch.cuda.device_count()) if laid else [torch.device(named)]
+    sizes = [torch.cuda.get_device_properties(place).total_memory for place in places]
+    gib = sum(sizes) / GIB
+    about = f"{len(sizes)} GPUs of {gib:.1f} GiB together" if laid else f"{named} of {gib:.1f} GiB"
+    return torch.device(named), sum(sizes) - int(len(sizes) * OWN * GIB), about
 
 
 def as_table(found: Sequence[Item], needed: int, together: bool) -> Table:

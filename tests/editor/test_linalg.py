@@ -154,3 +154,14 @@ def test_left_and_right_factors_may_lie_on_different_devices(dense: bool) -> Non
     first = (torch.ones(7, 3), torch.ones(3, 5, device="meta"))
     second = (None, torch.ones(7, 5, device="meta")) if dense else first
     assert linalg.inner_product(first, second).device.type == "meta"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("left", "right"), [("cpu", "meta"), ("meta", "meta")])
+def test_factors_of_another_update_may_lie_elsewhere(left: str, right: str, dense: bool) -> None:
+    """A resumed run puts all that it kept on two devices, wherever the editor leaves those of the next turn."""
+    now = (torch.ones(7, 3, device=left), torch.ones(3, 5, device=right))
+    kept = (None, torch.ones(7, 5)) if dense else (torch.ones(7, 2), torch.ones(2, 5))
+    assert linalg.inner_product(now, kept).device.type == "meta"
+    whole = (None, torch.ones(7, 5, device=right))
+    assert linalg.inner_product(whole, kept).device.type == "meta"

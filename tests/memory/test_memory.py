@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from harness.evaluation.locality import Distributions, Shift, compare_with
 from harness.job import build_editor, source_of
 from harness.job.devices import DTYPES
 from harness.memory.asked import Facts, Item
-from harness.memory.command import main
+from harness.memory.command import GIB, device_of, main, on_one_device
 from harness.memory.items import items
 from harness.memory.passes import LAYER_INSIDES, LAYER_WIDTHS, scored_bytes
 from model import LanguageModel
@@ -210,9 +211,28 @@ def test_what_does_not_fit_names_what_makes_it_fit(tmp_path: Path) -> None:
     assert "still too much: edit fewer modules, or set model.device_map=auto" in str(end.value)
 
 
+def test_a_model_that_is_laid_over_all_gpus_has_the_room_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = SimpleNamespace(total_memory=24 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: size)
+    one, all_of_them = (
+        device_of(to_run_config(compose_config([f"model.device_map={laid}"])), None) for laid in ("null", "auto")
+    )
+    assert all_of_them[1] == 3 * one[1]
+    assert all_of_them[2] == "3 GPUs of 72.0 GiB together"
+
+
+def test_two_gpus_are_not_one() -> None:
+    for where, together in (("auto", True), ("cuda", True), ("cuda:0", True), ("cuda:1", False), ("cpu", False)):
+        cfg = to_run_config(compose_config([f"editor_device={where}"]))
+        assert on_one_device(cfg, torch.device("cuda")) == together
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (["--gib", "24", "model.device_map=auto"], "how many there are is not said; leave one of the two out"),
         (["--gib", "0"], "--gib 0.0: must be above"),
         (["--tokens", "4", "--answer-tokens", "4"], "below --tokens 4"),
         (["editor.alhpa=1"], "did you mean editor.alpha?"),
