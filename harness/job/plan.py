@@ -97,12 +97,13 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     tokenizer = load_tokenizer(source)
     form = plan_form(cfg, tokenizer, source)
     passage = plan_passage(cfg, tokenizer, model_outline.context_length)
+    network = plan_network(cfg, model_outline.shapes)
+    text = open_text(cfg)
     files = open_data(cfg)  # minutes, the first time that a large file is read
     stream = plan_stream(cfg, files, tokenizer, form)
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, partial(as_tokens, as_target=True))
-    network = plan_network(cfg, model_outline.shapes)
     generation = plan_generation(cfg, tokenizer, cfg.evaluation.generation)
     asked = plan_generation(cfg, tokenizer, cfg.evaluation.examples)
     examples = Examples(stream.edited(), asked, cfg.seed) if asked else None
@@ -111,7 +112,7 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
         check_lengths(model_outline.context_length, files, stream, training, check, generation, examples)
     check_captures(cfg, ranks, stream, model_outline.shapes)
     check_located(cfg, stream.edited(), str(files["eval"].path), model_outline)
-    corpora = plan_corpora(cfg, files, stream, form)
+    corpora = plan_corpora(cfg, text, files, stream, form)
     return Plan(
         files=files,
         stream=stream,
@@ -180,13 +181,20 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
     return stream
 
 
+def open_text(cfg: RunConfig) -> Corpus | None:
+    """The text that second moments of keys are taken over; None where no text, or that of questions alone, is read."""
+    asks = cfg.evaluate is None and cfg.editor.asks_for_text() and not cfg.editor.preserves_unrelated()
+    return open_corpus(cfg.corpus.path, SAMPLES, cfg.corpus.tokens) if asks and cfg.corpus.questions < 1 else None
+
+
 def plan_corpora(
     cfg: RunConfig,
+    text: Corpus | None,
     files: Mapping[str, RecordFile],
     stream: EditStream,
     form: PromptForm,
 ) -> dict[str, Corpus]:
-    """The texts that second moments of keys are taken over, by name; none where the editor asks for none."""
+    """What second moments of keys are taken over, by name: `text`, questions, or nothing."""
     if cfg.evaluate is not None or not cfg.editor.asks_for_text():
         return {}
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
@@ -194,9 +202,7 @@ def plan_corpora(
         asked = unrelated_questions(cfg, stream)
         name, remedy = "editor.preserve_text=unrelated", "warm up with more turns"
         return {"corpus": Questions(lambda: asked, form, answer_tokens, name, remedy)}
-    found: dict[str, Corpus] = {}
-    if cfg.corpus.questions < 1:
-        found["corpus"] = open_corpus(cfg.corpus.path, SAMPLES, cfg.corpus.tokens)
+    found: dict[str, Corpus] = {} if text is None else {"corpus": text}
     if cfg.moments_of_questions():
         name, remedy = "corpus.questions", "bring a larger dataset.train_path"
         found["questions"] = Questions(partial(training_questions, cfg, files), form, answer_tokens, name, remedy)
