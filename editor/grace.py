@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class GRACESettings:
     num_steps: int
     eps_init: float
     stop_loss: float
+
+
+@dataclass
+class Entry:
+    """What is known of an entry beside its key and value."""
+
+    radius: float
+    answer: tuple[int, ...]  # token ids, that its value was trained for
+    prompt: tuple[int, ...]  # token ids, whose input its key is
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,14 @@ class Codebook:
         projection, known = _projection(keys), prompts or [()] * len(keys)
         return cls(keys, values, radii, tuple(answers), tuple(known), projection, *_sketched(keys, projection))
 
+    def entries(self) -> list[Entry]:
+        known = zip(self.radii.tolist(), self.answers, self.prompts, strict=True)
+        return [Entry(radius, answer, prompt) for radius, answer, prompt in known]
+
     def grown(
         self,
         keys: Tensor,  # (new, d_k)
-        radii: Sequence[float],  # of all
-        answers: Sequence[tuple[int, ...]],  # of all
-        prompts: Sequence[tuple[int, ...]],  # of the new ones
+        entries: Sequence[Entry],  # all of them, these last
     ) -> Codebook:
         """With more keys, whose values are still 0."""
         projection = self.projection.to(keys)
@@ -92,9 +103,9 @@ class Codebook:
         joined = {name: torch.cat([getattr(self, name), each]) for name, each in new}
         return Codebook(
             **joined,
-            radii=keys.new_tensor(radii),
-            answers=tuple(answers),
-            prompts=(*self.prompts, *prompts),
+            radii=keys.new_tensor([entry.radius for entry in entries]),
+            answers=tuple(entry.answer for entry in entries),
+            prompts=tuple(entry.prompt for entry in entries),
             projection=projection,
         )
 
@@ -256,41 +267,44 @@ class GRACE:
         noise: float,  # of keys, relative to their norms
     ) -> tuple[Codebook, dict[str, int], dict[int, int]]:
         """The codebook with the facts, what became of them, and the fact that each new or changed entry stands for."""
-        eps_init, count = self.settings.eps_init, len(self.codebook.keys)
+        entries, before = self.codebook.entries(), len(self.codebook.keys)
         old, far = self.codebook.nearest(keys)
         among = torch.cdist(keys, keys, compute_mode="donot_use_mm_for_euclid_dist").tolist()
         moved = (noise * keys.norm(dim=1)).tolist()
-        radii, known = self.codebook.radii.tolist(), list(self.codebook.answers)
         added: list[int] = []  # facts whose keys became entries
         trained: dict[int, int] = {}
         done = Counter(added=0, expanded=0, split=0, replaced=0)
-        prompts = [one.ids[: one.answer_start] for one in facts]
-        asked = list(self.codebook.prompts)
-        for fact, answer in enumerate(one.ids[one.answer_start :] for one in facts):
-            others = [(among[fact][other], count + i) for i, other in enumerate(added)]
-            distance, entry = min([(far[fact], old[fact]), *others])
-            again = entry >= 0 and asked[entry] == prompts[fact]
-            if distance == math.inf or (distance > radii[entry] + eps_init and not again):
-                kind, radius = "added", eps_init
-            elif known[entry] == answer:
-                radii[entry] = max(radii[entry], COVERED * distance, distance + moved[fact])
-                done["expanded"] += 1
-                continue
-            elif again or distance <= SAME_INPUT * eps_init:
-                known[entry], trained[entry] = answer, fact
-                done["replaced"] += 1
-                continue
-            else:
-                kind, radius = "split", distance / 2
-                radii[entry] = min(radii[entry], radius)
+        for fact, one in enumerate(facts):
+            prompt, answer = one.ids[: one.answer_start], one.ids[one.answer_start :]
+            others = [(among[fact][other], before + i) for i, other in enumerate(added)]
+            distance, nearest = min([(far[fact], old[fact]), *others])
+            entry = entries[nearest] if nearest >= 0 else None
+            kind = self._what_becomes(distance, entry, prompt, answer)
             done[kind] += 1
-            trained[count + len(added)] = fact
-            added.append(fact)
-            radii.append(radius)
-            known.append(answer)
-            asked.append(prompts[fact])
-        new = [prompts[fact] for fact in added]
-        return self.codebook.grown(keys[added], radii, known, new), dict(done), trained
+            if kind == "expanded" and entry:
+                entry.radius = max(entry.radius, COVERED * distance, distance + moved[fact])
+            elif kind == "replaced" and entry:
+                entry.answer, trained[nearest] = answer, fact
+            else:
+                radius = self.settings.eps_init
+                if kind == "split" and entry:
+                    radius = distance / 2
+                    entry.radius = min(entry.radius, radius)
+                trained[len(entries)] = fact
+                added.append(fact)
+                entries.append(Entry(radius, answer, prompt))
+        return self.codebook.grown(keys[added], entries), dict(done), trained
+
+    def _what_becomes(
+        self, distance: float, entry: Entry | None, prompt: tuple[int, ...], answer: tuple[int, ...]
+    ) -> Literal["added", "expanded", "replaced", "split"]:
+        """Of a fact at that distance from the nearest entry, if there is one."""
+        again = entry is not None and entry.prompt == prompt
+        if entry is None or distance == math.inf or (distance > entry.radius + self.settings.eps_init and not again):
+            return "added"
+        if entry.answer == answer:
+            return "expanded"
+        return "replaced" if again or distance <= SAME_INPUT * self.settings.eps_init else "split"
 
     def _trained(
         self, model: EditableModel, facts: Sequence[TokenSequence], at: Sequence[int]
