@@ -149,6 +149,7 @@ class TurnDiagnostics:
             "norms": {str(past.turn): dict(past.norms) for past in kept},
             "window": [past.turn for past in self._window],
             "earlier": self._earlier.turn if self._earlier else None,
+            "warned": sorted(self._warned),
         }
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -162,6 +163,7 @@ class TurnDiagnostics:
         self.edits_total = state["edits_total"]
         self._window = [past[turn] for turn in state["window"]]
         self._earlier = None if state["earlier"] is None else past[state["earlier"]]
+        self._warned = set(state.get("warned", ()))  # which checkpoints from before it was kept have not
 
     def _update_from(self, prefix: str, tensors: Mapping[str, Tensor]) -> LowRankUpdate:
         left, rows = tensors.get(f"{prefix}/left"), tensors.get(f"{prefix}/left_rows")

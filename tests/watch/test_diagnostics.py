@@ -80,6 +80,10 @@ def test_edits_that_outweigh_the_weights_are_told_once(caplog: pytest.LogCapture
     assert warning.levelname == "WARNING"
     for words in ("turn 1", "moved b by 2.25 times", "take smaller steps"):
         assert words in warning.getMessage()
+    resumed = TurnDiagnostics(CPU)
+    resumed.load_state(*diagnostics.state())
+    line_of(resumed, 3, drifts[-1])
+    assert len(caplog.records) == 1, "a run that goes on has told it"
 
 
 @pytest.mark.parametrize("drift", [float("inf"), 1e30, 1.0001])
