@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import check_command_line, waiting_for_choices
+from config.compose import as_typed, check_command_line, waiting_for_choices
 from config.schema import RunConfig, to_run_config
 from data.progress import progress_bar
 from data.records import Allocate
@@ -33,6 +33,7 @@ from data.stream import EditStream
 from editor.capture import CaptureEditor
 from editor.hypernetwork import HyperNetworkEditor
 from editor.meta_train import MetaSettings, MetaTrainer
+from editor.stopwatch import Stopwatch
 from harness import job
 from harness.evaluation import Downstream
 from harness.job import LoopState, Plan
@@ -50,6 +51,7 @@ from harness.run import (
     prepare_libraries,
     requeued_after_checkpoint,
     share_terminal,
+    show_any_text,
 )
 from harness.run.places import CACHE
 from harness.watch import Tracker, TurnDiagnostics, forget_peaks, show_results, turn_note
@@ -89,6 +91,7 @@ def prepare_process() -> None:
     """What holds for all of a process; a job that a launcher starts has one of its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    show_any_text()
     prepare_libraries()
     end_on(signal.SIGTERM)
 
@@ -140,7 +143,7 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     evaluated = job.evaluated_source(cfg, plan)
     about: dict[str, Any] = {
         "config": plain_config(composed),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": as_typed(HydraConfig.get().overrides.task),
         "inputs": plan.inputs | downstream.inputs,
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision, "files": stamp(plan.source)},
         "device": plan.hardware,
@@ -156,6 +159,8 @@ def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
         if earlier is not None and earlier.run["status"] == "finished":
             job.require_weights(cfg, plan, earlier, about, evaluated)
             log.info("resume=%s: finished already, %s; these are its results", cfg.resume, earlier.run["finished"])
+            for line in job.changed_circumstances(earlier.run, about["device"]):
+                log.warning("%s: these results are of then; leave resume out for new ones", line)
             for line in job.missing_outputs(cfg, earlier.path):
                 log.warning("%s", line)
             show_results(earlier.results(), earlier.path)
@@ -227,11 +232,12 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
                     if is_due(cfg.downstream_eval_steps, state.done, stream):
                         downstream(model, tracker, state.done)
                     with interruption.held():
-                        with model.reading_once(), model.telling(bar.within):
+                        watch = Stopwatch(*model.devices, plan.editor_device)
+                        with watch.measure("total"), model.reading_once(), model.telling(bar.within):
                             outcome = editor.edit(model, turn)
                         if not outcome.updates:  # what the turn changed is in the editor
                             model.require_same(editor.state_dict)
-                        line = state.diagnostics.line(turn, outcome, editor)
+                        line = state.diagnostics.line(turn, outcome, editor, watch.seconds["total"])
                         tracker.turn(line)
                         state.done = turn.index + 1
                         state.save_if_due(cfg.checkpoint_every, len(stream))
@@ -249,7 +255,9 @@ def loop(cfg: RunConfig, plan: Plan, downstream: Downstream, state: LoopState) -
         except Interrupted as stop:
             if cfg.checkpoint_every and state.done:
                 state.save()
-            command = state.how_to_go_on(launch_command(plan.ranks), list(HydraConfig.get().overrides.task))
+            in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+            command = state.how_to_go_on(launch_command(plan.ranks), as_typed(HydraConfig.get().overrides.task))
+            command += "; or repeat the sweep with resume=auto, for its other jobs too" * in_sweep
             log.warning("%s after turn %d of %d; %s", stop.signal, state.done, len(stream), command)
             raise
 
@@ -321,7 +329,7 @@ def hydra_files(composed: DictConfig) -> dict[str, str]:
     """What Hydra itself would write into .hydra/, before anybody knows whether there will be a run."""
     hydra_config = HydraConfig.instance().cfg
     assert hydra_config is not None
-    contents = {"config": composed, "hydra": hydra_config, "overrides": HydraConfig.get().overrides.task}
+    contents = {"config": composed, "hydra": hydra_config, "overrides": as_typed(HydraConfig.get().overrides.task)}
     return {f"{name}.yaml": OmegaConf.to_yaml(content) for name, content in contents.items()}
 
 

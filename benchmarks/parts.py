@@ -210,7 +210,7 @@ def a_turn(
         with counter.measure("apply"):
             changes = model.apply(updates)
         with counter.measure("the turn's line"):
-            diagnostics.line(turn, Edit(1.0, updates, changes, {}), rule)  # type: ignore[arg-type]
+            diagnostics.line(turn, Edit(1.0, updates, changes, {}), rule, 1.0)  # type: ignore[arg-type]
         with counter.measure(CHECKSUMS):
             model.checksums()
         for whitening in whitenings.values():

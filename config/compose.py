@@ -11,6 +11,7 @@ import copy
 import difflib
 import itertools
 import math
+import re
 import shlex
 import shutil
 import types
@@ -20,7 +21,7 @@ from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -103,9 +104,19 @@ def waiting_for_choices(argv: Sequence[str]) -> list[str]:
     return [_as_choice(word) if word in waits else word for word in argv]
 
 
+NULL_CHOICE: Final = "${oc.decode:null}"
+"""null as one of several choices, of which Hydra takes none that is null."""
+
+
 def _as_choice(line: str) -> str:
     key, _, value = line.partition("=")
-    return f"{key}=choice({value})"
+    return f"{key}=choice({NULL_CHOICE if value.strip() == 'null' else value})"
+
+
+def as_typed(overrides: Sequence[str]) -> list[str]:
+    """A job's overrides, as Hydra hands them over, without what `waiting_for_choices` made of them."""
+    escaped = re.sub(r"([{}:])", r"\\\1", NULL_CHOICE)
+    return [line.replace(escaped, "null").replace(NULL_CHOICE, "null") for line in overrides]
 
 
 def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
@@ -285,7 +296,7 @@ class _Job:
             line
             for override in groups
             for line in _not_installed(override, self._options(override))
-            or _bad_choices(override, self._options(override))
+            or _bad_choices(override, self._options(override), self.options)
         ]
 
     def _checked(self, values: bool) -> list[str]:
@@ -331,14 +342,30 @@ def _launcher_mistakes(launcher: DictConfig, resume: str | None) -> list[str]:
     return []
 
 
-def _bad_choices(override: Override, options: list[str]) -> list[str]:
+def _bad_choices(override: Override, options: list[str], of_group: Callable[[str], list[str]]) -> list[str]:
     group, value, line = override.key_or_group, override.value(), str(override.input_line)
     if override.is_force_add() or (override.is_add() and "/" not in group):
         return [f"{line}: write {line.lstrip('+')}"]
     if value is None:
         return [f"{group}=null: {_choose('', options, group)}; to take {group} out, write ~{group}"]
-    asked = [str(one).removesuffix(".yaml") for one in (value if isinstance(value, list) else [value])]
-    return [f"{group}={one}: {_choose(one, options, group)}" for one in asked if one not in options and "/" not in one]
+    asked = [str(one) for one in (value if isinstance(value, list) else [value])]
+    return [
+        f"{group}={one}: {_choose(one, options, group)}{_as_a_name(group, one)}"
+        for one in asked
+        if one not in options and not _lies_deeper(group, one, of_group)
+    ]
+
+
+def _lies_deeper(group: str, choice: str, of_group: Callable[[str], list[str]]) -> bool:
+    """Whether it is a file in a folder of the group."""
+    folder, _, name = choice.rpartition("/")
+    return bool(folder) and name in of_group(f"{group}/{folder}")
+
+
+def _as_a_name(group: str, choice: str) -> str:
+    if group != "model" or "/" not in choice:
+        return ""
+    return f"; a model of Hugging Face, or a folder, is model=huggingface model.name_or_path={choice} with a model.lr"
 
 
 def _is_hydras(override: Override) -> bool:

@@ -69,7 +69,8 @@ def checked_text(value: object, name: str) -> str:
     if value is None:
         raise ValueError(f"field {name!r} is null, not text")
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {_described(value)}, not text; write it in quotation marks")
+        remedy = "give one text" if isinstance(value, list | dict) else "write it in quotation marks"
+        raise ValueError(f"field {name!r} is {_described(value)}, not text; {remedy}")
     if not value.strip():
         raise ValueError(f"field {name!r} is empty")
     return value
@@ -100,7 +101,10 @@ def question(row: Row, prompt: str, reply: str) -> Question:
 
 def question_or_none(row: Row, prompt: str, reply: str) -> Question | None:
     """The question, or None where its prompt is null; an absent field is an error, as a null reply to a prompt is."""
-    return None if prompt in row and row[prompt] is None else question(row, prompt, reply)
+    asked = row.get(prompt)
+    if isinstance(asked, str) and not asked.strip():
+        raise ValueError(f"field {prompt!r} is empty; null in its place leaves this question out")
+    return None if prompt in row and asked is None else question(row, prompt, reply)
 
 
 def subject(row: Row, name: str) -> str | None:

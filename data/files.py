@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import mmap
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,7 +251,8 @@ def _broken(error: ijson.JSONError) -> str:
     reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
     if "premature EOF" in reason:
         return "the file ends in the middle of the JSON, as if cut off"
-    return f"broken JSON ({reason.strip().splitlines()[0].rstrip('.') if reason.strip() else 'unreadable'})"
+    remedy = "; NaN and Infinity are no JSON: write null" if re.search(r"\bNaN\b|\bInfinity\b", reason) else ""
+    return f"broken JSON ({reason.strip().splitlines()[0].rstrip('.') if reason.strip() else 'unreadable'}{remedy})"
 
 
 def _check_head(path: Path) -> None:

@@ -101,10 +101,11 @@ class TrainingStream:
                 raise ValueError(self._lacks(probe))
 
     def _lacks(self, probe: str) -> str:
+        without = ", or editor.loc_coef=0" if probe == "locality" else ""
         return (
             f"the training data has turns of dataset.n_edits={self.n_edits} facts without any {probe} question, which "
-            "the loss of meta-training needs; choose another dataset.train_path"
-            + (", or editor.loc_coef=0" if probe == "locality" else "")
+            f"the loss of meta-training needs; choose another dataset.train_path{without}, or with dataset=jsonl name "
+            f"the field that has them, dataset.fields.{probe}"
         )
 
 

@@ -57,6 +57,6 @@ def build(
     `given`, for those who ask for it: second moments of keys over text, and for locate-then-edit contexts of the facts.
     """
     more = () if given is None else (given,)
-    if hasattr(kind, "update"):
-        return CaptureEditor(kind(model.shapes, settings, device, *more), device, capture)
-    return kind(model, settings, device, *more)
+    if hasattr(kind, "edit"):
+        return kind(model, settings, device, *more)
+    return CaptureEditor(kind(model.shapes, settings, device, *more), device, capture)

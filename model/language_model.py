@@ -313,7 +313,11 @@ class LanguageModel(PositionModel):
     # -- weights
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, WeightChange]:
-        """Add the updates to the weights: all of them, or, with a FloatingPointError, none."""
+        """Add the updates to the weights: all of them, or none, with a FloatingPointError or, for a shape that is not
+        the module's, a ValueError.
+        """
+        for name, update in updates.items():
+            _require_shape(name, update, self.edited[name].shape)
         bounds = read_together([self.edited[name].bound(update) for name, update in updates.items()])
         for (name, update), bound in zip(updates.items(), bounds, strict=True):
             if not self.edited[name].can_add(update, bound):
@@ -406,6 +410,17 @@ class LanguageModel(PositionModel):
                 if beside.exists():
                     shutil.rmtree(beside)
             sync(folder.parent)
+
+
+def _require_shape(name: str, update: LowRankUpdate, shape: tuple[int, int]) -> None:
+    """ValueError where the factors do not make a (d_k, d_v): products and sums would stretch some of them."""
+    left, right = update.left, update.right
+    found = right.shape if left is None else (left.shape[0], *right.shape[1:])
+    if tuple(found) != shape or (left is not None and left.shape[1:] != right.shape[:1]):
+        factors = " and ".join(str(tuple(factor.shape)) for factor in (left, right) if factor is not None)
+        raise ValueError(
+            f"the update of {name} has factors of shape {factors}, which do not make the {shape} of its map, (d_k, d_v)"
+        )
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class Reference:
 
 
 def shrunk_inverse_root(rows: Tensor) -> Tensor:
-    """Sigma^(-1/2) of the rows' covariance, shrunk towards its diagonal by OAS of the correlations (DESIGN section 1)."""
+    """Sigma^(-1/2) of the rows' covariance, shrunk to its diagonal by OAS of the correlations (DESIGN section 1)."""
     n, d = rows.shape
     covariance = torch.cov(rows.T)
     R = torch.corrcoef(rows.T)

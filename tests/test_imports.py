@@ -65,7 +65,7 @@ MAY_IMPORT = {
     ),
     # the rooms of the harness, from the ground up: each opens onto those below it
     "harness/run/checkpoint.py": "torch safetensors.* xxhash data.disk",
-    "harness/run/command.py": "transformers.*",
+    "harness/run/command.py": "transformers.* harness.run.terminal",
     "harness/run/folder.py": "data.disk data.records harness.run.lock",
     "harness/run/form.py": "",
     "harness/run/networks.py": "torch editor.base harness.run.checkpoint",

@@ -39,9 +39,9 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in found}
 
 
-def shown_editor() -> dict[str, Any]:
-    """The names in the file that docs/editors.md shows."""
-    code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[0]
+def shown_editor(block: int = 0) -> dict[str, Any]:
+    """The names in a file that docs/editors.md shows."""
+    code = re.findall(r"```python\n(.*?)```", EDITOR, flags=re.S)[block]
     room: dict[str, Any] = {}
     exec(compile(code, "editors.md", "exec"), room)
     return room
@@ -74,6 +74,24 @@ def test_the_shown_editor_edits_with_main(run: Commands, shown_preset: str, monk
     assert len(norms) == 2 * len(MODULES)
     assert min(norms) > 0
     assert done.scores()["final"]["ES"]["n"] == 6
+
+
+def test_the_shown_editor_that_edits_itself_lowers_the_loss(
+    run: Commands, shown_preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered like the other; its turns take the time that they take, and what it ignores is told."""
+    monkeypatch.setitem(EDITORS, "plain", shown_editor(2)["Steps"])
+    line = (f"--config-dir={shown_preset}", "editor=plain", "editor.lr=0.1", "num_seq=2", "editor.passes=4")
+    done = run(*line)
+    assert done.phases() == "ee"
+    for turn in done.lines("turns.jsonl"):
+        assert all(module["update_norm"] > 0 for module in turn["modules"].values())
+        assert turn["seconds"]["total"] > 0
+    found = done.scores()
+    assert found["final"]["ES"]["n"] == 6
+    told = (done.folder / "main.log").read_text()
+    assert "editor.passes=4 has no effect with editor=plain, which has an edit() of its own" in told
+    assert "editor.lr" not in told
 
 
 def test_the_table_of_editors_is_the_one_shown() -> None:

@@ -107,11 +107,11 @@ class Run:
         for index in range(self.done, upto):
             turn = self.course.facts.turn(index, Phase.WARM_UP if index < self.first_edit else Phase.EDIT)
             watch = Stopwatch(self.model.device)
-            with self.model.reading_once():
+            with watch.measure("edit"), self.model.reading_once():
                 edit = self.editor.edit(self.model, turn)
             with watch.measure("line"):
-                line = self.diagnostics.line(turn, edit, self.editor)
-            line["seconds"] = {**edit.seconds, **watch.seconds}
+                line = self.diagnostics.line(turn, edit, self.editor, watch.seconds["edit"])
+            line["seconds"] = {**edit.seconds, "line": watch.seconds["line"]}
             self.lines.append(line)
             after(turn)
         self.done = upto

@@ -31,6 +31,7 @@ from config.schema.editor import (
     WhiteningFloorMode,
     WiseConfig,
 )
+from config.schema.editor.base import CAPTURE_KEYS
 from config.schema.idle import settings_without_effect
 from config.schema.model import Dtype, EditPrecision
 from config.schema.run import RunConfig

@@ -12,6 +12,7 @@ end.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -90,8 +91,10 @@ def work(chosen: argparse.Namespace) -> None:
 
 def typed() -> Iterator[str]:
     """Lines of stdin, without empty ones; on a terminal at a prompt, with a history, and up to an empty one."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it is asked, by itself
     if not sys.stdin.isatty():
-        yield from filter(None, (line.strip() for line in sys.stdin))
+        yield from filter(None, (line.strip().removeprefix("\ufeff") for line in sys.stdin))
         return
     prompted = sys.stdout.isatty()
     if prompted:

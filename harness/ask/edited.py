@@ -59,11 +59,13 @@ class EditedModel:
         return self.language_model.tokenizer
 
     def ask(self, questions: Sequence[str]) -> list[Answers]:
-        """The words of both models; ValueError for a question that is blank, or longer than the model's context."""
+        """The words of both models; ValueError for a question that is blank, no text, or longer than the context."""
         if isinstance(questions, str):
             raise ValueError("ask takes a list of questions: ask([question])")
         if blank := [place for place, question in enumerate(questions, 1) if not question.strip()]:
             raise ValueError(f"question {blank[0]} is blank: give it a text")
+        if broken := [place for place, question in enumerate(questions, 1) if not _is_text(question)]:
+            raise ValueError(f"question {broken[0]} is no UTF-8: write it in that encoding")
         edited = self._texts(self.language_model, questions)
         if self.base is None:
             return [Answers(question, None, after) for question, after in zip(questions, edited, strict=True)]
@@ -74,6 +76,15 @@ class EditedModel:
     def _texts(self, model: LanguageModel, questions: Sequence[str]) -> list[str]:
         asked = _generation(self.form, self.tokenizer, self.max_new_tokens)
         return [text.strip() for text in asked.texts(model, questions)]
+
+
+def _is_text(question: str) -> bool:
+    """Whether all of it could be read: bytes that are no UTF-8 become characters that nothing encodes."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def open_edited(

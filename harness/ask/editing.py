@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,7 +108,11 @@ def _check_settings(settings: Sequence[str]) -> None:
 
 def _choices(model: str, editor: str, path: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
     """What the command line of such a run says."""
-    preset = model in choices_of("model")
+    presets = choices_of("model")
+    preset = model in presets
+    near = difflib.get_close_matches(model, presets, n=1, cutoff=0.8)
+    if near and not preset and not Path(model).expanduser().is_dir():
+        raise ValueError(f"model={model!r}: no preset and no folder; did you mean {near[0]!r}?")
     chosen = [f"model={model}"] if preset else ["model=huggingface", f"model.name_or_path={quoted(model)}"]
     fields = [f"dataset.fields.{name}={name}" for name in PARTS if name in rows[0]]
     size = f"dataset.n_edits={min(len(rows), FACTS_A_TURN)}"

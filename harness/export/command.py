@@ -105,6 +105,8 @@ def check_target(target: Path, is_file: bool) -> None:
         raise ValueError(f"--to {target}: a delta is one file; give it a name that ends in {SUFFIX}")
     if target.exists() and (is_file or not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--to {target}: is there already and is not written over; name another")
+    if not is_file and target.suffix == SUFFIX:
+        raise ValueError(f"--to {target}: a whole model is a folder; add --delta for one file, or give another name")
     require_writable(target, f"--to {target}", "choose another place")
 
 

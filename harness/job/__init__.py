@@ -10,5 +10,12 @@ from harness.job.other_ranks import make_scoring, new_record, rank_settings, req
 from harness.job.outputs import check_export, export_folder, is_saved, missing_outputs, require_writable
 from harness.job.plan import Plan, capture_memory, check_modules, make_plan, source_of, wandb_settings
 from harness.job.registered import check_registered
-from harness.job.resume import LoopState, earlier_run, move_into, newest_checkpoint, require_weights
+from harness.job.resume import (
+    LoopState,
+    changed_circumstances,
+    earlier_run,
+    move_into,
+    newest_checkpoint,
+    require_weights,
+)
 from harness.job.training import MetaTraining

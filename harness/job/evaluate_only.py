@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def evaluate_only(
         if source.path != plan.source.path:
             texts = None if plan.examples is None else plan.examples.texts(model)
             del model, score  # to make room for the other
-            edited = load_model(cfg, plan, source)
+            with _under_its_own_key():
+                edited = load_model(cfg, plan, source)
             run_folder.run["model"]["evaluated"]["fingerprint"] = edited.fingerprint()
             end_if_asked()
             evaluation = make_evaluation(cfg, plan, edited)
@@ -61,6 +64,15 @@ def evaluate_only(
         results["cost"] = {"seconds": seconds}
         tracker.results(results)
     show_results(results, run_folder.path)
+
+
+@contextlib.contextmanager
+def _under_its_own_key() -> Iterator[None]:
+    """What is wrong with the model to score is not said of the base model's key."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.name_or_path=", "evaluate=")) from error
 
 
 def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource | None:
@@ -77,9 +89,11 @@ def evaluated_source(cfg: RunConfig, plan: Plan) -> ModelSource | None:
         _warn_of_form(cfg, named, folder)
     elif named.startswith((".", "/", "~")):
         raise ValueError(f"evaluate={named}: no such folder; give a model's folder or a Hugging Face name")
-    path = locate(named, places.CACHE)
-    source = ModelSource(path, cfg.model.class_name, trust_remote_code=cfg.model.trust_remote_code)
-    if path != plan.source.path and load_tokenizer(source).get_vocab() != plan.tokenizer.get_vocab():
+    with _under_its_own_key():
+        path = locate(named, places.CACHE)
+        source = ModelSource(path, cfg.model.class_name, trust_remote_code=cfg.model.trust_remote_code)
+        tokenizer = plan.tokenizer if path == plan.source.path else load_tokenizer(source)
+    if tokenizer.get_vocab() != plan.tokenizer.get_vocab():
         raise ValueError(
             f"evaluate={named}: its tokenizer is not that of model.name_or_path={cfg.model.name_or_path}; "
             "set model=... to the model that it was edited from"

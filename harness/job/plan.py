@@ -29,7 +29,7 @@ from harness.job.data import SAMPLES, open_data, training_questions, unrelated_q
 from harness.job.devices import devices, kind_of
 from harness.job.facts import check_located
 from harness.job.networks import plan_network, plan_training
-from harness.job.registered import check_registered
+from harness.job.registered import check_registered, keys_of_rules_without_effect
 from harness.ranks import Ranks
 from harness.run import CaptureFolder, TrainedNetwork, places
 from harness.watch import WandbMode, WandbSettings, check_wandb
@@ -89,6 +89,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
     if cfg.evaluate is not None:
         cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
     check_registered(cfg)
+    for line in keys_of_rules_without_effect(cfg):
+        log.warning("%s", line)
     device, editor_device = devices(cfg, ranks)
     check_wandb(wandb_settings(cfg.tracker).mode)
     source = source_of(cfg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from config.schema import RunConfig
+from config.schema import CAPTURE_KEYS, RunConfig
 from data import DATASETS
 from editor.registry import EDITORS
 
@@ -22,3 +22,22 @@ def check_registered(cfg: RunConfig) -> None:
             f"editor={editor}: {settings.__qualname__} has a {name!r}, and the keys of {type(cfg.editor).__name__}, "
             "which its YAML takes, have none; add it to a dataclass of config/schema (docs/editors.md)"
         )
+
+
+def keys_of_rules_without_effect(cfg: RunConfig) -> list[str]:
+    """One line a key that is set, that only rules for captured gradients ask for, and that this editor's class is none.
+
+    The shipped ones name such keys in `unused()`; this is for those of somebody's own.
+    """
+    kind = EDITORS[cfg.editor.name]
+    if not hasattr(kind, "edit") or cfg.evaluate is not None:
+        return []
+    asked = {*cfg.editor.unused(), *(entry.name for entry in fields(kind.Settings))}
+    idle = [entry for entry in fields(cfg.editor) if entry.name in CAPTURE_KEYS and entry.name not in asked]
+    set_all_the_same = {
+        entry.name: getattr(cfg.editor, entry.name)
+        for entry in idle
+        if getattr(cfg.editor, entry.name) != entry.default
+    }
+    why = f"has no effect with editor={cfg.editor.name}, which has an edit() of its own"
+    return [f"editor.{name}={value} {why}" for name, value in set_all_the_same.items()]

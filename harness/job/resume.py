@@ -187,12 +187,17 @@ def require_model(option: str, was: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def changed_circumstances(run: Mapping[str, Any], device: str) -> list[str]:
     """What else may change the last bits of a number, a line each; a run goes on with it, and the user is told."""
+    before, code = run["git"] or {}, git_state() or {}
     pairs = {
         "device": (run["device"], device),
         **{name: (was, versions().get(name)) for name, was in run["versions"].items()},
-        "git commit": ((run["git"] or {}).get("commit"), (git_state() or {}).get("commit")),
+        "git commit": (before.get("commit"), code.get("commit")),
     }
-    return [f"{name} was {was} when the run began, and is {now}" for name, (was, now) in pairs.items() if was != now]
+    told = [f"{name} was {was} when the run began, and is {now}" for name, (was, now) in pairs.items() if was != now]
+    is_known = "changes" in before or not before.get("dirty")  # older code did not write down how files differed
+    if before.get("commit") == code.get("commit") and is_known and before.get("changes") != code.get("changes"):
+        told.append("files of the code differ from the git commit otherwise than when the run began")
+    return told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,8 +346,9 @@ def move_into(folder: Path, fresh: Path, link: bool = False) -> None:
 def _move_log(handler: logging.FileHandler, folder: Path) -> str:
     before = Path(handler.baseFilename)
     handler.close()
-    with (folder / before.name).open("a", encoding="utf-8") as file:
-        file.write(before.read_text(encoding="utf-8"))
+    if not (before.parent / "run.json").is_file():  # else it is the log of the run that has its folder there
+        with (folder / before.name).open("a", encoding="utf-8") as file:
+            file.write(before.read_text(encoding="utf-8"))
     moved = logging.FileHandler(folder / before.name, encoding="utf-8")
     moved.setFormatter(handler.formatter)
     moved.setLevel(handler.level)

@@ -31,3 +31,4 @@ from harness.run.launching import check_launcher, last_lines, launcher_errors, r
 from harness.run.networks import MODEL_KEY, NETWORK_FOLDER, NetworkKeeper, TrainedNetwork, identity_of, open_network
 from harness.run.same_bits import prepare_libraries, use_deterministic_algorithms
 from harness.run.spill import CaptureFolder
+from harness.run.terminal import show_any_text

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import transformers
 
+from harness.run.terminal import show_any_text
+
 
 class Parser(argparse.ArgumentParser):
     """Its help is the module's own, as it stands; a mistake is a ValueError, which ends in one line."""
@@ -22,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 def log_to_terminal() -> None:
     """Lines of our own, and none of transformers and httpx."""
+    show_any_text()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s")

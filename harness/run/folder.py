@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from data.disk import write_atomically
+from data.disk import sha256_of, write_atomically
 from data.records import Phase
 from harness.run.lock import FolderLock
 
@@ -107,19 +107,34 @@ def leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterato
 
 
 def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
-    """Commit of the checkout whose root `folder` is, and whether files differ; None where it is no such root."""
+    """Commit of the checkout whose root `folder` is, whether files differ, and if so, a digest of how.
+
+    None where it is no such root. Of files that git does not know, code and presets count.
+    """
     root = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
     if root is None or commit is None or changes is None or Path(root).resolve() != folder.resolve():
         return None
-    return {"commit": commit, "dirty": bool(changes)}
+    return {"commit": commit, "dirty": bool(changes)} | ({"changes": _changes(folder)} if changes else {})
+
+
+def _changes(folder: Path) -> str:
+    """SHA-256 of what differs from the commit, in 16 hex digits."""
+    new = (_git(folder, "ls-files", "--others", "--exclude-standard", "*.py", "*.yaml") or "").splitlines()
+    texts = [_git(folder, "diff", "HEAD") or ""]
+    for name in new:
+        path = folder / name.strip('"')
+        texts.append(f"{name} {sha256_of(path) if path.is_file() else ''}")
+    return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", timeout=30, check=False
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):  # no git on this machine, or a checkout it can't look at
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -178,6 +178,8 @@ def _cost_lines(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         total = seconds.pop("total", sum(seconds.values()))
         shares = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
         yield "a turn", f"{duration(total)} ({shares})" if shares else duration(total)
+    if (training := rest.pop("training_seconds", None)) is not None:
+        yield "training", duration(training)
     for name, value in dict(rest.pop("seconds", {})).items():
         yield name.replace("_", " "), duration(value)
     if peak := rest.pop("peak_memory", {}):

@@ -56,8 +56,9 @@ class TurnDiagnostics:
         turn: Turn,
         edit: Edit,
         editor: Editor,
+        seconds: float,
     ) -> dict[str, Any]:
-        """What `edit` did with the turn's facts."""
+        """What `edit` did with the turn's facts, in so many seconds, those of its parts and what lies between them."""
         if turn.phase is Phase.EDIT:
             self.edits_total += len(turn.records)
         now = PastUpdate(turn.index, edit.updates, {name: change.norm for name, change in edit.changes.items()})
@@ -74,7 +75,7 @@ class TurnDiagnostics:
             "edits_total": self.edits_total,
             "answer_tokens": sum(sequence.answer_length for sequence in turn.sequences),
             "loss": edit.loss,
-            "seconds": {**edit.seconds, "total": sum(edit.seconds.values())},
+            "seconds": {**edit.seconds, "total": seconds},
             **edit.details,
             "modules": {
                 name: {

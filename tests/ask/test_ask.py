@@ -145,6 +145,8 @@ def test_no_questions_and_wrong_ones(done: Path) -> None:
     assert opened.ask([]) == []
     with pytest.raises(ValueError, match="question 2 is blank: give it a text"):
         opened.ask(["Who?", " "])
+    with pytest.raises(ValueError, match="question 2 is no UTF-8: write it in that encoding"):
+        opened.ask(["Who?", b"K\xf6ln?".decode(errors="surrogateescape")])
     with pytest.raises(ValueError, match=r"ask takes a list of questions: ask\(\[question\]\)"):
         opened.ask("Who?")
 
@@ -273,6 +275,11 @@ def test_questions_from_a_pipe(
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
         "prompt 0 has 299 tokens, more than the model's context of 256: shorten it"
     ]
+    raw = b"\xef\xbb\xbf" + "\n".join(QUESTIONS).encode() + b"\nK\xf6ln?\n" + QUESTIONS[0].encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+    out = said(capsys, done, "--json", "--max-new-tokens", FEW)
+    assert [one.question for one in objects(out)] == [*QUESTIONS, QUESTIONS[0]]
+    assert caplog.messages[-1] == "question 1 is no UTF-8: write it in that encoding"
     monkeypatch.setattr("sys.stdin", io.StringIO(QUESTIONS[0]))
     assert "the number of" in said(capsys, done, "--max-new-tokens", FEW)
 

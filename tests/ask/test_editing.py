@@ -105,6 +105,11 @@ def test_mistakes_are_told_before_the_model_is_read(
         edit(folder, facts, settings=[*SETTINGS, *settings])
 
 
+def test_a_preset_that_is_almost_one_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model='tinny': no preset and no folder; did you mean 'tiny'\?"):
+        edit("tinny", FACTS)
+
+
 def test_settings_are_a_list(folder: str) -> None:
     with pytest.raises(ValueError, match=r"settings='model.lr=0.1': a text; give a list of them, \['model.lr=0.1'\]"):
         edit(folder, FACTS, settings="model.lr=0.1")

@@ -90,6 +90,12 @@ LINES = {
     "dataset=zzz": ("dataset=zzz", "choose from", "zsre"),
     "model=zzz": ("model=zzz", "choose from", "smollm2-135m"),
     "editor=zzz": ("editor=zzz", "choose from", "stableedit"),
+    "editor=stableedit.yaml": ("editor=stableedit.yaml", "did you mean stableedit?"),
+    "editor=stableedit/plus": ("editor=stableedit/plus", "choose from", "stableedit_plus"),
+    "model=Qwen/Qwen2.5-0.5B": (
+        "choose from",
+        "is model=huggingface model.name_or_path=Qwen/Qwen2.5-0.5B with a model.lr",
+    ),
     "dataset.fields.prompt=src": ("dataset.fields.prompt=src", "dataset=zsre"),
     "hydra.rn.dir=x": ("hydra.rn.dir",),
     "-m num_seq=1,0": ("num_seq=0", "1 or more"),

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from config.compose import check_command_line, compose_config, waiting_for_choices
+from config.compose import as_typed, check_command_line, compose_config, waiting_for_choices
 from config.schema import (
     ClosedFormConfig,
     ConfigError,
@@ -350,6 +350,12 @@ def test_a_sweep_over_editors_may_set_keys_that_only_they_have() -> None:
     line = ["-m", "editor=malmen,mend", "editor.rank=8", "model.edit_modules=[a,b]", "dataset.train_path=../a/b.json"]
     check_command_line(line)
     assert waiting_for_choices(line) == [*line[:2], "editor.rank=choice(8)", *line[3:]]
+    null = ["-m", "editor=ft_l,ft_m", "editor.facts_per_step=null"]
+    check_command_line(null)
+    waiting = waiting_for_choices(null)
+    assert waiting[2] == "editor.facts_per_step=choice(${oc.decode:null})"
+    as_hydra_has_it = r"editor.facts_per_step=$\{oc.decode\:null\}"
+    assert as_typed(["editor=ft_l", as_hydra_has_it]) == ["editor=ft_l", "editor.facts_per_step=null"]
     alone = ["editor=malmen", "editor.rank=8"]
     assert waiting_for_choices(alone) == alone
     over_values = ["-m", "editor=malmen", "editor.rank=8,16", "editor.n_blocks=1"]

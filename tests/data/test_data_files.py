@@ -138,7 +138,10 @@ class TestMistakes:
             (as_array(rows(9))[:-40], r"facts.json, row 8: the file ends in the middle of the JSON, as if cut off"),
             (as_lines(rows(9))[:-40], r"facts.json, row 8: the file ends in the middle of the JSON, as if cut off"),
             (as_array(rows(9)) + "]", r"facts.json, row 9: broken JSON \(.*trailing garbage"),
-            (as_array(rows(9)).replace('"Where is 7?"', "NaN"), r"facts.json, row 7: broken JSON"),
+            (
+                as_array(rows(9)).replace('"Where is 7?"', "NaN"),
+                r"row 7: broken JSON .*NaN and Infinity are no JSON: write null",
+            ),
             (as_array(rows(2)).replace("Ö", "\xff").encode("latin-1"), r"facts.json, row 0: broken JSON .*UTF8"),
             (as_array([*rows(4), ["x"]]), r"facts.json, row 4: a list, not an object"),
             (as_lines([*rows(4), None]), r"facts.json, row 4: null, not an object"),

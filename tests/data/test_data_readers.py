@@ -270,7 +270,8 @@ class TestMistakes:
             ("fever", {"equiv_prompt": "A equals B."}, r"field 'equiv_prompt' is a text .*, not a list of texts"),
             ("fever", {"equiv_prompt": ["A equals B.", ""]}, r"field 'equiv_prompt\[1\]' is empty"),
             ("wikibigedit", {"mhop_ans": None}, "field 'mhop_ans' is null"),
-            ("wikibigedit", {"mhop": ""}, "field 'mhop' is empty"),
+            ("wikibigedit", {"mhop": ""}, "field 'mhop' is empty; null in its place leaves this question out"),
+            ("zsre", {"ans": ["B"]}, r"field 'ans' is a list \(\['B'\]\), not text; give one text"),
             (
                 "counterfact, ROME",
                 {"requested_rewrite": {"prompt": "It is in", "subject": "A"}},

@@ -315,7 +315,7 @@ def test_cosine_of_consecutive_updates() -> None:
     cosines = []
     for update in (east, east, north):
         change = {"m": WeightChange(5.0, 4.0, 0.1)}
-        line = diagnostics.line(turn, Edit(1.0, {"m": update}, change, {"capture": 1.0}), editor)
+        line = diagnostics.line(turn, Edit(1.0, {"m": update}, change, {"capture": 1.0}), editor, 1.0)
         cosines.append(line["modules"]["m"]["cosine_previous"])
     assert cosines == [None, pytest.approx(1), pytest.approx(0)]
     assert line["edits_total"] == 3

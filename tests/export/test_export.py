@@ -375,6 +375,8 @@ def test_what_is_refused(run: Commands, byte_tokenizer: PreTrainedTokenizerFast)
     for target in (whole, delta, done):
         assert f"--to {target}: is there already" in refused(done, "--to", target)
     assert f"--to {new}: a delta is one file; give it a name that ends" in refused(done, "--delta", "--to", new)
+    as_file = folder / "edits.safetensors"
+    assert f"--to {as_file}: a whole model is a folder; add --delta for one file" in refused(done, "--to", as_file)
     assert f"--to {delta}: is there already" in refused(done, "--delta", "--to", delta)
     assert "cannot be written (File exists)" in refused(done, "--to", delta / "below")
 

@@ -253,6 +253,12 @@ def test_a_folder_that_is_no_model_is_refused_before_a_model_is_loaded(
 # Settings
 
 
+def test_a_model_to_score_that_nobody_has_is_named_by_its_own_key(run: Commands) -> None:
+    message = run.refused("evaluate=no-such-model-anywhere")
+    assert "evaluate=no-such-model-anywhere: " in message
+    assert "model.name_or_path" not in message
+
+
 def test_settings_that_cannot_be(run: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
     for line, words in {

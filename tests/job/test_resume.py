@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -561,6 +562,26 @@ def test_a_root_that_is_followed_goes_on_bit_for_bit(run: Commands) -> None:
     require_same(whole.folder, folder)
     statistics = [group for line in whole.lines("turns.jsonl")[5:] for group in line["statistics"].values()]
     assert any(group["whitening_residual"] is not None for group in statistics)
+
+
+def test_results_of_other_code_are_told_to_be_of_then(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed since, or not: with resume=auto an editor that was changed would else be given its old scores."""
+    state = {"commit": "a" * 40, "dirty": True, "changes": "1" * 16}
+    for module in ("harness.run.folder", "harness.job.resume"):
+        monkeypatch.setattr(f"{module}.git_state", lambda: dict(state))
+
+    def told(*resume: str) -> list[str]:
+        done = run("num_seq=1", "num_seq_zsre=1", *resume, run="whole")
+        found = re.findall(r"WARNING.*?: (.*): these results are of then", (done.folder / "main.log").read_text())
+        return [line[:60] for line in found]
+
+    assert told() == told("resume=auto") == []
+    state["changes"] = "2" * 16
+    assert told("resume=auto") == [
+        "files of the code differ from the git commit otherwise than when the run began"[:60]
+    ]
+    state["commit"] = "b" * 40
+    assert told("resume=auto")[1:] == [f"git commit was {'a' * 40} when"[:60]]
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])

@@ -83,7 +83,7 @@ def edited(cfg: RunConfig, model: LanguageModel, warm_up: int = 0) -> tuple[Edit
     diagnostics = TurnDiagnostics(CPU, previous=cfg.diagnostics.previous, seed=0)
     for index in range(warm_up + TURNS):
         turn = turn_of(index, Phase.WARM_UP if index < warm_up else Phase.EDIT)
-        diagnostics.line(turn, editor.edit(model, turn), editor)
+        diagnostics.line(turn, editor.edit(model, turn), editor, 1.0)
     return editor, diagnostics.state()[0]
 
 

@@ -283,6 +283,25 @@ def test_an_update_that_is_not_finite_leaves_every_weight_as_it_was() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_an_update_of_another_shape_is_not_stretched(left: bool) -> None:
+    """One row, say, would be added to every row."""
+    model = llama()
+    before, updates = model.snapshot(), an_update(model)
+    name = LLAMA_MODULES[1]
+    d_k, d_v = model.shapes[name]
+    wrong = [(d_k, 1), (1, d_v), (d_v, d_k), (d_k, d_v + 1), (d_k,)]
+    pairs = [((d_k, 2), (3, d_v)), ((1, 2), (2, d_v)), ((d_k, 2), (2, 1)), ((d_k, 1), (2, d_v))]
+    for factors in pairs if left else [(shape,) for shape in wrong]:
+        made = [torch.ones(shape) for shape in factors]
+        updates[name] = LowRankUpdate(made[0] if left else None, made[-1])
+        with pytest.raises(
+            ValueError, match=rf"the update of {name} has factors of shape .* \({d_k}, {d_v}\) of its map"
+        ):
+            model.apply(updates)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.snapshot().items())
+
+
 def test_finite_factors_of_an_update_that_is_not_finite() -> None:
     model = llama()
     before = model.snapshot()

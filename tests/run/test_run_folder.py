@@ -61,7 +61,19 @@ def test_git_state_is_none_outside_a_checkout_and_knows_dirt(tmp_path: Path) -> 
     assert clean["dirty"] is False
     assert len(clean["commit"]) == 40
     (tmp_path / "file").write_text("b")
-    assert git_state(tmp_path) == clean | {"dirty": True}
+    found = [git_state(tmp_path)]
+    assert found[0] == clean | {"dirty": True, "changes": (found[0] or {})["changes"]}
+    (tmp_path / "file").write_text("c")
+    found.append(git_state(tmp_path))
+    (tmp_path / "new.py").write_text("a = 1")
+    found.append(git_state(tmp_path))
+    (tmp_path / "new.py").write_text("a = 2")
+    found.append(git_state(tmp_path))
+    (tmp_path / "notes.txt").write_text("no code")
+    found.append(git_state(tmp_path))
+    changes = [(state or {})["changes"] for state in found]
+    assert len(set(changes)) == 4
+    assert changes[3] == changes[4]
     (tmp_path / "inner").mkdir()
     assert git_state(tmp_path / "inner") is None
 

@@ -70,6 +70,8 @@ def test_every_number_is_shown_whole_in_80_columns_without_colour() -> None:
     assert rows["turns"] == "turns 55, 5 of them warm-up"
     assert rows["a"] == "a turn 3.42 s (capture 3.10 s, update 0.28 s, apply 0.03 s)"
     assert rows["peak"] == "peak memory resident 2.00 GiB"
+    trained = shown({**RESULTS, "cost": {**RESULTS["cost"], "training_turns": 24, "training_seconds": 125.4}})
+    assert "2 min 05 s" in next(line for line in trained.splitlines() if line.strip().startswith("training "))
 
 
 def test_what_the_model_says_comes_first_then_scores_in_the_papers_order() -> None:

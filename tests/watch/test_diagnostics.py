@@ -66,7 +66,7 @@ def line_of(
     changes = {name: WeightChange(norm, 1.0, drifts.get(name, 0.1)) for name, norm in norms.items()}
     turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
     editor: Any = Silent()
-    line = diagnostics.line(turn, Edit(1.0, updates, changes, {"capture": 1.0}), editor)
+    line = diagnostics.line(turn, Edit(1.0, updates, changes, {"capture": 1.0}), editor, 1.5)
     return {key: value for key, value in line.items() if key != "memory"}
 
 
@@ -98,7 +98,7 @@ def told_of_losses(*losses: tuple[float | None, float | None], caplog: pytest.Lo
     for index, (before, after) in enumerate(losses):
         turn = Turn(index, Phase.EDIT, (EditRecord(0, Question("1", "2")),), (TokenSequence((1, 2), 1),), (1.0,))
         details = {} if after is None else {"loss_after": after}
-        line = diagnostics.line(turn, Edit(before, {}, {}, {}, details), editor)
+        line = diagnostics.line(turn, Edit(before, {}, {}, {}, details), editor, 1.0)
         assert line.get("loss_after") == after
     return caplog.messages
 
@@ -186,7 +186,7 @@ def test_what_is_remembered_of_updates_without_factors_is_themselves() -> None:
     for turn in range(20):
         updates = {name: LowRankUpdate(None, torch.full(shape, 1.0 + turn)) for name, shape in SHAPES.items()}
         changes = {name: WeightChange(1.0, 1.0, 0.1) for name in SHAPES}
-        diagnostics.line(Turn(turn, Phase.EDIT, (), (), ()), Edit(1.0, updates, changes, {}), cast(Any, Silent()))
+        diagnostics.line(Turn(turn, Phase.EDIT, (), (), ()), Edit(1.0, updates, changes, {}), cast(Any, Silent()), 1.0)
     tensors, _ = diagnostics.state()
     assert sum(tensor.numel() for tensor in tensors.values()) == 3 * sum(d_k * d_v for d_k, d_v in SHAPES.values())
 
