@@ -110,7 +110,7 @@ NULL_CHOICE: Final = "${oc.decode:null}"
 
 def _as_choice(line: str) -> str:
     key, _, value = line.partition("=")
-    return f"{key}=choice({NULL_CHOICE if value.strip() == 'null' else value})"
+    return f"{key}=choice({NULL_CHOICE if value.strip().lower() == 'null' else value})"
 
 
 def as_typed(overrides: Sequence[str]) -> list[str]:

@@ -251,7 +251,8 @@ def _broken(error: ijson.JSONError) -> str:
     reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
     if "premature EOF" in reason:
         return "the file ends in the middle of the JSON, as if cut off"
-    remedy = "; NaN and Infinity are no JSON: write null" if re.search(r"\bNaN\b|\bInfinity\b", reason) else ""
+    no_number = "lexical error" in reason and re.search(r"[:\[,]\s*-?(NaN|Infinity)\b", reason)
+    remedy = "; NaN and Infinity are no JSON: write null" if no_number else ""
     return f"broken JSON ({reason.strip().splitlines()[0].rstrip('.') if reason.strip() else 'unreadable'}{remedy})"
 
 

@@ -77,7 +77,8 @@ def _of_text(run: RunConfig) -> Iterator[str]:
 
 
 def _of_model(model: ModelConfig) -> Iterator[str]:
-    if _is_set(model, "auto_layers") and model.edit_modules != "auto":
+    made = model.name_or_path.startswith("random:")  # whose preset says how many layers it has
+    if _is_set(model, "auto_layers") and model.edit_modules != "auto" and not made:
         yield f"model.auto_layers={model.auto_layers} has no effect with model.edit_modules, which names the modules"
     if model.revision is not None and model.name_or_path.startswith(("pypi:", "random:")):
         yield f"model.revision={model.revision} has no effect with {model.name_or_path}, which is not of the hub"

@@ -96,6 +96,8 @@ def _remedy(cfg: RunConfig, sketch: Outline) -> str:
 def on_one_device(cfg: RunConfig, device: torch.device) -> bool:
     if cfg.editor_device == "auto":
         return True
+    if cfg.model.device_map is not None:  # which takes all GPUs, the editor's too
+        return torch.device(cfg.editor_device).type == device.type
     editor = torch.device(cfg.editor_device)
     return (editor.type, editor.index or 0) == (device.type, device.index or 0)
 
@@ -109,7 +111,8 @@ def device_of(cfg: RunConfig, gib: float | None) -> tuple[torch.device, int, str
                 f"--gib {gib:g} with model.device_map, which lays the model over all GPUs: how many there are is not "
                 "said; leave one of the two out"
             )
-        return torch.device("cuda"), int((gib - OWN) * GIB), f"a GPU of {gib:g} GiB"
+        meant = cfg.model_device if cfg.model_device.startswith("cuda") else "cuda"
+        return torch.device(meant), int((gib - OWN) * GIB), f"a GPU of {gib:g} GiB"
     named = cfg.model_device if cfg.model_device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(named).type == "cpu":
         total = psutil.virtual_memory().total

@@ -119,6 +119,7 @@ def write_files(target: Path, files: Mapping[str, str | bytes]) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
+            (target / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (target / name).write_bytes(content)
             else:

@@ -1,13 +1,15 @@
-"""Copies of finished runs that hold what reports and leaderboards read of them, to be kept beside a paper.
+"""Copies of finished runs that hold the numbers that reports and leaderboards read, to be kept beside a paper.
 
-Numbers and settings alone: no sentence of a data set, no word of a model, no path of a machine. A run of 1,000 edits
-that was scored on 200 records is 30 kB. To reports a copy is a run folder; it cannot be asked, resumed or exported.
+Settings and numbers alone: no sentence of a data set, no word of a model, no path of a machine, and so neither examples
+nor hidden states. A run of 1,000 edits that was scored on 200 records is 40 kB. To reports a copy is a run folder; it
+cannot be asked, resumed or exported.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +34,10 @@ KEPT: Final = (
 """Of run.json."""
 WORDS: Final = ("text",)
 """Of a line: what a model wrote, or was to write."""
+WRITTEN: Final = ("run.json", "results.json", *(f"{name}{COMPRESSED}" for name in LINES), "glue")
+"""All that stands in a copy."""
+PATH: Final = re.compile(r"(?<![\w.~:])(?:file:/+|~|\.\.?)?/[^,\[\]'\"]*")
+"""One that says where on a machine something lies; `owner/name` says it not."""
 
 
 def numbers_of(folders: Sequence[Path], target: Path) -> dict[Path, dict[str, bytes]]:
@@ -39,9 +45,12 @@ def numbers_of(folders: Sequence[Path], target: Path) -> dict[Path, dict[str, by
 
     A run that is named itself goes into a folder of its name; those of a folder keep their places below it.
 
-    ValueError, in one line, where there is no run, one is not finished or damaged, two would be one copy, or the place
-    of one is taken by what is no copy of it.
+    ValueError, in one line, where there is no run, one is not finished or damaged, two would be one copy, the place
+    of one is taken by what is no copy of it, or copies would lie among the runs.
     """
+    for folder in folders:
+        if target.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--to {target}: lies in {folder}, whose runs are copied; choose a place beside it")
     copies: dict[Path, dict[str, bytes]] = {}
     of: dict[Path, Path] = {}
     for given, run in ((folder, run) for folder in folders for run in open_runs([folder])):
@@ -67,33 +76,39 @@ def _check_place(place: Path, run: Run) -> None:
     """An earlier copy of the run may be written again, and nothing else."""
     if not place.exists():
         return
-    earlier = place / "run.json"
-    if (
-        place.resolve() == run.folder
-        or not earlier.is_file()
-        or read_json(earlier).get("run_id") != run.about["run_id"]
-    ):
+    is_copy = place.is_dir() and {path.name for path in place.iterdir()} <= {*WRITTEN}
+    earlier = read_json(place / "run.json") if is_copy and (place / "run.json").is_file() else None
+    known = isinstance(earlier, dict) and all(earlier.get(key) == run.about.get(key) for key in ("run_id", "started"))
+    if not known:
         raise ValueError(f"{place}: is there, and no copy of {run.folder}; choose another folder with --to")
 
 
 def _files(run: Run) -> dict[str, bytes]:
     about = {key: without_machine(run.about[key]) for key in KEPT if key in run.about}
-    files = {"run.json": _json(about), "results.json": _json(run.results)}
+    files = {"run.json": _json(about), "results.json": _json(without_machine(run.results))}
     for name in LINES:
         files[f"{name}{COMPRESSED}"] = _packed(run.lines(name))
+    for path in sorted((run.folder / "glue").glob("turn_*.json")):
+        files[f"glue/{path.name}"] = _json(_accuracies(read_json(path)))
     return files
 
 
+def _accuracies(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each task its metrics, by the way of asking: neither rows nor answers."""
+    every = {task: result for task, result in tasks.items() if isinstance(result, Mapping)}
+    return {
+        task: {way: found for way, found in result.items() if isinstance(found, Mapping) and "accuracy" in found}
+        for task, result in every.items()
+    }
+
+
 def without_machine(value: Any) -> Any:
-    """Of absolute paths, and of settings that are one, the last part; all else as it is."""
+    """Of paths on a machine the last part; all else as it is."""
     if isinstance(value, Mapping):
         return {key: without_machine(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_machine(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    key, equals, path = value.rpartition("=")
-    return f"{key}{equals}{Path(path).name}" if path.startswith(("/", "~")) else value
+    return PATH.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], value) if isinstance(value, str) else value
 
 
 def _json(value: Any) -> bytes:

@@ -49,6 +49,7 @@ LINES: Final = ("turns.jsonl", "scores.jsonl", "records.jsonl")
 LOGGED: Final = ("turns.jsonl", "scores.jsonl")  # those whose lines wandb gets, one step each
 TRAINING_PHASES: Final = ("meta_train", "meta_valid")  # phases of turns.jsonl that count turns of their own
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "numpy", "stableedit")
+CODE: Final = ("*.py", "*.yaml")  # and presets: what a result comes from
 PROJECT: Final = Path(__file__).resolve().parents[2]
 ERROR_LENGTH: Final = 500
 INTERRUPTED: Final = (130, 143)  # 128 + SIGINT and SIGTERM, as shells have it
@@ -107,9 +108,9 @@ def leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterato
 
 
 def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
-    """Commit of the checkout whose root `folder` is, whether files differ, and if so, a digest of how.
+    """Commit of the checkout whose root `folder` is, whether files differ from it, and a digest of how code does.
 
-    None where it is no such root. Of files that git does not know, code and presets count.
+    None where it is no such root.
     """
     root = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
@@ -119,14 +120,15 @@ def git_state(folder: Path = PROJECT) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(changes)} | ({"changes": _changes(folder)} if changes else {})
 
 
-def _changes(folder: Path) -> str:
-    """SHA-256 of what differs from the commit, in 16 hex digits."""
-    new = (_git(folder, "ls-files", "--others", "--exclude-standard", "*.py", "*.yaml") or "").splitlines()
-    texts = [_git(folder, "diff", "HEAD") or ""]
-    for name in new:
-        path = folder / name.strip('"')
-        texts.append(f"{name} {sha256_of(path) if path.is_file() else ''}")
-    return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
+def _changes(folder: Path) -> str | None:
+    """SHA-256 of how code and presets differ from the commit, in 16 hex digits; None where they do not."""
+    plain = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--full-index", "HEAD", "--", *CODE)
+    texts = [_git(folder, *plain) or ""]
+    for name in (_git(folder, "ls-files", "-z", "--others", "--exclude-standard", *CODE) or "").split("\0"):
+        if name and (path := folder / name).is_file():
+            texts.append(f"{name} {sha256_of(path)}")
+    whole = "\n".join(texts)
+    return hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()[:16] if whole else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

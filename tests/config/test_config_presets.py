@@ -240,9 +240,8 @@ def test_every_experiment_is_the_published_arithmetic(name: str) -> None:
     assert run.editor.name == ("ultraedit" if ultraedit else "stableedit")
     assert run.editor.alpha == (1 if ultraedit else 10)
     assert run.editor.preheat_mode is (PreheatMode.none if ultraedit else PreheatMode.start)
-    if not ultraedit:  # which has no eigenvalues
-        assert run.editor.whitening_floor == 1e-6
-        assert run.editor.whitening_floor_mode is WhiteningFloorMode.absolute
+    assert run.editor.whitening_floor == 1e-6
+    assert run.editor.whitening_floor_mode is WhiteningFloorMode.absolute
     assert (run.dataset.prompt_form, run.dataset.answer_end) == (PromptForm.raw, AnswerEnd.none)
     assert run.editor.statistics_scope is StatisticsScope.shape
     assert run.editor.lr == (2e-6 if model in ("gpt-j", "qwen2.5-7b") else 1e-6)

@@ -227,6 +227,10 @@ def test_two_gpus_are_not_one() -> None:
     for where, together in (("auto", True), ("cuda", True), ("cuda:0", True), ("cuda:1", False), ("cpu", False)):
         cfg = to_run_config(compose_config([f"editor_device={where}"]))
         assert on_one_device(cfg, torch.device("cuda")) == together
+    both = to_run_config(compose_config(["model_device=cuda:1", "editor_device=cuda:1"]))
+    assert on_one_device(both, device_of(both, 24)[0])
+    laid = to_run_config(compose_config(["model.device_map=auto", "editor_device=cuda:1"]))
+    assert on_one_device(laid, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

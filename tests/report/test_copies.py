@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from harness.report.copies import without_machine
 from tests.report.test_leaderboard import made, right
 from tests.report.test_report import make_run, write_lines
 
+KINDS = ("turns", "scores", "records")
+
 
 def two_runs(folder: Path) -> Path:
     for name, count in (("plain", 30), ("better", 39)):
@@ -23,6 +26,9 @@ def two_runs(folder: Path) -> Path:
         lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
         write_lines(run / "records.jsonl", [line | {"text": "a secret sentence"} for line in lines])
         (run / "examples.json").write_text('[{"prompt": "a secret sentence"}]')
+        (run / "glue").mkdir()
+        scores = {"sst2": {"likelihood": {"accuracy": {"mean": 0.5}}, "answers": ["a secret sentence"]}}
+        (run / "glue" / "turn_0.json").write_text(json.dumps(scores))
     return folder
 
 
@@ -57,7 +63,14 @@ def test_a_copy_has_no_word_of_the_data_and_no_path(tmp_path: Path) -> None:
     assert set(found) == {
         f"{name}/0/{file}"
         for name in ("plain", "better")
-        for file in ("run.json", "results.json", "turns.jsonl.gz", "scores.jsonl.gz", "records.jsonl.gz")
+        for file in (
+            "run.json",
+            "results.json",
+            "turns.jsonl.gz",
+            "scores.jsonl.gz",
+            "records.jsonl.gz",
+            "glue/turn_0.json",
+        )
     }
     texts = [gzip.decompress(content) if name.endswith(".gz") else content for name, content in found.items()]
     assert not any(b"secret" in text or b"/home/me" in text for text in texts)
@@ -71,13 +84,20 @@ def test_a_copy_has_no_word_of_the_data_and_no_path(tmp_path: Path) -> None:
     [
         ("/home/me/facts.json", "facts.json"),
         ("~/facts.json", "facts.json"),
+        ("../../me/facts.json", "facts.json"),
+        ("/home/me/lr=1/facts.json", "facts.json"),
         ("editor.lr=1e-3", "editor.lr=1e-3"),
-        ("+glue.rows=/data/rows", "+glue.rows=rows"),
+        ("+glue.rows=/data/rows/", "+glue.rows=rows"),
+        ("dataset.valid_path='/home/me/my facts.json'", "dataset.valid_path='my facts.json'"),
+        ("dataset.valid_path=/home/a=b/f.json", "dataset.valid_path=f.json"),
+        ("[/a/b,/c/d]", "[b,d]"),
+        ("file:///home/me/f.json", "f.json"),
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("model.edit_modules=[model.layers.*.mlp.down_proj]", "model.edit_modules=[model.layers.*.mlp.down_proj]"),
         ({"paths": ["/a/b", 3, None]}, {"paths": ["b", 3, None]}),
     ],
 )
-def test_of_absolute_paths_the_last_part_is_kept(value: Any, kept: Any) -> None:
+def test_of_paths_on_a_machine_the_last_part_is_kept(value: Any, kept: Any) -> None:
     assert without_machine(value) == kept
 
 
@@ -95,6 +115,13 @@ def test_copying_again_writes_the_same_bytes_and_nothing_of_another_run(tmp_path
         main(["--numbers", str(runs / "better" / "0"), str(runs / "plain" / "0"), "--to", str(tmp_path / "new")])
     with pytest.raises(SystemExit, match="is there, and no copy of"):  # the run itself
         main(["--numbers", str(runs / "plain" / "0"), "--to", str(runs / "plain")])
+    for given, target in ((runs, runs / "copies"), (runs, runs), (runs / "plain" / "0", runs / "plain" / "0" / "x")):
+        with pytest.raises(SystemExit, match=r"--to .* lies in .*, whose runs are copied; choose a place beside it"):
+            main(["--numbers", str(given), "--to", str(target)])
+    backup = tmp_path / "backup"
+    shutil.copytree(runs / "plain" / "0", backup / "0")  # the same run, but no copy without words
+    with pytest.raises(SystemExit, match="is there, and no copy of"):
+        main(["--numbers", str(runs / "plain" / "0"), "--to", str(backup)])
     assert files_below(copies) == before
     assert not (tmp_path / "new").exists()
 

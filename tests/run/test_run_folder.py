@@ -53,27 +53,23 @@ def test_git_state_is_none_outside_a_checkout_and_knows_dirt(tmp_path: Path) -> 
         subprocess.run(["git", *who, "-C", str(tmp_path), *arguments], check=True, capture_output=True)
 
     git("init")
-    (tmp_path / "file").write_text("a")
-    git("add", "file")
+    for name in ("file", "code.py"):
+        (tmp_path / name).write_text("a")
+        git("add", name)
     git("commit", "-m", "x")
     clean = git_state(tmp_path)
     assert clean is not None
     assert clean["dirty"] is False
     assert len(clean["commit"]) == 40
     (tmp_path / "file").write_text("b")
-    found = [git_state(tmp_path)]
-    assert found[0] == clean | {"dirty": True, "changes": (found[0] or {})["changes"]}
-    (tmp_path / "file").write_text("c")
-    found.append(git_state(tmp_path))
-    (tmp_path / "new.py").write_text("a = 1")
-    found.append(git_state(tmp_path))
-    (tmp_path / "new.py").write_text("a = 2")
-    found.append(git_state(tmp_path))
-    (tmp_path / "notes.txt").write_text("no code")
-    found.append(git_state(tmp_path))
-    changes = [(state or {})["changes"] for state in found]
-    assert len(set(changes)) == 4
-    assert changes[3] == changes[4]
+    assert git_state(tmp_path) == clean | {"dirty": True, "changes": None}, "no code"
+    states = []
+    for name, text in (("code.py", "a = 2"), ("new.py", "a = 1"), ("new.py", "a = 2"), ("notes.txt", "no code")):
+        (tmp_path / name).write_text(text)
+        states.append(git_state(tmp_path) or {})
+    changes = [state["changes"] for state in states]
+    assert len(set(changes)) == 3
+    assert changes[2] == changes[3]
     (tmp_path / "inner").mkdir()
     assert git_state(tmp_path / "inner") is None
 

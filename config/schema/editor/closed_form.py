@@ -64,6 +64,12 @@ WHITENING_KEYS = ("whitening_floor", "whitening_floor_mode", "whitening_prior", 
 """Keys of full whitening, of which the diagonal form and raw rows have no use."""
 
 
+OF_PRESETS = {
+    "whitening_floor": (0.01, 1e-6),
+    "whitening_floor_mode": (WhiteningFloorMode.relative, WhiteningFloorMode.absolute, WhiteningFloorMode.shift),
+}
+"""Values of theirs that presets bring along, and nobody need be told of."""
+
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
 
@@ -121,7 +127,8 @@ class ClosedFormConfig(EditorConfig):
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
         if mode in (RunningMeanStdMode.original, RunningMeanStdMode.none):
-            found |= dict.fromkeys(WHITENING_KEYS, f"editor.RunningMeanStd_mode={mode.name}")
+            typed = [key for key in WHITENING_KEYS if getattr(self, key) not in OF_PRESETS.get(key, ())]
+            found |= dict.fromkeys(typed, f"editor.RunningMeanStd_mode={mode.name}")
         if mode is RunningMeanStdMode.none:
             found["statistics_scope"] = f"editor.RunningMeanStd_mode={mode.name}"
         if not self.preserve:
