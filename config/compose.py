@@ -11,7 +11,6 @@ import copy
 import difflib
 import itertools
 import math
-import re
 import shlex
 import shutil
 import types
@@ -21,7 +20,7 @@ from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -53,6 +52,10 @@ MOST_LISTED = 16
 
 NOT_FOR_USERS = ("schema", "released")
 """Groups that only other files of config/ name."""
+
+NULL_CHOICE = "${oc.decode:null}"
+ESCAPED_NULL = r"$\{oc.decode\:null\}"
+"""null as one of several choices, of which Hydra takes none that is null; and what it makes of that in a job."""
 
 LAUNCHERS = {name: name for name in ("joblib", "submitit_local", "submitit_slurm")} | {"slurm": "submitit_slurm"}
 """Launchers of packages that not everybody installs, each with the choice that shows that its package is there."""
@@ -104,10 +107,6 @@ def waiting_for_choices(argv: Sequence[str]) -> list[str]:
     return [_as_choice(word) if word in waits else word for word in argv]
 
 
-NULL_CHOICE: Final = "${oc.decode:null}"
-"""null as one of several choices, of which Hydra takes none that is null."""
-
-
 def _as_choice(line: str) -> str:
     key, _, value = line.partition("=")
     return f"{key}=choice({NULL_CHOICE if value.strip().lower() == 'null' else value})"
@@ -115,8 +114,7 @@ def _as_choice(line: str) -> str:
 
 def as_typed(overrides: Sequence[str]) -> list[str]:
     """A job's overrides, as Hydra hands them over, without what `waiting_for_choices` made of them."""
-    escaped = re.sub(r"([{}:])", r"\\\1", NULL_CHOICE)
-    return [line.replace(escaped, "null").replace(NULL_CHOICE, "null") for line in overrides]
+    return [line.replace(ESCAPED_NULL, "null") for line in overrides]
 
 
 def compose_config(overrides: Sequence[str] = ()) -> DictConfig:

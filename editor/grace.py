@@ -281,18 +281,20 @@ class GRACE:
             entry = entries[nearest] if nearest >= 0 else None
             kind = self._what_becomes(distance, entry, prompt, answer)
             done[kind] += 1
-            if kind == "expanded" and entry:
-                entry.radius = max(entry.radius, COVERED * distance, distance + moved[fact])
-            elif kind == "replaced" and entry:
-                entry.answer, trained[nearest] = answer, fact
-            else:
+            if entry is None or kind == "added":
                 radius = self.settings.eps_init
-                if kind == "split" and entry:
-                    radius = distance / 2
-                    entry.radius = min(entry.radius, radius)
-                trained[len(entries)] = fact
-                added.append(fact)
-                entries.append(Entry(radius, answer, prompt))
+            elif kind == "expanded":
+                entry.radius = max(entry.radius, COVERED * distance, distance + moved[fact])
+                continue
+            elif kind == "replaced":
+                entry.answer, trained[nearest] = answer, fact
+                continue
+            else:
+                radius = distance / 2
+                entry.radius = min(entry.radius, radius)
+            trained[len(entries)] = fact
+            added.append(fact)
+            entries.append(Entry(radius, answer, prompt))
         return self.codebook.grown(keys[added], entries), dict(done), trained
 
     def _what_becomes(

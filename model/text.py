@@ -40,11 +40,10 @@ class CachedPrompts:
 
     def part(self, rows: list[int] | None = None) -> CachedPrompts:
         """Some of the rows, None for all, to read on from without a change to this."""
-        index = None if rows is None else torch.tensor(rows, device=self.mask.device)
-        cache = None if self.cache is None else _select(self.cache, index)
-        if rows is None or index is None:
-            return CachedPrompts(self.members, self.mask, cache, self.logits)
-        return CachedPrompts([self.members[row] for row in rows], self.mask[index], cache, self.logits)
+        if rows is None:
+            return CachedPrompts(self.members, self.mask, _select(self.cache, None), self.logits)
+        index, members = torch.tensor(rows, device=self.mask.device), [self.members[row] for row in rows]
+        return CachedPrompts(members, self.mask[index], _select(self.cache, index), self.logits)
 
 
 class TextModel:
@@ -259,8 +258,10 @@ class TextModel:
 def _select(cache: Any, rows: Tensor | None) -> Any:
     """Some rows of a cache of keys and values, None for all of them, or some of one that also has states of
     convolutions; its layers may lie on several devices. Its own tensors are left as they are, not copied first: all
-    rows together may fill a GPU.
+    rows together may fill a GPU. None where there is no cache yet.
     """
+    if cache is None:
+        return None
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     if rows is not None:

@@ -10,6 +10,7 @@ from config.schema.checks import ConfigError, quoted
 from config.schema.convert import register, to_run_config
 from config.schema.dataset import AnswerEnd, AnswerTokens, PromptForm, SyntheticConfig
 from config.schema.editor import (
+    CAPTURE_KEYS,
     AlphaEditConfig,
     AnswerLoss,
     ClosedFormConfig,
@@ -31,8 +32,7 @@ from config.schema.editor import (
     WhiteningFloorMode,
     WiseConfig,
 )
-from config.schema.editor.base import CAPTURE_KEYS
-from config.schema.idle import settings_without_effect
+from config.schema.idle import keys_without_effect, settings_without_effect
 from config.schema.model import Dtype, EditPrecision
 from config.schema.run import RunConfig
 from config.schema.tracker import DiagnosticsConfig, TrackerConfig, Wandb

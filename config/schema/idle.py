@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import Any
 
 from config.schema.checks import Section
 from config.schema.corpus import CorpusConfig
@@ -55,9 +54,15 @@ def _of_editor(editor: EditorConfig) -> Iterator[str]:
     if isinstance(editor, HyperNetworkConfig) and not editor.trains() and editor.save_checkpoint:
         why = "editor.n_epochs=0" if editor.load_checkpoint is None else "editor.load_checkpoint"
         yield f"editor.save_checkpoint=true has no effect with {why}: no network is trained"
-    for key, cause in (dict.fromkeys(editor.unused(), f"editor={editor.name}") | editor.ignored()).items():
+    yield from keys_without_effect(editor, dict.fromkeys(editor.unused(), f"editor={editor.name}") | editor.ignored())
+
+
+def keys_without_effect(editor: EditorConfig, causes: Mapping[str, str]) -> Iterator[str]:
+    """Of these keys of an editor those that were set, each with the cause why it does nothing."""
+    for key, cause in causes.items():
         if _is_set(editor, key):
-            yield f"editor.{key}={_shown(getattr(editor, key))} has no effect with {cause}"
+            value = getattr(editor, key)
+            yield f"editor.{key}={value.name if isinstance(value, Enum) else value} has no effect with {cause}"
 
 
 def _that_only_other_editors_ask_for(run: RunConfig) -> Iterator[str]:
@@ -102,7 +107,3 @@ def _of_evaluation(run: RunConfig) -> Iterator[str]:
 def _is_set(section: Section, key: str) -> bool:
     """Whether it has another value than nobody's."""
     return bool(getattr(section, key) != next(entry.default for entry in fields(section) if entry.name == key))
-
-
-def _shown(value: Any) -> Any:
-    return value.name if isinstance(value, Enum) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from config.schema import CAPTURE_KEYS, RunConfig
+from config.schema import CAPTURE_KEYS, RunConfig, keys_without_effect
 from data import DATASETS
 from editor.registry import EDITORS
 
@@ -33,11 +33,5 @@ def keys_of_rules_without_effect(cfg: RunConfig) -> list[str]:
     if not hasattr(kind, "edit") or cfg.evaluate is not None:
         return []
     asked = {*cfg.editor.unused(), *(entry.name for entry in fields(kind.Settings))}
-    idle = [entry for entry in fields(cfg.editor) if entry.name in CAPTURE_KEYS and entry.name not in asked]
-    set_all_the_same = {
-        entry.name: getattr(cfg.editor, entry.name)
-        for entry in idle
-        if getattr(cfg.editor, entry.name) != entry.default
-    }
-    why = f"has no effect with editor={cfg.editor.name}, which has an edit() of its own"
-    return [f"editor.{name}={value} {why}" for name, value in set_all_the_same.items()]
+    cause = f"editor={cfg.editor.name}, which has an edit() of its own"
+    return list(keys_without_effect(cfg.editor, {key: cause for key in CAPTURE_KEYS if key not in asked}))

@@ -94,6 +94,7 @@ def _remedy(cfg: RunConfig, sketch: Outline) -> str:
 
 
 def on_one_device(cfg: RunConfig, device: torch.device) -> bool:
+    """Whether the editor shares the room of the model, which is on that device."""
     if cfg.editor_device == "auto":
         return True
     if cfg.model.device_map is not None:  # which takes all GPUs, the editor's too
@@ -123,8 +124,8 @@ def device_of(cfg: RunConfig, gib: float | None) -> tuple[torch.device, int, str
         )
     places = range(torch.cuda.device_count()) if laid else [torch.device(named)]
     sizes = [torch.cuda.get_device_properties(place).total_memory for place in places]
-    gib = sum(sizes) / GIB
-    about = f"{len(sizes)} GPUs of {gib:.1f} GiB together" if laid else f"{named} of {gib:.1f} GiB"
+    large = f"{sum(sizes) / GIB:.1f} GiB"
+    about = f"{len(sizes)} GPUs of {large} together" if laid else f"{named} of {large}"
     return torch.device(named), sum(sizes) - int(len(sizes) * OWN * GIB), about
 
 

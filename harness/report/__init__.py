@@ -4,9 +4,8 @@
 
 writes report.html, which needs nothing beside it, and its pictures as PNG files. A run that is still going, or that
 failed, is drawn as far as it came. With --leaderboard it writes one table of methods instead, in four forms, and
-pictures over edits and by age. With --numbers it copies what
-it reads of finished runs, numbers and settings alone, to be kept beside a paper. This
-package alone knows matplotlib; a run imports it when it is over.
+pictures over edits and by age. With --numbers it copies what it reads of finished runs, numbers and settings alone, to
+be kept beside a paper. This package alone knows matplotlib; a run imports it when it is over.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The keys of editors: what all share, then a file a family."""
 
-from config.schema.editor.base import EditorConfig, PreheatMode, StatisticsScope, Token
+from config.schema.editor.base import CAPTURE_KEYS, EditorConfig, PreheatMode, StatisticsScope, Token
 from config.schema.editor.closed_form import (
     ClosedFormConfig,
     PreserveText,

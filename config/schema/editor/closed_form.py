@@ -63,7 +63,6 @@ class PreserveText(Enum):
 WHITENING_KEYS = ("whitening_floor", "whitening_floor_mode", "whitening_prior", "whitening_solver")
 """Keys of full whitening, of which the diagonal form and raw rows have no use."""
 
-
 OF_PRESETS = {
     "whitening_floor": (0.01, 1e-6),
     "whitening_floor_mode": (WhiteningFloorMode.relative, WhiteningFloorMode.absolute, WhiteningFloorMode.shift),
