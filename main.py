@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import as_typed, check_command_line, waiting_for_choices
+from config.compose import as_typed, check_command_line, typed_keys, waiting_for_choices
 from config.schema import RunConfig, to_run_config
 from data.progress import progress_bar
 from data.records import Allocate
@@ -138,12 +138,13 @@ def error_line(error: Exception) -> str:
 def run(cfg: RunConfig, composed: DictConfig, folder: Path) -> None:
     """Look at everything that can be wrong before the model is loaded; then edit, unless it has been done already."""
     forget_peaks()
-    plan = job.make_plan(cfg, init_ranks())
+    typed = as_typed(HydraConfig.get().overrides.task)
+    plan = job.make_plan(cfg, init_ranks(), typed_keys(typed))
     downstream = job.plan_downstream(cfg, plan)
     evaluated = job.evaluated_source(cfg, plan)
     about: dict[str, Any] = {
         "config": plain_config(composed),
-        "overrides": as_typed(HydraConfig.get().overrides.task),
+        "overrides": typed,
         "inputs": plan.inputs | downstream.inputs,
         "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision, "files": stamp(plan.source)},
         "device": plan.hardware,

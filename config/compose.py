@@ -117,6 +117,11 @@ def as_typed(overrides: Sequence[str]) -> list[str]:
     return [line.replace(ESCAPED_NULL, "null") for line in overrides]
 
 
+def typed_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys that a job's overrides give a value."""
+    return {line.lstrip("+~").partition("=")[0] for line in overrides}
+
+
 def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
     """What `main` gets for these overrides; for tests and tools. Hydra's own errors pass through."""
     register()

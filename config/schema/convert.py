@@ -7,7 +7,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    InterpolationValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from config.schema.checks import ConfigError
 from config.schema.dataset import DatasetConfig, JsonlConfig, SyntheticConfig, WikiBigEditConfig
@@ -27,6 +32,9 @@ from config.schema.editor import (
 from config.schema.model import ModelConfig
 from config.schema.run import RunConfig, root_mistakes
 
+OF_UNSET = (MissingMandatoryValue, InterpolationToMissingValueError, InterpolationValidationError)
+"""How a section speaks of a key without a value, or of one that points at it."""
+
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
     """The composed configuration as plain, checked dataclasses.
@@ -45,7 +53,7 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
         except ConfigError as error:
             mistakes.extend(error.mistakes)
         except OmegaConfBaseException as error:
-            if unset and isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+            if unset and isinstance(error, OF_UNSET):
                 continue
             mistakes.append(f"{error.full_key}: {str(error.msg).splitlines()[0]}")
     if not mistakes:
@@ -55,15 +63,20 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
 
 
 def unset_keys(cfg: DictConfig) -> list[str]:
-    """Keys that are still ???; those that point at one are not counted again."""
+    """Keys that are still ???, and a model's step that is not known where an editor takes it over.
+
+    Those that point at one of them are not counted again.
+    """
     present = [key for key in map(str, cfg) if not OmegaConf.is_missing(cfg, key)]
     sections = [(f"{key}.", cfg[key]) for key in present if OmegaConf.is_dict(cfg[key])]
-    return [
+    missing = [
         f"{prefix}{key}"
         for prefix, node in [("", cfg), *sections]
         for key in map(str, node)
         if OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key)
     ]
+    taken_over = OmegaConf.is_interpolation(cfg.editor, "lr")
+    return [*missing, *(["model.lr"] if taken_over and OmegaConf.select(cfg, "model.lr") is None else [])]
 
 
 def unknown_keys(node: DictConfig, schema: type, prefix: str = "") -> list[str]:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
 
 from config.schema.checks import Section
 from config.schema.corpus import CorpusConfig
-from config.schema.editor import EditorConfig, HyperNetworkConfig, PreheatMode
+from config.schema.editor import OF_PRESETS, EditorConfig, HyperNetworkConfig, PreheatMode
 from config.schema.evaluation import GlueConfig
 from config.schema.model import ModelConfig
 from config.schema.run import RunConfig
 
 
-def settings_without_effect(run: RunConfig) -> list[str]:
-    """Those that were set, and that others leave without effect, each with the reason."""
+def settings_without_effect(run: RunConfig, typed: Collection[str] = ()) -> list[str]:
+    """Those that were set, and that others leave without effect, each with the reason.
+
+    `typed`: the keys that the user wrote down, for values that presets bring along too.
+    """
     if run.evaluate is not None:
         return list(_where_nothing_is_edited(run))
     return [
         *_of_warm_up(run),
-        *_of_editor(run.editor),
+        *_of_editor(run.editor, typed),
+        *_of_step(run, typed),
         *_that_only_other_editors_ask_for(run),
         *_of_text(run),
         *_of_model(run.model),
@@ -50,18 +54,25 @@ def _of_warm_up(run: RunConfig) -> Iterator[str]:
         yield f"{unused}={getattr(run, unused)} has no effect with dataset={run.dataset.name}; {used} counts there"
 
 
-def _of_editor(editor: EditorConfig) -> Iterator[str]:
+def _of_editor(editor: EditorConfig, typed: Collection[str]) -> Iterator[str]:
     if isinstance(editor, HyperNetworkConfig) and not editor.trains() and editor.save_checkpoint:
         why = "editor.n_epochs=0" if editor.load_checkpoint is None else "editor.load_checkpoint"
         yield f"editor.save_checkpoint=true has no effect with {why}: no network is trained"
-    yield from keys_without_effect(editor, dict.fromkeys(editor.unused(), f"editor={editor.name}") | editor.ignored())
+    causes = dict.fromkeys(editor.unused(), f"editor={editor.name}") | editor.ignored()
+    yield from keys_without_effect(editor, causes, typed)
 
 
-def keys_without_effect(editor: EditorConfig, causes: Mapping[str, str]) -> Iterator[str]:
+def _of_step(run: RunConfig, typed: Collection[str]) -> Iterator[str]:
+    editor = run.editor
+    if "model.lr" in typed and ("lr" in editor.unused() or editor.lr != run.model.lr):
+        yield f"model.lr={run.model.lr} has no effect with editor={editor.name}, whose step is {editor.step_key()}"
+
+
+def keys_without_effect(editor: EditorConfig, causes: Mapping[str, str], typed: Collection[str] = ()) -> Iterator[str]:
     """Of these keys of an editor those that were set, each with the cause why it does nothing."""
     for key, cause in causes.items():
-        if _is_set(editor, key):
-            value = getattr(editor, key)
+        value = getattr(editor, key)
+        if f"editor.{key}" in typed or (_is_set(editor, key) and value not in OF_PRESETS.get(key, ())):
             yield f"editor.{key}={value.name if isinstance(value, Enum) else value} has no effect with {cause}"
 
 

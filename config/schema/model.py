@@ -51,8 +51,8 @@ class ModelConfig(Section):
     """How many last layers `auto` takes."""
     half: Dtype = Dtype.fp32
     edit_precision: EditPrecision = EditPrecision.master
-    lr: float = MISSING
-    """The step size gamma that suits this model; editor.lr takes it over."""
+    lr: float | None = MISSING
+    """The step size gamma that suits this model, which editor.lr of most editors takes over; null = not known."""
     compute_tokens: int | None = None
     """Padded tokens in a compute batch; changes memory and speed, no result; null = by device."""
     deterministic: bool = True

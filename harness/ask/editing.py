@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from config.compose import check_command_line, choices_of, compose_config
+from config.compose import check_command_line, choices_of, compose_config, typed_keys
 from config.schema import quoted, to_run_config
 from data.progress import progress_bar
 from harness.ask.edited import MAX_NEW_TOKENS, EditedModel
@@ -53,7 +53,7 @@ def edit(
                 "editor.n_epochs=0 for the untrained one"
             )
         cfg = to_run_config(composed)
-        plan = make_plan(cfg, init_ranks())
+        plan = make_plan(cfg, init_ranks(), typed_keys(settings))
         if len(plan.stream.edited()) < len(rows):
             size, turns = cfg.dataset.n_edits, cfg.num_seq
             if turns is not None and turns * size < len(rows):

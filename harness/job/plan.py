@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,14 +82,17 @@ class Plan:
         return {split: file.sha256 for split, file in self.files.items()} | network | passage | corpora
 
 
-def make_plan(cfg: RunConfig, ranks: Ranks) -> Plan:
-    """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong."""
-    for line in settings_without_effect(cfg):
+def make_plan(cfg: RunConfig, ranks: Ranks, typed: Collection[str] = ()) -> Plan:
+    """Open the data, read the model's outline, lay out the turns. ValueError, in one line, where something is wrong.
+
+    `typed`: the keys that the user wrote down, of which a warning names those without effect.
+    """
+    for line in settings_without_effect(cfg, typed):
         log.warning("%s", line)
     if cfg.evaluate is not None:
         cfg = replace(cfg, editor=replace(cfg.editor, preheat_mode=PreheatMode.none))  # nothing to warm up
     check_registered(cfg)
-    for line in keys_of_rules_without_effect(cfg):
+    for line in keys_of_rules_without_effect(cfg, typed):
         log.warning("%s", line)
     device, editor_device = devices(cfg, ranks)
     check_wandb(wandb_settings(cfg.tracker).mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 
 from config.schema import CAPTURE_KEYS, RunConfig, keys_without_effect
@@ -24,7 +25,7 @@ def check_registered(cfg: RunConfig) -> None:
         )
 
 
-def keys_of_rules_without_effect(cfg: RunConfig) -> list[str]:
+def keys_of_rules_without_effect(cfg: RunConfig, typed: Collection[str] = ()) -> list[str]:
     """One line a key that is set, that only rules for captured gradients ask for, and that this editor's class is none.
 
     The shipped ones name such keys in `unused()`; this is for those of somebody's own.
@@ -34,4 +35,4 @@ def keys_of_rules_without_effect(cfg: RunConfig) -> list[str]:
         return []
     asked = {*cfg.editor.unused(), *(entry.name for entry in fields(kind.Settings))}
     cause = f"editor={cfg.editor.name}, which has an edit() of its own"
-    return list(keys_without_effect(cfg.editor, {key: cause for key in CAPTURE_KEYS if key not in asked}))
+    return list(keys_without_effect(cfg.editor, {key: cause for key in CAPTURE_KEYS if key not in asked}, typed))

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from config.compose import as_typed, check_command_line, compose_config, waiting_for_choices
+from config.compose import as_typed, check_command_line, compose_config, typed_keys, waiting_for_choices
 from config.schema import (
     ClosedFormConfig,
     ConfigError,
@@ -175,6 +175,36 @@ def test_no_warm_up_turns_is_no_warm_up() -> None:
 )
 def test_settings_that_others_make_idle_are_told(line: str, told: list[str]) -> None:
     assert settings_without_effect(run_config(line)) == told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("model.lr=1e-2 editor.alpha=3", []),
+        ("editor=mend", []),  # whose preset has a step of its own
+        ("editor=mend model.lr=1e-2", ["model.lr=0.01 has no effect with editor=mend, whose step is editor.lr"]),
+        ("editor=ft_m model.lr=1e-2", ["model.lr=0.01 has no effect with editor=ft_m, whose step is editor.lr"]),
+        ("editor=memit model.lr=1e-2", ["model.lr=0.01 has no effect with editor=memit, whose step is editor.v_lr"]),
+        (
+            "editor=ultraedit editor.whitening_floor=1e-6",
+            ["editor.whitening_floor=1e-06 has no effect with editor.RunningMeanStd_mode=original"],
+        ),
+        ("editor=ft_m editor.passes=1", ["editor.passes=1 has no effect with editor=ft_m"]),
+    ],
+)
+def test_values_that_presets_bring_too_are_told_where_they_were_typed(line: str, told: list[str]) -> None:
+    assert settings_without_effect(run_config(line), typed_keys(shlex.split(line))) == told
+    if "=1e-" in line:  # as a preset might
+        assert settings_without_effect(run_config(line)) == []
+
+
+def test_a_step_is_asked_for_where_the_editor_takes_it_over() -> None:
+    other = "model=huggingface model.name_or_path=a/b"
+    assert refusal(other) == "model.lr is not set: give it a value, model.lr=..."
+    assert refusal("model.lr=null") == "model.lr is not set: give it a value, model.lr=..."
+    for editor in ("ft_m", "grace", "memit"):
+        check_command_line(shlex.split(f"{other} editor={editor}"))
+    assert run_config(f"{other} editor.lr=2e-3").editor.lr == 2e-3
 
 
 def test_a_mistake_is_said_by_the_key_that_was_typed() -> None:

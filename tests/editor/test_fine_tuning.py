@@ -184,10 +184,11 @@ def test_a_run_goes_on_after_a_stop(run: Commands, editor: str) -> None:
 
 
 def test_settings_without_effect_are_named(run: Commands) -> None:
-    done = run("editor=ft_m", "editor.num_steps=1", "num_seq=1", "editor.passes=3", "editor.token=all")
+    done = run("editor=ft_m", "editor.num_steps=1", "num_seq=1", "editor.passes=3", "editor.token=all", "model.lr=1e-2")
     log = (done.folder / "main.log").read_text()
     assert "editor.passes=3 has no effect with editor=ft_m" in log
     assert "editor.token=all has no effect with editor=ft_m" in log
+    assert "model.lr=0.01 has no effect with editor=ft_m" in log
     assert "editor.batch_size" not in log
 
 

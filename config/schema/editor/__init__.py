@@ -2,6 +2,7 @@
 
 from config.schema.editor.base import CAPTURE_KEYS, EditorConfig, PreheatMode, StatisticsScope, Token
 from config.schema.editor.closed_form import (
+    OF_PRESETS,
     ClosedFormConfig,
     PreserveText,
     RunningMeanStdMode,

@@ -83,6 +83,10 @@ class EditorConfig(Section):
         """The keys of all editors that this one does not ask for."""
         return ()
 
+    def step_key(self) -> str:
+        """The key of the size of its steps."""
+        return "editor.lr"
+
     def ignored(self) -> dict[str, str]:
         """The keys that have no effect as its other settings stand, each with the setting that is the cause."""
         alone = self.passes == 1 and self.replay == 0 and "pass_loss" not in self.unused()

@@ -67,7 +67,7 @@ OF_PRESETS = {
     "whitening_floor": (0.01, 1e-6),
     "whitening_floor_mode": (WhiteningFloorMode.relative, WhiteningFloorMode.absolute, WhiteningFloorMode.shift),
 }
-"""Values of theirs that presets bring along, and nobody need be told of."""
+"""Values of theirs that presets bring along: of those only somebody who typed the key need be told."""
 
 LASTING = (RunningMeanStdMode.stable, RunningMeanStdMode.frozen)
 """The modes whose covariance lasts from turn to turn."""
@@ -126,8 +126,7 @@ class ClosedFormConfig(EditorConfig):
         if self.whitening_floor_mode is WhiteningFloorMode.shrinkage:
             found["whitening_floor"] = "editor.whitening_floor_mode=shrinkage"
         if mode in (RunningMeanStdMode.original, RunningMeanStdMode.none):
-            typed = [key for key in WHITENING_KEYS if getattr(self, key) not in OF_PRESETS.get(key, ())]
-            found |= dict.fromkeys(typed, f"editor.RunningMeanStd_mode={mode.name}")
+            found |= dict.fromkeys(WHITENING_KEYS, f"editor.RunningMeanStd_mode={mode.name}")
         if mode is RunningMeanStdMode.none:
             found["statistics_scope"] = f"editor.RunningMeanStd_mode={mode.name}"
         if not self.preserve:

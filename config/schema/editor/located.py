@@ -61,6 +61,9 @@ class LocateConfig(EditorConfig):
     def unused(self) -> tuple[str, ...]:
         return ("lr", *CAPTURE_KEYS)
 
+    def step_key(self) -> str:
+        return "editor.v_lr"
+
     def unused_elsewhere(self) -> tuple[str, ...]:
         return (MINI_BATCH,)
 
