@@ -85,6 +85,8 @@ def _check_place(place: Path, run: Run) -> None:
 
 def _files(run: Run) -> dict[str, bytes]:
     about = {key: without_machine(run.about[key]) for key in KEPT if key in run.about}
+    for stop in about.get("resumed", ()):
+        stop.pop("overrides", None)  # the run's own, and the folder that it went on from
     files = {"run.json": _json(about), "results.json": _json(without_machine(run.results))}
     for name in LINES:
         files[f"{name}{COMPRESSED}"] = _packed(run.lines(name))

@@ -23,6 +23,8 @@ def two_runs(folder: Path) -> Path:
         run = made(
             folder / name / "0", {"ES": right(count)}, "seed=1", "dataset.valid_path=/home/me/facts.json", editor=name
         )
+        again = {"at": "2026-01-01", "turn": 3, "overrides": ["resume=old/place"]}
+        (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"resumed": [again]}))
         lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
         write_lines(run / "records.jsonl", [line | {"text": "a secret sentence"} for line in lines])
         (run / "examples.json").write_text('[{"prompt": "a secret sentence"}]')
@@ -73,10 +75,11 @@ def test_a_copy_has_no_word_of_the_data_and_no_path(tmp_path: Path) -> None:
         )
     }
     texts = [gzip.decompress(content) if name.endswith(".gz") else content for name, content in found.items()]
-    assert not any(b"secret" in text or b"/home/me" in text for text in texts)
+    assert not any(b"secret" in text or b"/home/me" in text or b"old/place" in text for text in texts)
     about = json.loads(found["plain/0/run.json"])
     assert about["config"]["dataset"]["valid_path"] == "facts.json"
     assert "dataset.valid_path=facts.json" in about["overrides"]
+    assert about["resumed"] == [{"at": "2026-01-01", "turn": 3}]
 
 
 @pytest.mark.parametrize(
