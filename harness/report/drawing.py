@@ -183,12 +183,17 @@ def log_axis(ax: Axes, which: Literal["x", "y"], lowest: float, highest: float) 
 
 
 def fit_values(ax: Axes) -> None:
-    """From 0 on; but logarithmic where the values, all above 0, span more than a factor of 30."""
+    """From 0 on; but logarithmic where the values span widely."""
     values = values_of(ax)
-    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+    if span_widely(values):
         log_axis(ax, "y", values.min(), values.max())
     elif len(values) and values.min() >= 0:
         ax.set_ylim(bottom=0)
+
+
+def span_widely(values: np.ndarray) -> bool:
+    """Whether finite values, all above 0, span more than a factor of 10: one axis from 0 on would hide the smaller."""
+    return bool(len(values) and values.min() > 0 and values.max() > 10 * values.min())
 
 
 def values_of(ax: Axes) -> np.ndarray:

@@ -24,6 +24,7 @@ from harness.report.drawing import (
     Named,
     Picture,
     count_axis,
+    fit_values,
     interval,
     legend_above,
     log_axis,
@@ -32,6 +33,7 @@ from harness.report.drawing import (
     not_shown,
     panel_grid,
     percent_axis,
+    span_widely,
 )
 from harness.report.runs import Run, read_json
 from harness.watch import FORM_NAMES, SCORE_NAMES, is_share, score_words
@@ -188,6 +190,8 @@ def finish_panel(ax: Axes, title: str, share: bool) -> None:
     ax.set_title(title)
     if share:
         percent_axis(ax)
+    else:
+        fit_values(ax)
 
 
 def facts_axis(ax: Axes) -> None:
@@ -258,8 +262,9 @@ def draw_comparison(ax: Axes, runs: Sequence[Named], name: str) -> None:
     if is_share(name):
         ax.xaxis.set_major_formatter(PERCENT)
     means = np.array([*bases, *(_mean(named, "final", name) for named in runs)], dtype=float)
-    if not is_share(name) and np.nanmin(means) > 0 and np.nanmax(means) > 10 * np.nanmin(means):
-        log_axis(ax, "x", np.nanmin(means), np.nanmax(means))
+    there = means[np.isfinite(means)]
+    if not is_share(name) and span_widely(there):
+        log_axis(ax, "x", there.min(), there.max())
 
 
 def _mean(named: Named, stage: str, name: str) -> float | None:

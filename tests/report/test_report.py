@@ -525,6 +525,22 @@ def test_final_scores_are_points_with_intervals_a_run_a_row(tmp_path: Path) -> N
     assert [panels[title].get_xscale() for title in list(panels)[2:]] == ["log", "linear"]
 
 
+@pytest.mark.parametrize(("worst", "scale"), [(60.0, "linear"), (4000.0, "log")])
+def test_a_wrecked_model_does_not_hide_the_others_perplexity(tmp_path: Path, worst: float, scale: str) -> None:
+    runs = [make_run(tmp_path / str(k), overrides=[f"ablation={k}"]) for k in range(2)]
+    for run, perplexity in zip(runs, (40.0, worst), strict=True):
+        lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["scores"]["perplexity"] = 35.0 if line["stage"] == "base" else perplexity
+        write_lines(run / "scores.jsonl", lines)
+    picture = score_figures.harm_over_edits(named_runs(open_runs(runs)))
+    assert picture is not None
+    panels = {ax.get_title(loc="left") or ax.get_title(): ax for ax in picture.figure.axes}
+    ax = panels[score_figures.TITLES["perplexity"]]
+    assert ax.get_yscale() == scale
+    assert scale == "log" or ax.get_ylim()[0] == 0
+
+
 def test_a_run_without_evaluations_on_the_way_is_drawn_before_and_after(tmp_path: Path) -> None:
     picture = score_figures.scores(named_runs(open_runs([make_run(tmp_path / "run", on_the_way=False)])))
     assert picture is not None
