@@ -78,10 +78,15 @@ def main() -> None:
             sys.argv[1:] = waiting_for_choices(arguments)
             run_job()
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(error_line(error))
+        if not (line := error_line(error)):
+            raise
+        sys.exit(line)
     except launcher_errors() as error:
         sys.stderr.write(f"{last_lines(error)}\n")
-        sys.exit("error: a job ended without a result (above); the same command with resume=auto goes on")
+        sys.exit(
+            "error: a job ended without a result (above), and others may still run; once they have ended, the same "
+            "command with resume=auto goes on"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)  # 128 + SIGINT, as shells have it
@@ -107,7 +112,10 @@ def run_job(composed: DictConfig) -> None:
             cfg = job.rank_settings(to_run_config(composed), init_ranks())
             run(cfg, composed, Path(HydraConfig.get().runtime.output_dir))
     except (ValueError, FloatingPointError, OSError) as error:
-        line = error_line(error)
+        if not (line := error_line(error)):
+            if in_sweep:
+                log.exception("this job failed")
+            raise
         if in_sweep:  # which goes on with its other jobs and ends with this error, maybe in another process
             log.error("this job failed: %s", line.removeprefix("error: "))
             raise ValueError(line.removeprefix("error: ")) from error
@@ -121,14 +129,14 @@ def run_job(composed: DictConfig) -> None:
 
 
 def error_line(error: Exception) -> str:
-    """What the user did, or the file system refuses, in one line; any other OSError is a fault of ours and goes on."""
+    """What the user did, or the file system refuses, in one line; empty for any other OSError, a fault of ours."""
     cause = error.__cause__
     if isinstance(cause, OSError) and str(error).startswith("Unable to configure handler"):
         error = cause  # logging, about the run's main.log
     if not isinstance(error, OSError):
         return f"error: {' '.join(str(error).split())}"
     if error.errno not in REPORTED_ERRNOS:
-        raise error
+        return ""
     where = f"{error.filename}: " if error.filename else ""
     in_cache = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(CACHE)
     other = "for the cache, by the environment: XDG_CACHE_HOME=FOLDER" if in_cache else "as with hydra.run.dir=FOLDER"

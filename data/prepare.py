@@ -382,11 +382,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", type=Path, default=Path("data/raw"), metavar="FOLDER", help="default: data/raw")
     parser.add_argument(
         "--endpoint",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="URL",
-        help="mirror: URL, huggingface=URL, github=URL",
+        help="mirror: URL, huggingface=URL, github=URL; once for each",
     )
     parser.add_argument("--list", action="store_true", help="say what is published and what is here; fetch nothing")
     parser.add_argument("--force", action="store_true", help="replace a file that differs; the old one is kept as .old")

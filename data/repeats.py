@@ -1,4 +1,4 @@
-"""Facts that say again what another one says, or contradict it."""
+"""Facts that say again what another one says, contradict it, or are trained on before they are edited."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ class Repeats:
     contradictions: int  # with another one
     repeated: tuple[Pair, ...]
     contradicting: tuple[Pair, ...]
+    trained_on: int  # facts whose prompt a row of the training file has that the run uses
+    trained: tuple[Pair, ...]  # such a row of the training file, and the fact's
 
     def __str__(self) -> str:
         parts = [
             (self.repeats, "repeat another one", self.repeated),
             (self.contradictions, "contradict another one, by another answer to the same prompt", self.contradicting),
         ]
-        return " and ".join(f"{count:,} {what} ({_rows(pairs, count)})" for count, what, pairs in parts if count)
+        return " and ".join(f"{count:,} {what} ({shown_rows(pairs, count)})" for count, what, pairs in parts if count)
 
 
-def find_repeats(records: Iterable[EditRecord]) -> Repeats:
-    """Prompts, and answers, are the same where they differ in case and spaces only.
+def find_repeats(records: Iterable[EditRecord], training: Iterable[EditRecord] = ()) -> Repeats:
+    """Prompts, and answers, are the same where they differ in case and spaces only. `training`: rows used before.
 
     24 bytes a record, and as many again while they are sorted: texts are compared by Python's 64-bit hash, by which
     two of 2 million differing ones are taken for the same once in 10 million runs. Takes 1 us a record beside the 11
@@ -49,7 +51,7 @@ def find_repeats(records: Iterable[EditRecord]) -> Repeats:
         answers.append(_hash(record.edit.answer))
     row, prompt, answer = (np.frombuffer(column, dtype=np.int64) for column in (rows, prompts, answers))
     if not len(row):
-        return Repeats(0, 0, (), ())
+        return Repeats(0, 0, (), (), 0, ())
     order = np.lexsort((row, answer, prompt))
     row, prompt, answer = row[order], prompt[order], answer[order]
     new_prompt = np.concatenate([[True], prompt[1:] != prompt[:-1]])
@@ -59,7 +61,18 @@ def find_repeats(records: Iterable[EditRecord]) -> Repeats:
     repeats, contradicts = ~new_answer, new_answer & (row != asked_first)
     repeated = np.stack([said_first, row], axis=1)[repeats]
     contradicting = np.stack([asked_first, row], axis=1)[contradicts]
-    return Repeats(len(repeated), len(contradicting), _first(repeated), _first(contradicting))
+    trained = _pairs(training, row, prompt)
+    return Repeats(
+        len(repeated), len(contradicting), _first(repeated), _first(contradicting), len(trained), _first(trained)
+    )
+
+
+def _pairs(training: Iterable[EditRecord], row: np.ndarray, prompt: np.ndarray) -> np.ndarray:  # (N, 2)
+    """Rows of the training file with the facts that have their prompt."""
+    row_of = {_hash(record.edit.prompt): record.index for record in training}
+    there = np.isin(prompt, np.array(list(row_of), dtype=np.int64))
+    pairs = [(row_of[one], fact) for one, fact in zip(prompt[there].tolist(), row[there].tolist(), strict=True)]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _hash(text: str) -> int:
@@ -71,6 +84,7 @@ def _first(pairs: np.ndarray) -> tuple[Pair, ...]:
     return tuple((int(a), int(b)) for a, b in chosen)
 
 
-def _rows(pairs: tuple[Pair, ...], count: int) -> str:
+def shown_rows(pairs: tuple[Pair, ...], count: int) -> str:
+    """The pairs, and that there are more where they are not all."""
     more = ["..."] if count > len(pairs) else []
     return "rows " + ", ".join([*(f"{a} and {b}" for a, b in pairs), *more])

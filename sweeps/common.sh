@@ -4,9 +4,17 @@
 #                           and the others run. Of a key that is set twice the later setting counts.
 #   report FOLDER           compares the runs there, in FOLDER/report.html.
 #   leaderboard FOLDER      makes one table of them, in FOLDER/leaderboard.html, .md, .csv and .tex, with pictures.
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+for setting in "$@"; do
+    case $setting in
+    hydra.sweep.dir=* | hydra.run.dir=*)
+        echo "error: $setting: the script puts its runs below outputs/sweeps, and reports on them there; leave it out" >&2
+        exit 1
+        ;;
+    esac
+done
 [ -x .venv/bin/python ] || { echo "error: no .venv here yet; sh setup.sh makes it" >&2; exit 1; }
-folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)
+folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)-$$ # two may begin in one second
 status=0
 
 sweep() {

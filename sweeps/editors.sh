@@ -9,11 +9,20 @@ set -eu
 
 EDITORS=stableedit_plus,stableedit,ultraedit,rledit,malmen,mend,ft_l,ft_m,locft_bf,grace,wise
 
-sweep . dataset=zsre,counterfact editor=$EDITORS,rome,memit,alphaedit "$@"
-case " $* " in
-*" dataset="*) ;;
-*) sweep . dataset=fever,wikibigedit,ultraeditbench editor=$EDITORS "$@" ;;
+chosen=
+subjects=
+for setting in "$@"; do
+    case $setting in
+    dataset=*) chosen=${setting#dataset=} ;;
+    dataset.fields.subject=* | editor.fact_token=last) subjects=given ;;
+    esac
+done
+case $chosen in
+"" | *zsre* | *counterfact*) subjects=given ;;
 esac
+
+sweep . dataset=zsre,counterfact editor="$EDITORS${subjects:+,rome,memit,alphaedit}" "$@"
+[ -n "$chosen" ] || sweep . dataset=fever,wikibigedit,ultraeditbench editor=$EDITORS "$@"
 for data in "$folder"/*/; do
     [ ! -d "$data" ] || report "${data%/}"
 done

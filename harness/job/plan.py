@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from data.corpus import Corpus, Questions, open_corpus
 from data.files import RecordFile
 from data.prompts import FormName, PromptForm, prompt_form
 from data.records import Allocate
-from data.repeats import find_repeats
+from data.repeats import find_repeats, shown_rows
 from data.stream import AnswerTokens, EditStream, Tokenize, check_context, tokenize
 from data.training import TrainingStream
 from harness.evaluation import Examples, Generation, Passage, read_passage
@@ -109,6 +110,8 @@ def make_plan(cfg: RunConfig, ranks: Ranks, typed: Collection[str] = ()) -> Plan
     answer_tokens = cast(AnswerTokens, cfg.dataset.answer_tokens.name)
     as_tokens = partial(tokenize, tokenizer=tokenizer, answer_tokens=answer_tokens, form=form)
     training = plan_training(cfg, files, partial(as_tokens, as_target=True))
+    if cfg.evaluate is None:
+        warn_of_repeats(stream, training, files)
     generation = plan_generation(cfg, tokenizer, cfg.evaluation.generation)
     asked = plan_generation(cfg, tokenizer, cfg.evaluation.examples)
     examples = Examples(stream.edited(), asked, cfg.seed) if asked else None
@@ -170,8 +173,6 @@ def plan_stream(cfg: RunConfig, files: Mapping[str, RecordFile], tokenizer: Any,
         form=form,
         replay=cfg.editor.replay,
     )
-    if cfg.evaluate is None:
-        warn_of_repeats(stream, files["eval"].path)
     left = len(files["eval"]) % cfg.dataset.n_edits
     if left and cfg.num_seq is None:
         log.warning(
@@ -253,10 +254,10 @@ def check_captures(cfg: RunConfig, ranks: Ranks, stream: EditStream, shapes: Map
         pass
 
 
-def warn_of_repeats(stream: EditStream, file: Path) -> None:
-    """Say which facts to edit say the same, or contradict each other."""
-    facts = stream.edited()
-    found = find_repeats(facts)
+def warn_of_repeats(stream: EditStream, training: TrainingStream | None, files: Mapping[str, RecordFile]) -> None:
+    """Say which facts to edit say the same, contradict each other, or are known from before the first edit."""
+    facts, file = stream.edited(), files["eval"].path
+    found = find_repeats(facts, chain(stream.warmed_up(), training.records() if training else ()))
     if found.repeats or found.contradictions:
         harm = ", and of two that contradict each other only one can hold" if found.contradictions else ""
         log.warning(
@@ -265,6 +266,17 @@ def warn_of_repeats(stream: EditStream, file: Path) -> None:
             f"{len(facts):,}",
             found,
             harm,
+        )
+    if found.trained_on:
+        log.warning(
+            "file %s: of the %s facts to edit, %s are asked in %s too, which warms up or trains (there and here, %s); "
+            "their scores are no scores of editing alone: choose another dataset.train_path, or "
+            "editor.preheat_mode=none",
+            file,
+            f"{len(facts):,}",
+            f"{found.trained_on:,}",
+            files["train"].path,
+            shown_rows(found.trained, found.trained_on),
         )
 
 

@@ -80,7 +80,12 @@ def _wanted(resume: str | None, roots: Sequence[Path], about: Mapping[str, Any],
     if resume == NEWEST:
         path = _newest(roots, about)
         if path is None and (folder / "run.json").exists():
-            _require_same(f"hydra.run.dir={folder}", read_run(folder), about, "choose a new folder for this one")
+            _require_same(
+                f"hydra.run.dir={folder}",
+                read_run(folder),
+                about,
+                "choose a new folder for this one (of a sweep, hydra.sweep.dir)",
+            )
     elif resume is not None:
         path = Path(resume).expanduser()
         _require_same(f"resume={resume}", read_run(path), about, "leave resume out")

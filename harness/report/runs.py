@@ -113,8 +113,16 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _runs_below(root: Path) -> Iterator[Path]:
-    """Run folders, and links to them: a sweep that was started again has those for what had been run before."""
+    """Run folders, and links to them: a sweep that was started again has those for what had been run before.
+
+    ValueError for such a link, a job's number, to a folder that is gone.
+    """
     for folder, below, files in os.walk(root):
+        for link in (Path(folder, name) for name in files if name.isdigit()):
+            if link.is_symlink() and not link.exists():
+                raise ValueError(
+                    f"{link}: points at a run that is gone ({link.readlink()}); bring it back, or remove the link"
+                )
         if "run.json" in files:
             yield Path(folder)
         yield from (

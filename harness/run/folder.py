@@ -265,8 +265,8 @@ class RunFolder:
         try:
             if (self.path / "run.json").exists():
                 raise ValueError(
-                    f"hydra.run.dir={self.path}: run.json is there already; choose a new folder for this run, "
-                    "or go on with that one, resume=auto"
+                    f"hydra.run.dir={self.path}: run.json is there already; choose a new folder for this run "
+                    "(of a sweep, hydra.sweep.dir), or go on with that one, resume=auto"
                 )
             for name, text in hydra.items():
                 (self.path / ".hydra").mkdir(exist_ok=True)

@@ -198,6 +198,13 @@ def test_values_that_presets_bring_too_are_told_where_they_were_typed(line: str,
         assert settings_without_effect(run_config(line)) == []
 
 
+def test_jobs_do_not_save_their_models_in_one_folder() -> None:
+    said = "model_cache_dir=x: the jobs of a sweep cannot all save their model there; leave it out"
+    assert said in refusal("-m seed=1,2 model_cache=true model_cache_dir=x")
+    for fine in ("-m seed=1 model_cache_dir=x", "-m model_cache_dir=x,y", "-m seed=1,2 model_cache_dir=null"):
+        check_command_line(shlex.split(f"{fine} model_cache=true"))
+
+
 def test_a_step_is_asked_for_where_the_editor_takes_it_over() -> None:
     other = "model=huggingface model.name_or_path=a/b"
     assert refusal(other) == "model.lr is not set: give it a value, model.lr=..."

@@ -155,6 +155,13 @@ def test_a_line_of_json_that_is_too_long_is_refused(tmp_path: Path, monkeypatch:
         list(opened(path).documents())
 
 
+def test_half_a_character_is_refused_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "King \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"text.jsonl, line 2: a text that is no Unicode, as if cut"):
+        list(opened(file).documents())
+
+
 def test_every_text_of_the_shipped_samples_is_read(tmp_path: Path) -> None:
     (tmp_path / "passage.txt").write_text("passage")
     for name in corpus.SAMPLES:

@@ -137,6 +137,10 @@ class TestMistakes:
             ),
             (as_array(rows(9))[:-40], r"facts.json, row 8: the file ends in the middle of the JSON, as if cut off"),
             (as_lines(rows(9))[:-40], r"facts.json, row 8: the file ends in the middle of the JSON, as if cut off"),
+            (
+                as_lines(rows(9)) + '{"src": "King \\udc00"}',
+                r"facts.json, row 9: a text that is no Unicode",
+            ),
             (as_array(rows(9)) + "]", r"facts.json, row 9: broken JSON \(.*trailing garbage"),
             (
                 as_array(rows(9)).replace('"Where is 7?"', "NaN"),
@@ -184,8 +188,9 @@ class TestWhichFile:
 
     @pytest.mark.parametrize(("split", "key"), [("eval", "dataset.valid_path"), ("train", "dataset.train_path")])
     def test_one_asked_for_that_is_not_there(self, tmp_path: Path, split: str, key: str) -> None:
-        with pytest.raises(ValueError, match=f"^{key}=gone.json: no such file; set it to"):
-            self.resolve(tmp_path, split, "gone.json")
+        for path, looked_for in (("gone.json", rf" \({Path.cwd()}/gone.json\)"), (f"{tmp_path}/gone.json", "")):
+            with pytest.raises(ValueError, match=f"^{key}={path}: no such file{looked_for}; set it to"):
+                self.resolve(tmp_path, split, path)
 
     def test_the_full_one_and_the_preferred_of_two(self, tmp_path: Path, caplog: Any) -> None:
         larger = self.put(tmp_path, "zsre/zsre_eval_100k.json")

@@ -51,3 +51,15 @@ def test_what_is_said_of_them() -> None:
     assert str(find_repeats(records(said[3:]))) == words.replace("4 repeat", "3 repeat").replace(
         "1 and 3, 1 and 4, 1 and 5, ...", "0 and 1, 0 and 2, 0 and 3"
     )
+
+
+@given(said=facts, known=facts)
+def test_facts_that_training_asks_too(said: list[tuple[str, str]], known: list[tuple[str, str]]) -> None:
+    """By their prompts, whatever the answers; the last of the rows that ask it is named."""
+    found = find_repeats(records(said), records(known))
+    row_of = {prompt: row for row, (prompt, _) in enumerate(known)}
+    asked = [(row_of[prompt], row) for row, (prompt, _) in enumerate(said) if prompt in row_of]
+    assert (found.trained_on, found.trained) == (len(asked), tuple(asked[:SHOWN]))
+    alone = find_repeats(records(said))
+    assert str(found) == str(alone)
+    assert alone.trained_on == 0

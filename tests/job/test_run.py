@@ -340,6 +340,15 @@ def test_facts_that_contradict_each_other_are_told_where_they_are_edited(run: Co
     assert "1 contradict another one, by another answer to the same prompt (rows 2 and 10)" in line
 
 
+def test_facts_that_warm_up_asks_too_are_told(run: Commands) -> None:
+    file = run.write("eval", [zsre_row(i) for i in range(12)])
+    same = (f"dataset.train_path={file}", "num_seq=3")
+    log = (run(*same, "num_seq_zsre=2", run="same").folder / "main.log").read_text()
+    assert f"of the 9 facts to edit, 6 are asked in {file} too, which warms up or trains" in log
+    assert "(there and here, rows 0 and 0, 1 and 1, 2 and 2, ...)" in log
+    assert "asked in" not in (run(*same, "editor.preheat_mode=none", run="without").folder / "main.log").read_text()
+
+
 def test_facts_that_fill_no_turn_are_told(run: Commands) -> None:
     """Unless so many turns were asked for."""
 

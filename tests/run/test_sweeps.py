@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 import os
@@ -70,7 +71,7 @@ def runs_in(folder: Path) -> dict[Path, bytes]:
 
 def place(folder: Path, python: str) -> Path:
     """A folder in which the scripts take themselves to be in the project; `python` is the text of .venv/bin/python."""
-    (folder / "sweeps").mkdir()
+    (folder / "sweeps").mkdir(parents=True)
     for path in (ROOT / "sweeps").glob("*.sh"):
         (folder / "sweeps" / path.name).symlink_to(path)
     for name in ("main.py", "config"):
@@ -125,6 +126,44 @@ def test_a_script_runs_sweeps_that_compose_and_resume_and_then_reports(tmp_path:
             ["-m", "harness.report", "--leaderboard", folder, "--to", folder],
         )
         assert all(f"hydra.sweep.dir={folder}/" in word for call in sweeps for word in call if "sweep.dir" in word)
+
+
+@pytest.mark.parametrize(
+    ("settings", "located"),
+    [
+        ([], 2),  # of the five data sets those with subjects
+        (["dataset=zsre"], 1),
+        (["dataset=fever", "dataset.valid_path=zsre.json"], 0),
+        (["dataset=fever", "editor.fact_token=last"], 1),
+        (["dataset=jsonl", "dataset.fields.subject=s"], 1),
+    ],
+)
+def test_editors_that_ask_for_subjects_run_where_there_are_some(
+    tmp_path: Path, settings: list[str], located: int
+) -> None:
+    _, calls = started(tmp_path, "editors.sh", *settings)
+    found = 0
+    for call in calls:
+        words = dict(word.split("=", 1) for word in call if "=" in word)
+        if "memit" in words.get("editor", "").split(","):
+            found += len(words["dataset"].split(","))
+    assert found == located
+
+
+def test_two_scripts_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "date").write_text("#!/bin/sh\necho 2026-01-01_00-00-00\n")
+    (tmp_path / "date").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    calls = [call for name in ("one", "two") for call in started(tmp_path / name, "seeds.sh")[1]]
+    folders = {call[-1] for call in calls if "harness.report" in call}
+    assert len(folders) == 2
+    assert all(folder.startswith("outputs/sweeps/seeds/2026-01-01_00-00-00") for folder in folders)
+
+
+@pytest.mark.parametrize("setting", ["hydra.sweep.dir=x", "hydra.run.dir=x"])
+def test_a_script_says_where_its_runs_go(tmp_path: Path, capfd: pytest.CaptureFixture[str], setting: str) -> None:
+    assert started(tmp_path, "seeds.sh", setting) == (1, [])
+    assert capfd.readouterr().err.startswith(f"error: {setting}: the script puts its runs below outputs/sweeps")
 
 
 @pytest.mark.parametrize(("code", "sweeps"), [(1, 3), (130, 1), (143, 1), (137, 1)])
@@ -254,6 +293,24 @@ def test_a_sweep_holds_the_runs_it_found(run: Commands) -> None:
     assert links == {"0": sorted(runs_in(first))[0], "1": failed}
     assert Run(failed).json("run.json")["status"] == "finished"
     assert [one.folder for one in open_runs([second])] == [*links.values(), *runs_in(second)]
+
+
+def test_a_report_names_a_run_that_is_gone(run: Commands) -> None:
+    first = sweep(run, "first", *SHORT, "seed=1")
+    second = sweep(run, "second", *SHORT, "seed=1,2")
+    first.rename(first.with_name("elsewhere"))
+    with pytest.raises(ValueError, match=r"second/.*0: points at a run that is gone \(.*first.*\); bring it back, or"):
+        open_runs([second])
+
+
+def test_a_job_that_fails_by_the_machine_is_named(run: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(main, "to_run_config", lambda _: (_ for _ in ()).throw(stale))
+    logged = []
+    monkeypatch.setattr(main.log, "exception", logged.append)
+    with command_line(run.line("-m", "seed=1")), pytest.raises(OSError, match="Stale"):
+        main.main()
+    assert logged == ["this job failed"]
 
 
 def test_jobs_that_differ_only_in_where_they_are_shown_are_one_run(run: Commands) -> None:
