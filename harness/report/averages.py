@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 from harness.report.drawing import Named
 from harness.report.page import Tables
 from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
 from harness.report.runs import Run
+
+Label = TypeVar("Label", bound=Hashable)  # of a configuration, or of two
 
 
 def tables(runs: Sequence[Named]) -> Tables:
@@ -42,9 +45,9 @@ def compared(
     return compare([(reference[a], own[b]) for a, b in same_seed or pairs]) or "no record was scored in both"
 
 
-def adjusted(differences: Mapping[str, Mapping[str, Difference] | str]) -> dict[tuple[str, str], float]:
+def adjusted(differences: Mapping[Label, Mapping[str, Difference] | str]) -> dict[tuple[Label, str], float]:
     """(label, score) -> p-value, adjusted for all tests of that score."""
-    tests: dict[str, dict[str, float]] = {}
+    tests: dict[str, dict[Label, float]] = {}
     for label, found in differences.items():
         for score, difference in found.items() if not isinstance(found, str) else ():
             if difference.p is not None:

@@ -38,6 +38,8 @@ WRITTEN: Final = ("run.json", "results.json", *(f"{name}{COMPRESSED}" for name i
 """All that stands in a copy."""
 PATH: Final = re.compile(r"(?<![\w.~:])(?:file:/+|~|\.\.?)?/[^,\[\]'\"]*")
 """One that says where on a machine something lies; `owner/name` says it not."""
+RELATIVE: Final = re.compile(r"(?<![\w.~:/-])[\w.-]+(?:/[\w.-]+){2,}")
+"""One from a folder on, which is longer than `owner/name`."""
 
 
 def numbers_of(folders: Sequence[Path], target: Path) -> dict[Path, dict[str, bytes]]:
@@ -110,7 +112,11 @@ def without_machine(value: Any) -> Any:
         return {key: without_machine(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_machine(item) for item in value]
-    return PATH.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    for pattern in (PATH, RELATIVE):
+        value = pattern.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], value)
+    return value
 
 
 def _json(value: Any) -> bytes:

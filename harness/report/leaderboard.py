@@ -6,6 +6,7 @@ the same model with equally many facts of the same file, and were asked in the s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -104,6 +105,8 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
     methods: dict[str, list[Standing]] = {}
     for label, one in zip(configurations([one.run for one in members], as_scored=False), members, strict=True):
         methods.setdefault(label, []).append(one)
+    for own in methods.values():
+        own.sort(key=lambda one: one.run.seed)
     rows = [Row(label, len(own), _cells(own), _codes(own)) for label, own in methods.items()]
     apart, unlike = _not_compared(methods)
     ended = [one.run for one in members if one.turns is None]
@@ -216,21 +219,25 @@ class Comparison:
 def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> list[Comparison]:
     """Of each method with scores of single records; of the best too. None where fewer than two have such.
 
-    The test is over records, paired, two-sided, its p-values adjusted (Holm) for all comparisons in the column.
+    The test is over records, paired, two-sided, its p-values adjusted (Holm) for all pairs of methods in the column:
+    which of them is the best was not known before, so those with it alone would be too few.
     """
     having = {label: [one for one in own if column in one.records] for label, own in methods.items()}
     means = {row.method: row.cells[column].mean for row in rows if having[row.method] and column in row.cells}
     if len(means) < 2:
         return []
     best = max(means, key=means.__getitem__)
-    differences = {label: _difference(column, having[best], having[label]) for label in means if label != best}
+    others = [label for label in means if label != best]
+    pairs = itertools.combinations([best, *others], 2)
+    differences = {pair: _difference(column, *(having[label] for label in pair)) for pair in pairs}
     p = adjusted(differences)
     comparisons = [Comparison(column, best, best, None, None, is_below=False)]
-    for label, found in differences.items():
+    for label in others:
+        found = differences[best, label]
         if isinstance(found, str):
             comparisons.append(Comparison(column, best, label, None, found, is_below=True))
             continue
-        below = found[column].mean < 0 and p.get((label, column), 1.0) < LEVEL
+        below = found[column].mean < 0 and p.get(((best, label), column), 1.0) < LEVEL
         below &= all(one < 0 for one in _by_seed(column, having[best], having[label]))
         comparisons.append(Comparison(column, best, label, found[column], None, is_below=below))
     return comparisons

@@ -44,13 +44,14 @@ def caption(board: Board) -> str:
     columns, tested = board.columns, board.tested
     parts = [
         "Means over records and seeds; percent where a score is a share. In brackets 95% bootstrap intervals over "
-        "records: they say nothing of other orders of the facts. Without brackets, the least and the largest of the "
-        "seeds."
+        "records: they say nothing of other orders of the facts, and one of no width says that these records do not "
+        "differ, not that no other would. Without brackets, the least and the largest of the seeds."
     ]
     if tested:
         parts.append(
             "Bold: the highest mean of a column, and what is not significantly below it (two-sided paired sign-flip "
-            f"test over records, p < {LEVEL}, Holm-corrected within the column; below it in every seed that both have)."
+            f"test over records, p < {LEVEL}, Holm-corrected over all pairs of methods in the column; below it in "
+            "every seed that both have)."
         )
     if untested := [HEADINGS.get(name, name) for name in columns if name not in tested]:
         parts.append(f"Not tested, so never bold: {'; '.join(untested)}.")
@@ -58,6 +59,10 @@ def caption(board: Board) -> str:
         parts.append("LS: best where it is the base model's.")
     if several := [name for name in LOWER if name in columns and name in SCORE_COLUMNS]:
         parts.append(f"{' and '.join(several)}: lower is better.")
+    if "LS_kl" in columns:
+        parts.append(
+            "LS_kl is taken over the base model's likeliest tokens and one for the rest: the KL of all is no smaller."
+        )
     if SECONDS in columns:
         parts.append("Seconds an edit are those of the edit turns, without warm-up, meta-training and scoring.")
     if any(PEAK in name for name in columns):

@@ -186,7 +186,7 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
         for label, members in groups.items()
     ]
     yield table(["configuration", *names], rows, kind="stacked")
-    seeds = list(dict.fromkeys(f"{named.run.seed}" for named in runs))
+    seeds = [str(seed) for seed in sorted({named.run.seed for named in runs})]
     yield (
         '<p class="note">Means over records and seeds; in brackets a 95% bootstrap interval over records, each '
         "resampled with all that the seeds scored of it; below it each seed's own mean (seeds "
@@ -197,7 +197,8 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
 
 
 def _averaged(name: str, members: Sequence[Named], stage: str, averages: Mapping[str, Average]) -> str:
-    every = [named.run.results.get(stage, {}).get(name) for named in members]
+    by_seed = sorted(members, key=lambda named: named.run.seed)
+    every = [named.run.results.get(stage, {}).get(name) for named in by_seed]
     means = [interval(score)[0] for score in every if score is not None]
     if not means:
         return "-"

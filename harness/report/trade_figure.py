@@ -101,13 +101,9 @@ def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str)
     figure, axes = panel_grid(1 + with_text, 2)
     edge = WRECKED * min(perplexity(run)[0] for run in runs) if with_text else math.inf
 
-    def up_to_the_edge(run: Run) -> tuple[float, float, float]:
-        mean, low, high = perplexity(run)
-        return min(mean, edge), min(low, edge), min(high, edge)
-
     for curve in curves:
-        for ax, harm in zip(axes, (moved, up_to_the_edge), strict=False):
-            draw(ax, curve, harm, score)
+        for ax, harm, most in zip(axes, (moved, perplexity), (math.inf, edge), strict=False):
+            draw(ax, curve, harm, score, most)
     for ax in axes:
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set_title(WRITTEN[score])
@@ -115,7 +111,7 @@ def drawn(name: str, curves: Sequence[Curve], runs: Sequence[Run], caption: str)
     axes[0].set_xlabel("unrelated first choices moved")
     if with_text:
         axes[1].set_xlabel("perplexity of a fixed text")
-        harms = [up_to_the_edge(run)[0] for run in runs]
+        harms = [min(perplexity(run)[0], edge) for run in runs]
         if max(harms) > 4 * min(harms) > 0:
             log_axis(axes[1], "x", min(harms), max(harms))
         if wrecked := _beyond(edge, curves):
@@ -133,17 +129,19 @@ def _beyond(edge: float, curves: Sequence[Curve]) -> str:
     return "; ".join(f"{name}, {mean:,.4g}" for name, mean in largest.items() if mean > edge)
 
 
-def draw(ax: Axes, curve: Curve, harm: Callable[[Run], tuple[float, float, float]], score: str) -> None:
+def draw(ax: Axes, curve: Curve, harm: Callable[[Run], tuple[float, float, float]], score: str, most: float) -> None:
+    """Harm beyond `most` stands there; a mean is taken before."""
     colour, shape = curve.style["color"], marker(curve.style)
     means = []
     for own in curve.points.values():
         x, left, right = np.array([harm(run) for run in own]).T
         y, low, high = np.array([interval(run.results["final"][score]) for run in own]).T
+        means.append((min(x.mean(), most), y.mean()))
+        x, left, right = (np.minimum(one, most) for one in (x, left, right))
         ax.errorbar(
             x, y, yerr=[y - low, high - y], xerr=[x - left, right - x], color=colour,
             marker=shape, linestyle="none", linewidth=0.8, alpha=0.45,
         )  # fmt: skip
-        means.append((x.mean(), y.mean()))
     line = {**curve.style} if len(means) > 1 else {**curve.style, "linestyle": "none", "markersize": 9}
     ax.plot(*np.array(means).T, label=curve.name, marker=shape, **line)
     for word, (x, y) in zip(curve.points, means, strict=True):

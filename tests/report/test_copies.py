@@ -95,6 +95,7 @@ def test_a_copy_has_no_word_of_the_data_and_no_path(tmp_path: Path) -> None:
         ("dataset.valid_path=/home/a=b/f.json", "dataset.valid_path=f.json"),
         ("[/a/b,/c/d]", "[b,d]"),
         ("file:///home/me/f.json", "f.json"),
+        ("editor.load_checkpoint=outputs/mine/0", "editor.load_checkpoint=0"),
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
         ("model.edit_modules=[model.layers.*.mlp.down_proj]", "model.edit_modules=[model.layers.*.mlp.down_proj]"),
         ({"paths": ["/a/b", 3, None]}, {"paths": ["b", 3, None]}),

@@ -91,6 +91,29 @@ def test_the_tests_of_a_column_are_corrected_for_each_other(tmp_path: Path) -> N
     assert bold(only_group(tmp_path), "ES") == {"best", *"abcdef"}
 
 
+def test_which_is_the_best_is_read_off_the_same_data(tmp_path: Path) -> None:
+    """So the p-value, 2/2^7 = 0.016 here, is adjusted for all pairs, also those of equals with the one below."""
+    for name, count in (("best", EVERY), ("low", EVERY - 7)):
+        made(tmp_path / name, {"ES": right(count)}, editor=name)
+    assert bold(only_group(tmp_path), "ES") == {"best"}
+    for name in "abc":
+        made(tmp_path / name, {"ES": right(EVERY)}, editor=name)
+    assert bold(only_group(tmp_path), "ES") == {"best", "low", *"abc"}  # four times that
+
+
+def test_numbers_of_seeds_stand_in_their_order(tmp_path: Path) -> None:
+    """As folders of a sweep are sorted, job 10 comes before job 2."""
+    for name in ("plain", "other"):
+        for place, seed in ((10, 2), (2, 1)):
+            made(tmp_path / name / str(place), {"ES": right(10 * seed)}, f"seed={seed}", editor=name)
+    assert row(only_group(tmp_path), "plain").cells["ES"].by_seed == (10 / EVERY, 20 / EVERY)
+    main([str(tmp_path), "--to", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("25.0 · 50.0") == 2
+    assert "50.0 · 25.0" not in page
+    assert "each seed's own mean (seeds 1, 2," in page
+
+
 def test_of_equals_both_are_bold_and_one_alone_is_not(tmp_path: Path) -> None:
     made(tmp_path / "a", {"ES": right(9), "GS": right(3)}, editor="a")
     assert bold(only_group(tmp_path), "ES") == set()
@@ -460,6 +483,17 @@ def test_a_wrecked_model_does_not_push_the_others_together(tmp_path: Path) -> No
     _, text_axis = picture.figure.axes
     assert {line.get_label(): line.get_xdata()[0] for line in text_axis.get_lines()}["c"] == WRECKED * 30.0
     assert picture.caption.endswith(" At the right edge, for its perplexity is larger still: c, 2e+10.")
+
+
+def test_a_method_with_one_wrecked_seed_stands_at_its_mean_or_the_edge(tmp_path: Path) -> None:
+    for name, seed, perplexity in (("a", 1, 30.0), ("b", 1, 50.0), ("b", 2, 1e6), ("c", 1, 50.0), ("c", 2, 850.0)):
+        harm = {"LS_agree": score(0.5), "ES_gen": score(0.5), "perplexity": perplexity}
+        made(tmp_path / f"{name}{seed}", {"ES": right(9)}, f"seed={seed}", editor=name, numbers=harm)
+    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    assert picture is not None
+    _, text_axis = picture.figure.axes
+    marks = {line.get_label(): line.get_xdata()[0] for line in text_axis.get_lines()}
+    assert (marks["b"], marks["c"]) == (WRECKED * 30.0, 450.0)
 
 
 def test_warm_up_turns_name_those_alone_that_warm_up(tmp_path: Path) -> None:
