@@ -312,7 +312,8 @@ def test_wise(folder: Path) -> None:
 
 
 W, C = 14336 * 4096, 14336**2  # entries of an edited weight, of second moments
-SHOWN = ("rome", "memit", "alphaedit", "ft_m", "grace", "wise")
+CLOSED_FORM = ("ultraedit", "stableedit", "stableedit_plus")
+SHOWN = (*CLOSED_FORM, "rledit", "malmen", "rome", "memit", "alphaedit", "ft_m", "grace", "wise")
 TOKEN = 2 * 32 * 8 * 128 * 2  # bytes of a token's keys and values: both, layers, heads, size, bf16
 
 
