@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from harness.report.drawing import Named
 from harness.report.page import Tables
-from harness.report.paired import Difference, Scores, average, compare, holm, record_scores
+from harness.report.paired import Average, Difference, Scores, average, compare, holm, record_scores
 from harness.report.runs import Run
 
 Label = TypeVar("Label", bound=Hashable)  # of a configuration, or of two
@@ -24,7 +24,17 @@ def tables(runs: Sequence[Named]) -> Tables:
     scores = {label: scores_of(members, "final") for label, members in groups.items()}
     differences = {label: compared(groups[first], scores[first], groups[label], scores[label]) for label in others}
     averages = {label: average(own) for label, own in scores.items()}
-    return Tables(average(scores_of(groups[first], "base")), averages, differences, adjusted(differences))
+    return Tables(_bases(groups), averages, differences, adjusted(differences))
+
+
+def _bases(groups: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Average]]:
+    """Of each configuration, the base model's averages; taken once where the base model was asked the same."""
+    found: dict[str, dict[str, Average]] = {}
+    asked: dict[str, str] = {}
+    for label, members in groups.items():
+        same = asked.setdefault(repr([run.results.get("base") for run in members]), label)
+        found[label] = found[same] if same in found else average(scores_of(members, "base"))
+    return found
 
 
 def scores_of(runs: Sequence[Run], stage: str) -> list[Scores]:
@@ -40,9 +50,13 @@ def compared(
         return "its facts come from another file"
     if not any(reference) or not any(own):
         return f"{'it' if any(reference) else 'the first'} has no final scores of single records"
-    pairs = [(a, b) for a in range(len(first)) for b in range(len(second))]
-    same_seed = [(a, b) for a, b in pairs if first[a].seed == second[b].seed]
-    return compare([(reference[a], own[b]) for a, b in same_seed or pairs]) or "no record was scored in both"
+    return compare([(reference[a], own[b]) for a, b in pairs(first, second)]) or "no record was scored in both"
+
+
+def pairs(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[int, int]]:
+    """Places of the runs that are compared: those of a seed that both have, or else each with each."""
+    every = [(a, b) for a in range(len(first)) for b in range(len(second))]
+    return [(a, b) for a, b in every if first[a].seed == second[b].seed] or every
 
 
 def adjusted(differences: Mapping[Label, Mapping[str, Difference] | str]) -> dict[tuple[Label, str], float]:

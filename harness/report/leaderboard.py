@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from harness.report.averages import adjusted, compared
+from harness.report.averages import adjusted, compared, pairs
 from harness.report.drawing import interval
-from harness.report.names import CHANGED, code, configurations, shared_choices
+from harness.report.names import CHANGED, code, configurations, seeds_told, shared_choices
 from harness.report.page import LEVEL
 from harness.report.paired import Average, Difference, Scores, average, mean_difference, record_scores
 from harness.report.runs import Run
@@ -59,7 +59,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Methods that can be compared: the base model first, then by their first score, the best first."""
+    """Methods that can be compared, the best in their first score first; before them the base model, of each choice of
+    seeds that a method has: it was asked about their facts.
+    """
 
     model: str
     data: str
@@ -127,7 +129,7 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
     rows.sort(key=lambda row: -row.cells[first].mean if first in row.cells else float("inf"))
     data, model, edits = names
     longer = tuple(one.run for one in members if one.turns is not None)
-    return Group(model, data, edits, (_base(ended), *rows), tuple(dict.fromkeys(notes)), tuple(ended), longer)
+    return Group(model, data, edits, (*_bases(methods), *rows), tuple(dict.fromkeys(notes)), tuple(ended), longer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,12 +160,19 @@ def _cell(every: Sequence[Any], found: Average | None) -> Cell:
     return Cell(sum(by_seed) / len(by_seed), by_seed=by_seed)
 
 
-def _base(runs: Sequence[Run]) -> Row:
-    """The base model on the facts of each seed, once a seed: as the run scored it that has the most scores of it."""
-    scored = sorted((run for run in runs if run.results.get("base")), key=lambda run: len(run.results["base"]))
-    asked = list({run.seed: run for run in scored}.values())
-    records = [record_scores(run.lines("records.jsonl"), "base") for run in asked]
-    return Row("base model", None, _score_cells([run.results["base"] for run in asked], records))
+def _bases(methods: Methods) -> Iterator[Row]:
+    """The base model on the facts of each choice of seeds; a seed's are of the run that has the most scores of it."""
+    runs = [one.run for own in methods.values() for one in own if one.turns is None and one.run.results.get("base")]
+    asked = {run.seed: run for run in sorted(runs, key=lambda run: len(run.results["base"]))}
+    records = {seed: record_scores(run.lines("records.jsonl"), "base") for seed, run in asked.items()}
+    choices = sorted(
+        {tuple(dict.fromkeys(one.run.seed for one in own)) for own in methods.values()}, key=len, reverse=True
+    )
+    for seeds in choices:
+        told = f", {seeds_told(seeds)}" if len(choices) > 1 else ""
+        there = [seed for seed in seeds if seed in asked]
+        scores = [asked[seed].results["base"] for seed in there]
+        yield Row(f"base model{told}", None, _score_cells(scores, [records[seed] for seed in there]))
 
 
 def _costs(members: Sequence[Standing]) -> dict[str, Cell]:
@@ -213,7 +222,7 @@ class Comparison:
     method: str
     found: Difference | None
     reason: str | None
-    is_below: bool  # by the test, and in every seed that both have
+    is_below: bool  # by the test, and in every seed that both have, or each run in each where they share none
 
 
 def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> list[Comparison]:
@@ -228,8 +237,10 @@ def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> lis
         return []
     best = max(means, key=means.__getitem__)
     others = [label for label in means if label != best]
-    pairs = itertools.combinations([best, *others], 2)
-    differences = {pair: _difference(column, *(having[label] for label in pair)) for pair in pairs}
+    differences = {
+        pair: _difference(column, *(having[label] for label in pair))
+        for pair in itertools.combinations([best, *others], 2)
+    }
     p = adjusted(differences)
     comparisons = [Comparison(column, best, best, None, None, is_below=False)]
     for label in others:
@@ -238,7 +249,7 @@ def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> lis
             comparisons.append(Comparison(column, best, label, None, found, is_below=True))
             continue
         below = found[column].mean < 0 and p.get(((best, label), column), 1.0) < LEVEL
-        below &= all(one < 0 for one in _by_seed(column, having[best], having[label]))
+        below &= all(one < 0 for one in _by_pair(column, having[best], having[label]))
         comparisons.append(Comparison(column, best, label, found[column], None, is_below=below))
     return comparisons
 
@@ -250,14 +261,12 @@ def _difference(column: str, first: Sequence[Standing], second: Sequence[Standin
     return compared(runs, scores, other_runs, other_scores)
 
 
-def _by_seed(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Iterator[float]:
-    """The mean difference, second minus first, within each seed that both have."""
-    for a in first:
-        for b in second:
-            if a.run.seed == b.run.seed:
-                found = mean_difference(a.records[column], b.records[column])
-                if found is not None:
-                    yield found
+def _by_pair(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Iterator[float]:
+    """The mean difference, second minus first, within each of the pairs that are compared."""
+    for a, b in pairs([one.run for one in first], [one.run for one in second]):
+        found = mean_difference(first[a].records[column], second[b].records[column])
+        if found is not None:
+            yield found
 
 
 def _judged(cell: Cell, row: Row, comparisons: Sequence[Comparison]) -> Cell:

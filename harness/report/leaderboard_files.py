@@ -51,12 +51,12 @@ def caption(board: Board) -> str:
         parts.append(
             "Bold: the highest mean of a column, and what is not significantly below it (two-sided paired sign-flip "
             f"test over records, p < {LEVEL}, Holm-corrected over all pairs of methods in the column; below it in "
-            "every seed that both have)."
+            "every seed that both have, or in each pair of runs where they have none in common)."
         )
     if untested := [HEADINGS.get(name, name) for name in columns if name not in tested]:
         parts.append(f"Not tested, so never bold: {'; '.join(untested)}.")
     if "LS" in columns:
-        parts.append("LS: best where it is the base model's.")
+        parts.append("LS: best where it is the base model's on the facts of the same seeds.")
     if several := [name for name in LOWER if name in columns and name in SCORE_COLUMNS]:
         parts.append(f"{' and '.join(several)}: lower is better.")
     if "LS_kl" in columns:

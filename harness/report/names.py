@@ -222,6 +222,11 @@ def _told(overrides: Mapping[str, str], shared: set[tuple[str, str]]) -> list[st
     return [_setting(key, value) for key, value in sorted(told, key=lambda item: item[0] == "seed")]
 
 
+def seeds_told(seeds: Iterable[Any]) -> str:
+    """As a sweep's command line has them."""
+    return f"seed={','.join(map(str, seeds))}"
+
+
 def _setting(key: str, value: str) -> str:
     """Of a path, its last part; of a key, that without the section where this says nothing more."""
     short = value.rsplit("/", 1)[-1]

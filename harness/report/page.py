@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from data.progress import duration
 from harness.report.drawing import Named, Picture, interval
+from harness.report.names import seeds_told
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import order
 from harness.watch import EXAMPLE_TEXTS, PROBE_NAMES, as_number, printable, score_words
@@ -53,7 +54,7 @@ LEVEL: Final = 0.05  # adjusted p-values below it are set bold
 class Tables:
     """What is told of configurations, by their names; empty of a single run."""
 
-    base: dict[str, Average]  # of each score, the base model's, on the facts of the first configuration's runs
+    base: dict[str, dict[str, Average]]  # of each score, the base model's, on the facts of the configuration's runs
     averages: dict[str, dict[str, Average]]
     differences: dict[str, Mapping[str, Difference] | str]  # from the first, or why there are none
     adjusted: dict[tuple[str, str], float]  # (name, score) -> p-value adjusted for all tests of that score
@@ -147,25 +148,30 @@ def _one_runs_results(named: Named) -> str:
 
 def _all_runs_results(runs: Sequence[Named]) -> str:
     names = sorted(dict.fromkeys(n for named in runs for n in named.run.results.get("final", {})), key=order)
-    rows = _base_rows(runs, names) + [
+    asked = [([named], [_score(name, named.run.results.get("base", {}).get(name)) for name in names]) for named in runs]
+    rows = _base_rows(asked, [named.label for named in runs]) + [
         [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
         for named in runs
     ]
     return table(["run", *names], rows)
 
 
-def _base_rows(runs: Sequence[Named], names: Sequence[str]) -> list[list[str]]:
-    """One row, unless runs asked the base model about other facts: then each says of which seeds, or runs, it is."""
-    bases: dict[tuple[str, ...], list[Named]] = {}
-    for named in runs:
-        cells = tuple(_score(name, named.run.results.get("base", {}).get(name)) for name in names)
-        bases.setdefault(cells, []).append(named)
-    seeds = [{named.run.seed for named in members} for members in bases.values()]
-    by_seed = sum(map(len, seeds)) == len(set.union(*seeds))
+def _base_rows(asked: Iterable[tuple[Sequence[Named], Sequence[str]]], labels: Sequence[str]) -> list[list[str]]:
+    """One row, unless runs asked the base model about other facts: then each says of which seeds it is.
+
+    `asked`: runs that stand together, and the base model's cells on their facts; `labels`: their names, which are told
+    where seeds do not tell the rows apart.
+    """
+    bases: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {}  # cells -> label -> seeds
+    for (members, cells), label in zip(asked, labels, strict=True):
+        seeds = tuple(dict.fromkeys(sorted(named.run.seed for named in members)))
+        bases.setdefault(tuple(cells), {})[label] = seeds
+    choices = [set(own.values()) for own in bases.values()]
+    by_seed = sum(map(len, choices)) == len(set.union(*choices))
     rows = []
-    for cells, members in bases.items():
-        of = [f"seed={named.run.seed}" if by_seed else named.label for named in members]
-        told = f", {escape(', '.join(dict.fromkeys(of)))}" if len(bases) > 1 else ""
+    for cells, own in bases.items():
+        of = map(seeds_told, own.values()) if by_seed else own
+        told = f", {escape('; '.join(dict.fromkeys(of)))}" if len(bases) > 1 else ""
         rows.append([f"base model{told}", *cells])
     return rows
 
@@ -178,10 +184,12 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
     names = sorted({name for named in runs for name in named.run.results.get("final", {})}, key=order)
     if len(groups) == len(runs) or not names:
         return
-    first, *_ = groups.values()
     yield "<h2>Scores, averaged over seeds</h2>"
-    rows = [["base model", *(_averaged(name, first, "base", tables.base) for name in names)]]
-    rows += [
+    asked = [
+        (members, [_averaged(name, members, "base", tables.base[label]) for name in names])
+        for label, members in groups.items()
+    ]
+    rows = _base_rows(asked, list(groups)) + [
         [_swatch(members[0], label), *(_averaged(name, members, "final", tables.averages[label]) for name in names)]
         for label, members in groups.items()
     ]

@@ -30,10 +30,11 @@ def made(
     """A run whose final scores are these: of `ES`, say, 1 for each record that was right; rows count from 0."""
     first = more.pop("first_row", 0)
     numbers = more.pop("numbers", {})
+    known = more.pop("known", 0)  # to the base model: the first so many
     run = make_run(folder, overrides=overrides, editor=editor, **more)
     lines = [
         {"stage": stage, "place": row, "index": first + row, "protocol": name}
-        | {"correct": right * (stage == "final"), "tokens": 1}
+        | {"correct": right if stage == "final" else int(row < known), "tokens": 1}
         for stage in ("base", "final")
         for name, every in scores.items()
         for row, right in enumerate(every)
@@ -41,7 +42,8 @@ def made(
     write_lines(run / "records.jsonl", lines)
     if (run / "results.json").is_file():
         means = {name: score(sum(every) / len(every)) for name, every in scores.items()}
-        results = {"base": dict.fromkeys(means, score(0.0)), "final": means | numbers}
+        base = {name: score(known / len(every)) for name, every in scores.items()}
+        results = {"base": base, "final": means | numbers}
         cost = {"turns": 6, "edits": 40, "peak_memory": {"peak_bytes": 2**30}}
         (run / "results.json").write_text(json.dumps({**results, "cost": cost}))
     return run
@@ -65,6 +67,11 @@ def only_group(root: Path) -> Group:
 
 def bold(group: Group, column: str) -> set[str]:
     return {row.method for row in group.rows if column in row.cells and row.cells[column].bold}
+
+
+def methods(group: Group) -> list[Row]:
+    """All but the base model, which has no seeds of its own."""
+    return [one for one in group.rows if one.seeds is not None]
 
 
 def row(group: Group, method: str) -> Row:
@@ -101,6 +108,33 @@ def test_which_is_the_best_is_read_off_the_same_data(tmp_path: Path) -> None:
     assert bold(only_group(tmp_path), "ES") == {"best", "low", *"abc"}  # four times that
 
 
+def test_the_base_model_has_a_row_for_each_choice_of_seeds(tmp_path: Path) -> None:
+    """It was asked about the facts of each: a method of one seed is read against that seed's."""
+    for seed, known in ((1, 10), (2, 20)):
+        made(tmp_path / f"two{seed}", {"ES": right(32)}, f"seed={seed}", editor="two", known=known)
+    assert row(only_group(tmp_path), "base model").cells["ES"].by_seed == (10 / EVERY, 20 / EVERY)
+    made(tmp_path / "one", {"ES": right(30)}, "seed=2", editor="one", known=20)
+    group = only_group(tmp_path)
+    assert [one.method for one in group.rows] == ["base model, seed=1,2", "base model, seed=2", "two", "one"]
+    assert row(group, "base model, seed=1,2").cells["ES"].mean == pytest.approx(15 / EVERY)
+    assert row(group, "base model, seed=2").cells["ES"].mean == pytest.approx(20 / EVERY)
+    main([str(tmp_path), "--to", str(tmp_path / "page")])
+    averaged = (tmp_path / "page" / "report.html").read_text().partition("averaged over seeds")[2]
+    rows = re.findall(r"<td>(base model[^<]*)</td><td>([0-9.]+)", averaged.partition("</table>")[0])
+    assert sorted(rows) == [("base model, seed=1,2", "37.5"), ("base model, seed=2", "50.0")]
+
+
+def test_without_a_seed_in_common_each_run_has_to_be_below_each(tmp_path: Path) -> None:
+    """Over all pairs the mean is below, by more than chance, and in one pair it is not: both are bold."""
+    made(tmp_path / "best1", {"ES": right(38)}, "seed=1", editor="best")
+    made(tmp_path / "best2", {"ES": right(18)}, "seed=2", editor="best")
+    made(tmp_path / "other", {"ES": right(20)}, "seed=3", editor="other")
+    assert bold(only_group(tmp_path), "ES") == {"best", "other"}
+    shutil.rmtree(tmp_path / "other")
+    made(tmp_path / "other", {"ES": right(10)}, "seed=3", editor="other")
+    assert bold(only_group(tmp_path), "ES") == {"best"}
+
+
 def test_numbers_of_seeds_stand_in_their_order(tmp_path: Path) -> None:
     """As folders of a sweep are sorted, job 10 comes before job 2."""
     for name in ("plain", "other"):
@@ -131,7 +165,7 @@ def test_seeds_are_averaged_and_paired_within_a_seed(tmp_path: Path) -> None:
             made(tmp_path / f"{name}{seed}", {"ES": right(count)}, f"seed={seed}", editor=name, **where)
     made(tmp_path / "c1", {"ES": right(15)}, "seed=1", editor="c", first_row=1000)
     group = only_group(tmp_path)
-    assert [(one.method, one.seeds) for one in group.rows] == [("base model", None), ("a", 2), ("c", 1), ("b", 2)]
+    assert [(one.method, one.seeds) for one in methods(group)] == [("a", 2), ("c", 1), ("b", 2)]
     assert row(group, "a").cells["ES"].mean == pytest.approx(0.5)
     assert row(group, "a").cells["perplexity"].mean == pytest.approx(15.0)
     assert row(group, "a").cells["perplexity"].low is None
@@ -211,13 +245,13 @@ def test_a_method_is_what_was_chosen_by_default_too(tmp_path: Path) -> None:
     for run, alpha in zip(runs, (10, 10, 1000), strict=False):
         change(run, "editor", "alpha", alpha)
     change(runs[0], "editor", "unknown_to_the_others", 1)
-    rows = [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]]
+    rows = [(one.method, one.seeds) for one in methods(only_group(tmp_path))]
     assert sorted(rows) == [("plain alpha=10", 2), ("plain alpha=1000", 1), ("plain alpha=?", 1)]
     change(runs[3], "editor", "alpha", 10)
-    rows = [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]]
+    rows = [(one.method, one.seeds) for one in methods(only_group(tmp_path))]
     assert sorted(rows) == [("plain alpha=10", 3), ("plain alpha=1000", 1)]
     change(runs[2], "editor", "alpha", 10)
-    assert [(one.method, one.seeds) for one in only_group(tmp_path).rows[1:]] == [("plain", 4)]
+    assert [(one.method, one.seeds) for one in methods(only_group(tmp_path))] == [("plain", 4)]
 
 
 def test_other_trained_networks_make_other_methods(tmp_path: Path) -> None:
@@ -226,7 +260,7 @@ def test_other_trained_networks_make_other_methods(tmp_path: Path) -> None:
         run = made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", editor="malmen")
         change(run, "editor", "load_checkpoint", network and f"nets/{network}")
         change(run, "inputs", "network" if network else "train", network or "questions")
-    names = {one.method for one in only_group(tmp_path).rows[1:]}
+    names = {one.method for one in methods(only_group(tmp_path))}
     assert names == {"malmen network file=good", "malmen network file=bad", "malmen network file=none"}
 
 
@@ -237,14 +271,14 @@ def test_text_that_the_seed_deals_out_makes_no_other_method(tmp_path: Path) -> N
             run = made(tmp_path / f"{text}{seed}", {"ES": right(9)}, f"seed={seed}", editor=text)
             change(run, "editor", "preserve_text", text)
             change(run, "inputs", "corpus", f"text {seed}")
-    rows = {one.method: one.seeds for one in only_group(tmp_path).rows[1:]}
+    rows = {one.method: one.seeds for one in methods(only_group(tmp_path))}
     assert rows == {"unrelated": 2, "corpus corpus file=text 1": 1, "corpus corpus file=text 2": 1}
 
 
 def test_a_number_is_one_setting_however_it_is_written(tmp_path: Path) -> None:
     for seed, (step, tokens) in enumerate((("1e-3", 400), ("2e-3", 400), ("1e-3", 900), ("0.001", 900))):
         made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", f"model.lr={step}", f"corpus.tokens={tokens}")
-    names = {one.method: one.seeds for one in only_group(tmp_path).rows[1:]}
+    names = {one.method: one.seeds for one in methods(only_group(tmp_path))}
     assert names == {
         "plain lr=0.001 corpus.tokens=400": 1,
         "plain lr=0.002 corpus.tokens=400": 1,
@@ -261,7 +295,7 @@ def test_what_decides_nothing_makes_no_other_method(tmp_path: Path, one: str, ot
     """Devices, how long a run goes on, where its data lay, and a default that somebody typed."""
     for seed, override in enumerate((one, other)):
         change(made(tmp_path / str(seed), {"ES": right(9)}, f"seed={seed}", override), "editor", "alpha", 10.0)
-    assert [row.seeds for row in only_group(tmp_path).rows[1:]] == [2]
+    assert [row.seeds for row in methods(only_group(tmp_path))] == [2]
 
 
 def test_a_seed_run_again_is_told_apart_by_its_code(tmp_path: Path) -> None:
@@ -270,7 +304,7 @@ def test_a_seed_run_again_is_told_apart_by_its_code(tmp_path: Path) -> None:
         about = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps(about | {"git": {"commit": commit, "dirty": dirty}}))
     group = only_group(tmp_path)
-    assert [one.method for one in group.rows[1:]] == ["plain at 1111111", "plain at 2222222 with changes"]
+    assert [one.method for one in methods(group)] == ["plain at 1111111", "plain at 2222222 with changes"]
     assert "Runs are of 2 versions of the code, which the CSV names." in group.notes
     assert "Made with uncommitted changes to the code: plain at 2222222 with changes." in group.notes
     _, last = csv.DictReader(files(board_of(open_runs([tmp_path / "b"])), [])["leaderboard.csv"].splitlines())
@@ -507,12 +541,12 @@ def test_warm_up_turns_name_those_alone_that_warm_up(tmp_path: Path) -> None:
     for place, turns in (("a1", 5), ("a2", 3)):
         change(tmp_path / place, "dataset", "num_warm_up", turns)
     group = only_group(tmp_path)
-    assert {(one.method, one.seeds) for one in group.rows[1:]} == {
+    assert {(one.method, one.seeds) for one in methods(group)} == {
         ("a num_seq_zsre=5", 1), ("a num_seq_zsre=3", 1), ("b", 2),
     }  # fmt: skip
     shutil.rmtree(tmp_path / "a2")
     group = only_group(tmp_path)
-    assert {one.method for one in group.rows[1:]} == {"a", "b"}
+    assert {one.method for one in methods(group)} == {"a", "b"}
     assert "All with num_seq_zsre=5." in group.notes
 
 
