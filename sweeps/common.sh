@@ -17,17 +17,32 @@ done
 folder=outputs/sweeps/$(basename "$0" .sh)/$(date +%Y-%m-%d_%H-%M-%S)-$$ # two may begin in one second
 status=0
 
+# python SETTING...: in the background, for a shell keeps a signal until what it waits for in front has ended. What is asked
+# to stop is the run, which then ends with a checkpoint, and after it the script. (TERM, as what runs there may ignore INT.)
+python() {
+    .venv/bin/python "$@" &
+    trap "kill -TERM $!" INT TERM
+    code=0
+    wait $! || code=$?
+    while kill -0 $! 2>/dev/null; do # the signal ended the waiting
+        code=0
+        wait $! || code=$?
+    done
+    trap - INT TERM
+    [ "$code" -eq 0 ] || status=$code
+    [ "$code" -lt 128 ] || exit "$code"
+}
+
 sweep() {
     name=$1
     shift
-    .venv/bin/python main.py -m resume=auto hydra.sweep.dir="$folder/$name" "$@" || status=$?
-    [ "$status" -lt 128 ] || exit "$status" # a signal: the whole script stops
+    python main.py -m resume=auto hydra.sweep.dir="$folder/$name" "$@"
 }
 
 report() {
-    .venv/bin/python -m harness.report "$1" --to "$1" || status=$?
+    python -m harness.report "$1" --to "$1"
 }
 
 leaderboard() {
-    .venv/bin/python -m harness.report --leaderboard "$1" --to "$1" || status=$?
+    python -m harness.report --leaderboard "$1" --to "$1"
 }

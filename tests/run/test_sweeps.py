@@ -173,6 +173,24 @@ def test_a_failed_job_leaves_the_rest_to_run_and_a_signal_does_not(tmp_path: Pat
     assert [call[0] for call in calls].count("main.py") == sweeps
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_reaches_the_run_which_ends_in_its_own_time(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    python = """#!/bin/sh
+trap 'sleep 0.3; echo stopped; exit 143' TERM
+echo started
+for i in $(seq 100); do sleep 0.05; done
+"""
+    place(tmp_path, python)
+    with subprocess.Popen(["sh", "sweeps/ablations.sh"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "started\n"
+        script.send_signal(number)
+        assert script.communicate(timeout=30)[0] == "stopped\n", "and no other sweep is started"
+        assert script.returncode == 143
+
+
 @pytest.mark.parametrize(
     ("settings", "lacking"),
     [
