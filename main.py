@@ -111,25 +111,24 @@ def run_job(composed: DictConfig) -> None:
         with requeued_after_checkpoint(), init_ranks().in_step():
             cfg = job.rank_settings(to_run_config(composed), init_ranks())
             run(cfg, composed, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, FloatingPointError, OSError) as error:
-        if not (line := error_line(error)):
-            if in_sweep:
-                log.exception("this job failed")
-            raise
-        if in_sweep:  # which goes on with its other jobs and ends with this error, maybe in another process
-            log.error("this job failed: %s", line.removeprefix("error: "))
-            raise ValueError(line.removeprefix("error: ")) from error
-        sys.exit(line)
     except Interrupted as stop:
         raise SystemExit(stop.code) from None  # which any process can read
-    except Exception:
+    except Exception as error:
+        line = error_line(error)
+        if line and not in_sweep:
+            sys.exit(line)
+        if line:  # the sweep goes on with its other jobs and ends with this error, maybe in another process
+            log.error("this job failed: %s", line.removeprefix("error: "))
+            raise ValueError(line.removeprefix("error: ")) from error
         if in_sweep:
             log.exception("this job failed")
         raise
 
 
 def error_line(error: Exception) -> str:
-    """What the user did, or the file system refuses, in one line; empty for any other OSError, a fault of ours."""
+    """What the user did, or the file system refuses, in one line; empty for any other error, a fault of ours."""
+    if not isinstance(error, ValueError | FloatingPointError | OSError):
+        return ""
     cause = error.__cause__
     if isinstance(cause, OSError) and str(error).startswith("Unable to configure handler"):
         error = cause  # logging, about the run's main.log

@@ -86,7 +86,7 @@ def marker(style: Look) -> str:
 
 
 def named_runs(runs: Sequence[Run]) -> list[Named]:
-    """The runs with their names and looks, those of a configuration side by side."""
+    """The runs with their names and looks, those of a configuration side by side, by their seeds."""
     of = configurations(runs)
     every = list(dict.fromkeys(of))
     variants = max(map(of.count, every))
@@ -94,7 +94,7 @@ def named_runs(runs: Sequence[Run]) -> list[Named]:
         Named(label, name, run, look(every.index(name), of[:place].count(name), variants))
         for place, (label, name, run) in enumerate(zip(labels(runs), of, runs, strict=True))
     ]
-    return sorted(named, key=lambda one: every.index(one.configuration))
+    return sorted(named, key=lambda one: (every.index(one.configuration), one.run.seed))
 
 
 def curve(ax: Axes, x: np.ndarray, y: np.ndarray, *, over_log: bool = False, **style: Any) -> None:

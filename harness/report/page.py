@@ -164,7 +164,7 @@ def _base_rows(asked: Iterable[tuple[Sequence[Named], Sequence[str]]], labels: S
     """
     bases: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {}  # cells -> label -> seeds
     for (members, cells), label in zip(asked, labels, strict=True):
-        seeds = tuple(dict.fromkeys(sorted(named.run.seed for named in members)))
+        seeds = tuple(dict.fromkeys(named.run.seed for named in members))
         bases.setdefault(tuple(cells), {})[label] = seeds
     choices = [set(own.values()) for own in bases.values()]
     by_seed = sum(map(len, choices)) == len(set.union(*choices))
@@ -205,8 +205,7 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
 
 
 def _averaged(name: str, members: Sequence[Named], stage: str, averages: Mapping[str, Average]) -> str:
-    by_seed = sorted(members, key=lambda named: named.run.seed)
-    every = [named.run.results.get(stage, {}).get(name) for named in by_seed]
+    every = [named.run.results.get(stage, {}).get(name) for named in members]
     means = [interval(score)[0] for score in every if score is not None]
     if not means:
         return "-"
