@@ -1,7 +1,8 @@
 """Which facts are asked again after later turns, and when (DESIGN section 5, retention).
 
-A sample of each edit turn's records, fixed by (seed, turn), is scored right after the turn and when 1, 2, 4, 8, ...
-more turns have gone by, warm-up turns among them; and once more at the end. The age of a score is that number of turns.
+A sample of each edit turn's records, fixed by the seed and the edits before it, is scored right after the turn and when
+1, 2, 4, 8, ... more turns have gone by, warm-up turns among them; and once more at the end. The age of a score is that
+number of turns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from data.stream import EditStream
 
 
 class RetentionPlan:
-    """`sample` records of each turn (0: none), a function of seed and turn, so that a resumed run asks the same."""
+    """`sample` records of each turn (0: none): the same in a resumed run, and in one that warms up for more turns."""
 
     def __init__(self, stream: EditStream, sample: int, seed: int) -> None:
         self.stream, self.sample, self.seed = stream, sample, seed
@@ -30,5 +31,5 @@ class RetentionPlan:
     def places(self, turn: int) -> list[int]:
         """The sample of a turn; none of a warm-up turn."""
         written = range(len(self.stream.edited(turn)), len(self.stream.edited(turn + 1)))
-        chosen = random.Random(f"retention {self.seed} {turn}").sample(written, min(self.sample, len(written)))
+        chosen = random.Random(f"retention {self.seed} {written.start}").sample(written, min(self.sample, len(written)))
         return sorted(chosen)

@@ -66,12 +66,16 @@ def numbers(questions: Sequence[Question]) -> list[TokenSequence]:
 @pytest.fixture
 def stream() -> EditStream:
     """Nine edit turns; two of warm-up before the third."""
+    return stream_of(num_warm_up=2)
+
+
+def stream_of(num_warm_up: int) -> EditStream:
     records = [
         EditRecord(i, Question(f"{i}", f"{i} {i}"), Question(f"{i} 90", f"{i} {i}"), Question("1", "2"))
         for i in range(TURNS * FACTS)
     ]
     return EditStream(
-        records, records, n_edits=FACTS, batch_size=5, num_turns=TURNS, num_warm_up=2, preheat_mode="q1",
+        records, records, n_edits=FACTS, batch_size=5, num_turns=TURNS, num_warm_up=num_warm_up, preheat_mode="q1",
         tokenizer=Split(), answer_tokens="joint", seed=3,
     )  # fmt: skip
 
@@ -92,6 +96,11 @@ def test_who_is_asked_when(stream: EditStream) -> None:
     assert [plan.places(t) for t in (4, 5)] != [RetentionPlan(stream, SAMPLE, 1).places(t) for t in (4, 5)]
     assert RetentionPlan(stream, 100, 42).places(4) == [10, 11, 12, 13, 14]
     assert list(RetentionPlan(stream, 0, 42).at_end()) == RetentionPlan(stream, 0, 42).due(3) == []
+
+
+def test_the_same_facts_are_asked_with_and_without_warm_up() -> None:
+    plain, warmed_up = (list(RetentionPlan(stream_of(turns), SAMPLE, 42).at_end()) for turns in (0, 2))
+    assert plain == warmed_up
 
 
 def scoring_of(folder: RunFolder, stream: EditStream, retention: int) -> tuple[Scoring, Fading]:
