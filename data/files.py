@@ -20,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from data.dataset import JSON_KINDS, Dataset, ToRecord
 from data.disk import LFS_HEAD, sha256_of, whole_or_absent, write_atomically
-from data.json_stream import NestingError, first_byte, json_values
+from data.json_stream import HalfCharacterError, NestingError, first_byte, json_values
 from data.records import EditRecord
 from data.stream import NORMALISATION_GROWTH
 
@@ -242,6 +242,8 @@ def _rows(path: Path) -> Iterator[Any]:
             index += 1
     except NestingError as error:
         raise ValueError(f"file {path}: {error}, and a row needs a handful; mend or fetch the file again") from error
+    except HalfCharacterError as error:
+        raise ValueError(f"file {path}: {error}, as if a text was cut there; mend or fetch the file again") from error
     except (ijson.JSONError, UnicodeDecodeError) as error:
         raise ValueError(f"file {path}, row {index}: {_broken(error)}; mend or fetch the file again") from error
 

@@ -40,7 +40,7 @@ from data.download import (
     open_client,
     size_of,
 )
-from data.json_stream import NestingError, json_values
+from data.json_stream import HalfCharacterError, NestingError, json_values
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise FetchError(f"{path}, row {row_number}: not an object but {type(row).__name__}")
             yield row
             row_number += 1
-    except (ijson.JSONError, UnicodeDecodeError, NestingError, pyarrow.ArrowException) as error:
+    except (ijson.JSONError, UnicodeDecodeError, NestingError, HalfCharacterError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:120]
         raise FetchError(f"{path}, after row {row_number}: broken or cut off ({reason})") from error
 

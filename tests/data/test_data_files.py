@@ -141,6 +141,10 @@ class TestMistakes:
                 as_lines(rows(9)) + '{"src": "King \\udc00"}',
                 r"facts.json, row 9: a text that is no Unicode",
             ),
+            (
+                as_array(rows(9)).replace("Where is 7?", r"\ud83d"),
+                r"facts.json: \\ud83d at byte \d+ is half a character",
+            ),
             (as_array(rows(9)) + "]", r"facts.json, row 9: broken JSON \(.*trailing garbage"),
             (
                 as_array(rows(9)).replace('"Where is 7?"', "NaN"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.download import FetchError
-from data.json_stream import DEEPEST, NestingError, ShallowJSON
+from data.json_stream import DEEPEST, HalfCharacterError, NestingError, ShallowJSON
 from data.prepare import read_rows
 from glue_eval.rows import read_task
 from glue_eval.tasks import TASKS
@@ -50,6 +50,22 @@ def depth_of(value: Any) -> int:
 
 def test_depth_is_that_of_a_place_and_not_the_number_of_brackets() -> None:
     assert read_through("[[]]{}" * 1000, 100) == b"[[]]{}" * 1000
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 12, 13, 100])
+def test_half_a_character_is_refused_and_a_whole_one_is_not(size: int) -> None:
+    """Also where a chunk ends within it; and a backslash of the text before it makes no escape."""
+    for whole in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\\\ud83d\ude00\\ud83d.\uD83D\uDE00"', r'"\ud7ff \ue000"'):
+        padded = f'["{"." * 20}", {whole}]'
+        assert read_through(padded, size) == padded.encode()
+    for half, place in {
+        r'"\ud83d"': 1, r'"\uDBFF."': 1, r'"\\\ud83d"': 3, r'"\ud83d\ud83d\ude00"': 1,
+        r'"\ud83d\\ude00"': 1, r'"\ud83d\n"': 1,
+    }.items():  # fmt: skip
+        with pytest.raises(HalfCharacterError, match=rf"^\\u[dD]\w{{3}} at byte {place + 1} is half a character$"):
+            read_through(f"[{half}]", size)
+        with pytest.raises(HalfCharacterError, match=f" at byte {place + 25} "):
+            read_through(f'["{"." * 20}", {half}, "{"." * 20}"]', size)
 
 
 @pytest.mark.parametrize("start", ["[", '[{"a":', '{"a":'])
