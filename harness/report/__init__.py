@@ -11,6 +11,7 @@ be kept beside a paper. This package alone knows matplotlib; a run imports it wh
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,19 @@ from pathlib import Path
 import matplotlib
 
 from data.disk import write_atomically
-from harness.report import hidden_figure, leaderboard_files, method_figures, page, score_figures, trade_figure
+from harness.report import (
+    curve_figures,
+    hidden_figure,
+    leaderboard_files,
+    method_figures,
+    page,
+    score_figures,
+    trade_figure,
+)
 from harness.report.averages import tables
 from harness.report.copies import numbers_of
 from harness.report.drawing import STYLE, Named, Picture, named_runs
-from harness.report.leaderboard import Group, board_of
+from harness.report.leaderboard import Board, board_of
 from harness.report.runs import Run, open_runs
 
 Draw = Callable[[Sequence[Named]], Picture | None]
@@ -43,10 +52,10 @@ DRAWINGS: tuple[Draw, ...] = (  # in the order of the page
 BOARD_DRAWINGS: tuple[Draw, ...] = (  # of the runs that ended with as many edits
     trade_figure.methods_against_harm,
 )
-LONGER_DRAWINGS: tuple[Draw, ...] = (  # of those that went on, too
-    score_figures.written_over_edits,
-    score_figures.harm_over_edits,
-    score_figures.edits_by_age,
+CURVES: tuple[Draw, ...] = (  # of all runs on the same facts, however many they edited
+    curve_figures.written_over_edits,
+    curve_figures.harm_over_edits,
+    curve_figures.edits_by_age,
 )
 
 
@@ -74,7 +83,7 @@ def write_leaderboard(folders: Sequence[Path], target: Path | None = None) -> Pa
     """
     runs = open_runs(folders)
     board = board_of(runs)
-    drawn = [one for group in board.groups for one in _group_drawn(group, len(board.groups) > 1)]
+    drawn = _board_drawn(board)
     target = target or usual_folder(runs)
     write_files(target, {**_pngs(drawn), **leaderboard_files.files(board, drawn)})
     return target / "leaderboard.html"
@@ -96,17 +105,24 @@ def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Pictur
         return [(picture, page.png(picture)) for draw in drawings if (picture := draw(runs)) is not None]
 
 
-def _group_drawn(group: Group, is_one_of_several: bool) -> list[tuple[Picture, bytes]]:
-    named = named_runs([*group.runs, *group.longer])
-    ended = [one for one in named if one.run in group.runs]
-    drawn = _drawn(ended, BOARD_DRAWINGS) + _drawn(named, LONGER_DRAWINGS)
-    if not is_one_of_several:
-        return drawn
-    slug = leaderboard_files.slug(group.title)
-    return [
-        (replace(picture, name=f"{picture.name}_{slug}", title=f"{picture.title}: {group.title}"), png)
-        for picture, png in drawn
+def _board_drawn(board: Board) -> list[tuple[Picture, bytes]]:
+    """Pictures of each group, and curves over all that differ in the number of edits alone; those alike have titles."""
+    on_the_same: dict[str, list[Run]] = {}
+    for group in board.groups:
+        on_the_same.setdefault(f"{group.data}, {group.model}", []).extend(group.runs)
+    found = [
+        (title, *one)
+        for every, drawings in (({one.title: one.runs for one in board.groups}, BOARD_DRAWINGS), (on_the_same, CURVES))
+        for title, runs in every.items()
+        for one in _drawn(named_runs(runs, as_scored=False), drawings)
     ]
+    count = Counter(picture.name for _, picture, _ in found)
+    return [(_titled(picture, title) if count[picture.name] > 1 else picture, png) for title, picture, png in found]
+
+
+def _titled(picture: Picture, title: str) -> Picture:
+    name = f"{picture.name}_{leaderboard_files.slug(title)}"
+    return replace(picture, name=name, title=f"{picture.title}: {title}")
 
 
 def _pngs(drawn: Sequence[tuple[Picture, bytes]]) -> dict[str, bytes]:

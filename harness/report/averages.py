@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from harness.report.drawing import Named
+from harness.report.drawing import Named, by_configuration
 from harness.report.page import Tables
 from harness.report.paired import Average, Difference, Scores, average, compare, holm, record_scores
 from harness.report.runs import Run
@@ -15,9 +15,7 @@ Label = TypeVar("Label", bound=Hashable)  # of a configuration, or of two
 
 def tables(runs: Sequence[Named]) -> Tables:
     """What is told of configurations: averages over their seeds, and paired differences from the first."""
-    groups: dict[str, list[Run]] = {}
-    for named in runs:
-        groups.setdefault(named.configuration, []).append(named.run)
+    groups = {label: [named.run for named in own] for label, own in by_configuration(runs).items()}
     if len(runs) == 1:
         return Tables({}, {}, {}, {})
     first, *others = groups

@@ -85,9 +85,9 @@ def marker(style: Look) -> str:
     return MARKERS[DASHES.index(style["linestyle"])]
 
 
-def named_runs(runs: Sequence[Run]) -> list[Named]:
-    """The runs with their names and looks, those of a configuration side by side, by their seeds."""
-    of = configurations(runs)
+def named_runs(runs: Sequence[Run], *, as_scored: bool = True) -> list[Named]:
+    """The runs with their names and looks, those of a configuration (see there) side by side, by their seeds."""
+    of = configurations(runs, as_scored=as_scored)
     every = list(dict.fromkeys(of))
     variants = max(map(of.count, every))
     named = [
@@ -95,6 +95,14 @@ def named_runs(runs: Sequence[Run]) -> list[Named]:
         for place, (label, name, run) in enumerate(zip(labels(runs), of, runs, strict=True))
     ]
     return sorted(named, key=lambda one: (every.index(one.configuration), one.run.seed))
+
+
+def by_configuration(runs: Iterable[Named]) -> dict[str, list[Named]]:
+    """The runs of each, in their order."""
+    groups: dict[str, list[Named]] = {}
+    for named in runs:
+        groups.setdefault(named.configuration, []).append(named)
+    return groups
 
 
 def curve(ax: Axes, x: np.ndarray, y: np.ndarray, *, over_log: bool = False, **style: Any) -> None:

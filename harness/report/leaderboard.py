@@ -69,7 +69,6 @@ class Group:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     runs: tuple[Run, ...]  # that ended here
-    longer: tuple[Run, ...]  # that were scored here on their way
 
     @property
     def title(self) -> str:
@@ -128,8 +127,7 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
     first = next((name for name in COLUMNS if any(name in row.cells for row in rows)), SECONDS)
     rows.sort(key=lambda row: -row.cells[first].mean if first in row.cells else float("inf"))
     data, model, edits = names
-    longer = tuple(one.run for one in members if one.turns is not None)
-    return Group(model, data, edits, (*_bases(methods), *rows), tuple(dict.fromkeys(notes)), tuple(ended), longer)
+    return Group(model, data, edits, (*_bases(methods), *rows), tuple(dict.fromkeys(notes)), tuple(ended))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.progress import duration
-from harness.report.drawing import Named, Picture, interval
+from harness.report.drawing import Named, Picture, by_configuration, interval
 from harness.report.names import seeds_told
 from harness.report.paired import RESAMPLES, Average, Difference
 from harness.report.score_figures import order
@@ -178,9 +178,7 @@ def _base_rows(asked: Iterable[tuple[Sequence[Named], Sequence[str]]], labels: S
 
 def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
     """Means over records and seeds, where runs differ in the seed alone."""
-    groups: dict[str, list[Named]] = {}
-    for named in runs:
-        groups.setdefault(named.configuration, []).append(named)
+    groups = by_configuration(runs)
     names = sorted({name for named in runs for name in named.run.results.get("final", {})}, key=order)
     if len(groups) == len(runs) or not names:
         return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -30,7 +30,6 @@ from harness.report.drawing import (
     log_axis,
     look,
     marker,
-    not_shown,
     panel_grid,
     percent_axis,
     span_widely,
@@ -79,35 +78,10 @@ def scores(runs: Sequence[Named]) -> Picture | None:
 
 
 def scores_over_edits(runs: Sequence[Named]) -> Picture | None:
+    """A panel a score, or of one run a protocol; None where there is nothing to draw."""
     names = list(dict.fromkeys(name for named in runs for line in named.run.evaluations for name in line["scores"]))
     names.sort(key=order)
     panels = one_runs_panels(runs[0].run, names) if len(runs) == 1 else all_runs_panels(runs, names)
-    return over_edits("scores", "Scores over edits", panels, runs, LS_NOTE)
-
-
-def written_over_edits(runs: Sequence[Named]) -> Picture | None:
-    """What the edited models say by themselves, of runs that were scored on the way."""
-    return some_over_edits("written", "Whole answers written, over edits", ("ES_gen", "GS_gen"), runs)
-
-
-def harm_over_edits(runs: Sequence[Named]) -> Picture | None:
-    """What editing did to the rest, of runs that were scored on the way."""
-    return some_over_edits("harm", "Harm done, over edits", ("LS_agree", "perplexity"), runs)
-
-
-def some_over_edits(name: str, title: str, names: Sequence[str], runs: Sequence[Named]) -> Picture | None:
-    on_the_way = [named for named in runs if any(line["stage"] == "eval" for line in named.run.evaluations)]
-    there = {score for named in on_the_way for line in named.run.evaluations for score in line["scores"]}
-    note = not_shown("scored on the way", dict.fromkeys(named.label for named in runs if named not in on_the_way))
-    return over_edits(
-        name, title, all_runs_panels(on_the_way, [one for one in names if one in there]), on_the_way, note
-    )
-
-
-def over_edits(
-    name: str, title: str, panels: Mapping[str, Sequence[ScoreLine]], runs: Sequence[Named], note: str = ""
-) -> Picture | None:
-    """None where there is nothing to draw."""
     if not panels:
         return None
     figure, axes = panel_grid(len(panels), 3)
@@ -121,10 +95,10 @@ def over_edits(
     base = Line2D([], [], color=base_colour, linestyle=":", linewidth=1.6, label="base model")
     legend_above(figure, *axes, extra=[base])
     return Picture(
-        name,
-        title,
+        "scores",
+        "Scores over edits",
         f"Mean over the facts written so far; {bands_note(*map(len, panels.values()))} The base model is asked about "
-        f"all facts of the run. {note}".strip(),
+        f"all facts of the run. {LS_NOTE}",
         figure,
     )
 
@@ -162,13 +136,24 @@ def bands_note(*curves: int) -> str:  # of each panel
 
 
 def draw_score(ax: Axes, line: ScoreLine, bands: bool) -> None:
-    found = [one for one in line.run.evaluations if one["scores"].get(line.score) is not None]
-    for one in found:
-        if one["stage"] == "base":
-            mean, *_ = interval(one["scores"][line.score])
-            ax.axhline(mean, color=line.base_colour, linestyle=":", linewidth=1.6, zorder=1)
-    points = {line.run.edits_after(one["turn"]): one["scores"][line.score] for one in found if one["stage"] != "base"}
-    draw_points(ax, points, line.look, line.label, bands)
+    base_line(ax, line.run, line.score, line.base_colour)
+    draw_points(ax, points_over_edits(line.run, line.score), line.look, line.label, bands)
+
+
+def base_line(ax: Axes, run: Run, score: str, colour: str) -> None:
+    """What the base model scored on the run's facts, where it was asked."""
+    for one in run.evaluations:
+        if one["stage"] == "base" and one["scores"].get(score) is not None:
+            ax.axhline(interval(one["scores"][score])[0], color=colour, linestyle=":", linewidth=1.6, zorder=1)
+
+
+def points_over_edits(run: Run, score: str) -> dict[float, Any]:
+    """{facts edited: score} of the edited model."""
+    return {
+        run.edits_after(one["turn"]): one["scores"][score]
+        for one in run.evaluations
+        if one["stage"] != "base" and one["scores"].get(score) is not None
+    }
 
 
 def draw_points(ax: Axes, points: Mapping[float, Any], style: Look, label: str | None, bands: bool) -> None:
@@ -293,26 +278,19 @@ def rows_axis(ax: Axes, names: Sequence[str]) -> None:
 # Retention
 
 
-def edits_by_age(runs: Sequence[Named]) -> Picture | None:
-    """Retention of the edits alone."""
-    found = retention_by_age(runs, ("ES",))
-    return None if found is None else replace(found, name="age", title="Edited facts by their age")
-
-
-def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORE_NAMES)) -> Picture | None:
+def retention_by_age(runs: Sequence[Named]) -> Picture | None:
+    """A panel a protocol."""
     curves = {named.label: (named, ages) for named in runs if (ages := scores_by_age(named.run))}
     if not curves:
         return None
-    there = dict.fromkeys(protocol for _, ages in curves.values() for protocol in ages)
-    protocols = [protocol for protocol in there if protocol in wanted]
-    every_age = sorted({age for _, ages in curves.values() for one in ages.values() for age in one})
+    protocols = list(dict.fromkeys(protocol for _, ages in curves.values() for protocol in ages))
+    every = [one for _, ages in curves.values() for one in ages.values()]
     figure, axes = panel_grid(len(protocols), 3)
     for ax, protocol in zip(axes, protocols, strict=True):
+        every_age = age_axis(ax, every)
         for label, (named, ages) in curves.items():
             points = {float(every_age.index(age)): score for age, score in ages.get(protocol, {}).items()}
             draw_points(ax, points, named.look, label if len(runs) > 1 else None, bands=len(curves) <= MOST_BANDS)
-        ax.set_xticks(range(len(every_age)), [f"{age:,}" for age in every_age])
-        ax.set_xlabel("age of the facts, turns")
         finish_panel(ax, f"{protocol}  {SCORE_NAMES.get(protocol, '')}", share=True)
     legend_above(figure, *axes)
     return Picture(
@@ -322,6 +300,14 @@ def retention_by_age(runs: Sequence[Named], wanted: Sequence[str] = tuple(SCORE_
         f"right after their own); {bands_note(len(curves))} Only the early turns' facts reach a great age.",
         figure,
     )
+
+
+def age_axis(ax: Axes, scores: Iterable[Mapping[int, Any]]) -> list[int]:
+    """All ages of these scores, which lie equally far apart on the axis."""
+    every = sorted({age for one in scores for age in one})
+    ax.set_xticks(range(len(every)), [f"{age:,}" for age in every])
+    ax.set_xlabel("age of the facts, turns")
+    return every
 
 
 def scores_by_age(run: Run) -> dict[str, dict[int, Any]]:

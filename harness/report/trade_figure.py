@@ -15,6 +15,7 @@ from harness.report.drawing import (
     Look,
     Named,
     Picture,
+    by_configuration,
     interval,
     legend_above,
     log_axis,
@@ -57,7 +58,7 @@ def written_against_harm(runs: Sequence[Named]) -> Picture | None:
 def methods_against_harm(runs: Sequence[Named]) -> Picture | None:
     """A mark a method, its mean over seeds, with its seeds behind it; None for one method alone."""
     done = _judged(runs)
-    methods = _grouped((named.configuration, named) for named in done)
+    methods = by_configuration(done)
     if len(methods) < 2:
         return None
     curves = [Curve(name, own[0].look, {"": [named.run for named in own]}) for name, own in methods.items()]

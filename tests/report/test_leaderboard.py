@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from harness.report.__main__ import main
+from harness.report.curve_figures import harm_over_edits
 from harness.report.drawing import named_runs
 from harness.report.leaderboard import Group, Row, board_of
 from harness.report.leaderboard_files import files, latex_text
@@ -486,6 +487,28 @@ def test_runs_scored_on_the_way_are_drawn_inside_the_page_and_beside_the_markdow
     assert html.count('src="data:image/png;base64,') == len(pictures)
     markdown = (tmp_path / "out" / "leaderboard.md").read_text()
     assert set(re.findall(r"!\[.*?\]\((\w+)\.png\)", markdown)) == pictures
+
+
+def test_curves_are_means_over_seeds_and_a_wrecked_model_ends_beyond_the_edge(tmp_path: Path) -> None:
+    """The mean is drawn where both seeds have a score; a shorter run of another method stands in the same picture."""
+    for name, seed, turns, perplexity in (
+        ("a", 1, (3, 4, 6), 40.0), ("a", 2, (4, 6), 60.0), ("b", 1, (4,), 50.0), ("c", 1, (4, 6), 5e8),
+    ):  # fmt: skip
+        run = made(tmp_path / f"{name}{seed}", {"ES": right(9)}, f"seed={seed}", f"num_seq={max(turns)}", editor=name)
+        scores = [{"turn": turn, "stage": "eval", "scores": {"perplexity": perplexity * turn}} for turn in turns]
+        write_lines(run / "scores.jsonl", [{"turn": 0, "stage": "base", "scores": {"perplexity": 30.0}}, *scores])
+    runs = named_runs(open_runs([tmp_path]), as_scored=False)
+    picture = harm_over_edits(runs)
+    assert picture is not None
+    (ax,) = picture.figure.axes
+    drawn = [np.asarray(line.get_xydata()).tolist() for line in ax.get_lines() if line.get_linestyle() != ":"]
+    assert [[20, 200], [40, 300]] in drawn, "the mean of two seeds"
+    assert [[10, 120], [20, 160], [40, 240]] in drawn, "one of them, which was scored once more"
+    assert ax.get_ylim()[1] == pytest.approx(1000 * 120)
+    assert picture.caption.endswith(
+        "Beyond the upper edge: c, up to 3e+09. The base model is asked about all facts of a run."
+    )
+    assert {text.get_text() for text in picture.figure.legends[0].get_texts()} == {"a", "b", "c", "base model"}
 
 
 def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:

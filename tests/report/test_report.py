@@ -23,7 +23,15 @@ from safetensors.torch import load_file, save_file
 
 from data.records import EditRecord, Question, TokenSequence
 from harness.evaluation.hidden import HiddenStates
-from harness.report import DRAWINGS, method_figures, projection, score_figures, trade_figure, write_report
+from harness.report import (
+    DRAWINGS,
+    curve_figures,
+    method_figures,
+    projection,
+    score_figures,
+    trade_figure,
+    write_report,
+)
 from harness.report.__main__ import main
 from harness.report.averages import adjusted, tables
 from harness.report.drawing import MOST_POINTS, STYLE, curve, marker, named_runs, percent_axis
@@ -533,7 +541,7 @@ def test_a_wrecked_model_does_not_hide_the_others_perplexity(tmp_path: Path, wor
         for line in lines:
             line["scores"]["perplexity"] = 35.0 if line["stage"] == "base" else perplexity
         write_lines(run / "scores.jsonl", lines)
-    picture = score_figures.harm_over_edits(named_runs(open_runs(runs)))
+    picture = curve_figures.harm_over_edits(named_runs(open_runs(runs)))
     assert picture is not None
     panels = {ax.get_title(loc="left") or ax.get_title(): ax for ax in picture.figure.axes}
     ax = panels[score_figures.TITLES["perplexity"]]
