@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -49,9 +50,6 @@ DRAWINGS: tuple[Draw, ...] = (  # in the order of the page
     method_figures.time_over_turns,
 )
 
-BOARD_DRAWINGS: tuple[Draw, ...] = (  # of the runs that ended with as many edits
-    trade_figure.methods_against_harm,
-)
 CURVES: tuple[Draw, ...] = (  # of all runs on the same facts, however many they edited
     curve_figures.written_over_edits,
     curve_figures.harm_over_edits,
@@ -108,16 +106,21 @@ def _drawn(runs: Sequence[Named], drawings: Sequence[Draw]) -> list[tuple[Pictur
 def _board_drawn(board: Board) -> list[tuple[Picture, bytes]]:
     """Pictures of each group, and curves over all that differ in the number of edits alone; those alike have titles."""
     on_the_same: dict[str, list[Run]] = {}
+    found = []
     for group in board.groups:
-        on_the_same.setdefault(f"{group.data}, {group.model}", []).extend(group.runs)
-    found = [
-        (title, *one)
-        for every, drawings in (({one.title: one.runs for one in board.groups}, BOARD_DRAWINGS), (on_the_same, CURVES))
-        for title, runs in every.items()
-        for one in _drawn(named_runs(runs, as_scored=False), drawings)
-    ]
+        ended = [one.run for one in group.members if one.turns is None]
+        on_the_same.setdefault(f"{group.data}, {group.model}", []).extend(ended)
+        scores = {one.run.folder: one.scores for one in group.members}
+        marks = partial(trade_figure.methods_against_harm, scores=scores)
+        found += [(group.title, *one) for one in _drawn(_methods([one.run for one in group.members]), [marks])]
+    for title, runs in on_the_same.items():
+        found += [(title, *one) for one in _drawn(_methods(runs), CURVES)]
     count = Counter(picture.name for _, picture, _ in found)
     return [(_titled(picture, title) if count[picture.name] > 1 else picture, png) for title, picture, png in found]
+
+
+def _methods(runs: Sequence[Run]) -> list[Named]:
+    return named_runs(runs, as_scored=False)
 
 
 def _titled(picture: Picture, title: str) -> Picture:

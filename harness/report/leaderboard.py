@@ -68,7 +68,7 @@ class Group:
     edits: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
-    runs: tuple[Run, ...]  # that ended here
+    members: tuple[Standing, ...]
 
     @property
     def title(self) -> str:
@@ -110,7 +110,6 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
         own.sort(key=lambda one: one.run.seed)
     rows = [Row(label, len(own), _cells(own), _codes(own)) for label, own in methods.items()]
     apart, unlike = _not_compared(methods)
-    ended = [one.run for one in members if one.turns is None]
     notes = [f"All with {', '.join(shared)}."] if (shared := shared_choices([one.run for one in members])) else []
     notes += [*_scored(members), *_ways(methods), *unlike]
     comparisons = {
@@ -127,7 +126,7 @@ def _group(names: tuple[str, str, int], members: Sequence[Standing]) -> Group:
     first = next((name for name in COLUMNS if any(name in row.cells for row in rows)), SECONDS)
     rows.sort(key=lambda row: -row.cells[first].mean if first in row.cells else float("inf"))
     data, model, edits = names
-    return Group(model, data, edits, (*_bases(methods), *rows), tuple(dict.fromkeys(notes)), tuple(ended))
+    return Group(model, data, edits, (*_bases(methods), *rows), tuple(dict.fromkeys(notes)), tuple(members))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 from harness.report.__main__ import main
 from harness.report.curve_figures import harm_over_edits
-from harness.report.drawing import named_runs
+from harness.report.drawing import Picture, named_runs
 from harness.report.leaderboard import Group, Row, board_of
 from harness.report.leaderboard_files import files, latex_text
 from harness.report.runs import open_runs
@@ -511,12 +511,17 @@ def test_curves_are_means_over_seeds_and_a_wrecked_model_ends_beyond_the_edge(tm
     assert {text.get_text() for text in picture.figure.legends[0].get_texts()} == {"a", "b", "c", "base model"}
 
 
+def drawn_marks(paths: Sequence[Path]) -> Picture | None:
+    runs = open_runs(paths)
+    return methods_against_harm(named_runs(runs), {run.folder: run.results["final"] for run in runs})
+
+
 def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:
     """A mark a method that ended there, at the mean over its seeds; who lacks LS_agree is named."""
     for name, seed, moved in (("a", 1, 0.2), ("a", 2, 0.4), ("b", 1, 0.6)):
         harm = {"LS_agree": score(1 - moved), "ES_gen": score(0.5), "perplexity": 30.0}
         made(tmp_path / f"{name}{seed}", {"ES": right(9)}, f"seed={seed}", editor=name, numbers=harm)
-    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    picture = drawn_marks([tmp_path])
     assert picture is not None
     harm_axis, _ = picture.figure.axes
     means = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in harm_axis.get_lines()}
@@ -524,10 +529,24 @@ def test_methods_are_drawn_against_their_harm(tmp_path: Path) -> None:
     assert means["b"] == [[pytest.approx(0.6), 0.5]]
     assert "not here" not in picture.caption
     made(tmp_path / "c1", {"ES": right(9)}, "seed=1", editor="c")
-    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    picture = drawn_marks([tmp_path])
     assert picture is not None
     assert picture.caption.endswith(" Not scored so, so not here: c.")
-    assert methods_against_harm(named_runs(open_runs([tmp_path / "a1", tmp_path / "a2"]))) is None
+    assert drawn_marks([tmp_path / "a1", tmp_path / "a2"]) is None
+
+
+def test_methods_are_drawn_as_they_stood_after_as_many_edits(tmp_path: Path) -> None:
+    """Of a run that went on not its final scores; the table's group says which."""
+    for name in "ab":
+        made(tmp_path / name, {"ES": right(9)}, editor=name, numbers={"LS_agree": score(0.1), "ES_gen": score(0.1)})
+    runs = open_runs([tmp_path])
+    then = {"LS_agree": score(0.75), "ES_gen": score(0.5)}
+    picture = methods_against_harm(named_runs(runs), {run.folder: then for run in runs})
+    assert picture is not None
+    (harm_axis,) = picture.figure.axes
+    assert [line.get_xydata().tolist() for line in harm_axis.get_lines() if line.get_label() in "ab"] == [
+        [[0.25, 0.5]]
+    ] * 2
 
 
 def test_a_wrecked_model_does_not_push_the_others_together(tmp_path: Path) -> None:
@@ -535,7 +554,7 @@ def test_a_wrecked_model_does_not_push_the_others_together(tmp_path: Path) -> No
     for name, perplexity in {"a": 30.0, "b": 200.0, "c": 2e10}.items():
         harm = {"LS_agree": score(0.5), "ES_gen": score(0.5), "perplexity": perplexity}
         made(tmp_path / name, {"ES": right(9)}, editor=name, numbers=harm)
-    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    picture = drawn_marks([tmp_path])
     assert picture is not None
     _, text_axis = picture.figure.axes
     assert {line.get_label(): line.get_xdata()[0] for line in text_axis.get_lines()}["c"] == WRECKED * 30.0
@@ -546,7 +565,7 @@ def test_a_method_with_one_wrecked_seed_stands_at_its_mean_or_the_edge(tmp_path:
     for name, seed, perplexity in (("a", 1, 30.0), ("b", 1, 50.0), ("b", 2, 1e6), ("c", 1, 50.0), ("c", 2, 850.0)):
         harm = {"LS_agree": score(0.5), "ES_gen": score(0.5), "perplexity": perplexity}
         made(tmp_path / f"{name}{seed}", {"ES": right(9)}, f"seed={seed}", editor=name, numbers=harm)
-    picture = methods_against_harm(named_runs(open_runs([tmp_path])))
+    picture = drawn_marks([tmp_path])
     assert picture is not None
     _, text_axis = picture.figure.axes
     marks = {line.get_label(): line.get_xdata()[0] for line in text_axis.get_lines()}
