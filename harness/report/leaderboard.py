@@ -31,7 +31,7 @@ COSTS: Final = (SECONDS, PEAK, GPU_PEAK)
 COLUMNS: Final = (*SCORE_COLUMNS, *COSTS)
 NEVER_BEST: Final = ("LS",)
 """Scores of which more is not better: LS is best where it is the base model's."""
-ENOUGH: Final = 0.8  # of the records of the method with fewer, for a comparison that needs no word
+LEAST, ENOUGH = 0.5, 0.8  # of the records of the method with fewer: for a comparison, and for one that needs no word
 
 Methods = Mapping[str, Sequence[Standing]]
 
@@ -228,7 +228,7 @@ def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> lis
     The test is over records, paired, two-sided, its p-values adjusted (Holm) for all pairs of methods in the column:
     which of them is the best was not known before, so those with it alone would be too few.
     """
-    having = {label: [one for one in own if column in one.records] for label, own in methods.items()}
+    having = {label: _having(column, own) for label, own in methods.items()}
     means = {row.method: row.cells[column].mean for row in rows if having[row.method] and column in row.cells}
     if len(means) < 2:
         return []
@@ -251,11 +251,29 @@ def _against_the_best(column: str, rows: Sequence[Row], methods: Methods) -> lis
     return comparisons
 
 
+def _having(column: str, members: Sequence[Standing]) -> list[Standing]:
+    """Those with scores of single records."""
+    return [one for one in members if column in one.records]
+
+
 def _difference(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Mapping[str, Difference] | str:
     (runs, scores), (other_runs, other_scores) = (
         ([one.run for one in own], [{column: one.records[column]} for one in own]) for own in (first, second)
     )
-    return compared(runs, scores, other_runs, other_scores)
+    found = compared(runs, scores, other_runs, other_scores)
+    if not isinstance(found, str) and found[column].n < LEAST * min(_counts(column, first, second)):
+        return f"only {found[column].n} record{'s were' if found[column].n > 1 else ' was'} scored in both"
+    return found
+
+
+def _counts(column: str, *methods: Sequence[Standing]) -> list[int]:
+    """Rows of the data file that each was asked about, with the seeds that all have; with any, where there are none."""
+    seeds = [{one.run.seed for one in own} for own in methods]
+    counted = set.intersection(*seeds) or set.union(*seeds)
+    return [
+        len(set().union(*(one.records[column][0].tolist() for one in own if one.run.seed in counted)))
+        for own in methods
+    ]
 
 
 def _by_pair(column: str, first: Sequence[Standing], second: Sequence[Standing]) -> Iterator[float]:
@@ -276,18 +294,20 @@ def _judged(cell: Cell, row: Row, comparisons: Sequence[Comparison]) -> Cell:
 
 def _said_of_comparisons(comparisons: Sequence[Comparison], methods: Methods) -> Iterator[str]:
     """Of methods that cannot be compared, or on few of their records: a line each."""
+    apart: dict[tuple[str, str, str], list[str]] = {}
     few: dict[tuple[str, str, int, int, int], list[str]] = {}
     for one in comparisons:
         if one.method == one.best:
             continue
         if one.reason:
-            yield f"{one.method} is not compared with {one.best}, {one.column}'s best: {one.reason}."
+            apart.setdefault((one.method, one.best, one.reason), []).append(one.column)
             continue
-        own, theirs = ({standing.run.seed for standing in methods[name]} for name in (one.method, one.best))
         assert one.found is not None
-        counts = [_count(one.column, methods[name], own & theirs or own | theirs) for name in (one.method, one.best)]
+        counts = _counts(one.column, *(_having(one.column, methods[name]) for name in (one.method, one.best)))
         if one.found.n < ENOUGH * min(counts):
             few.setdefault((one.method, one.best, counts[0], counts[1], one.found.n), []).append(one.column)
+    for (method, best, reason), columns in apart.items():
+        yield f"{method} is not compared with {best}, the best in {' and '.join(columns)}: {reason}."
     for (method, best, own_count, its_count, shared), columns in few.items():
         yield (
             f"{' and '.join(columns)}: {method} was asked about {own_count:,} records and {best}, the best, about "
@@ -301,12 +321,6 @@ def _seeds(methods: Methods) -> Iterator[str]:
     if len({tuple(one) for one in seeds.values()}) > 1:
         told = "; ".join(f"{label} {', '.join(own)}" for label, own in seeds.items())
         yield f"Seeds differ ({told}): compared within those that both have; without any, each run with each."
-
-
-def _count(column: str, members: Sequence[Standing], seeds: set[Any]) -> int:
-    """Rows of the data file that the runs with these seeds were asked about."""
-    rows = [one.records[column][0].tolist() for one in members if column in one.records and one.run.seed in seeds]
-    return len(set().union(*rows))
 
 
 def _not_compared(methods: Methods) -> tuple[set[str], list[str]]:

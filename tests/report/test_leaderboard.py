@@ -193,6 +193,16 @@ def test_what_cannot_be_compared_is_apart(tmp_path: Path) -> None:
     ]
 
 
+def test_methods_that_share_a_few_records_are_not_compared(tmp_path: Path) -> None:
+    """Five of forty records cannot tell the worst from the best, which is no reason to set it bold."""
+    made(tmp_path / "best", {"ES": right(40)}, "seed=1", editor="best")
+    made(tmp_path / "near", {"ES": right(39)}, "seed=1", editor="near")
+    made(tmp_path / "worst", {"ES": [0] * 40}, "seed=2", editor="worst", first_row=35)
+    group = only_group(tmp_path)
+    assert bold(group, "ES") == {"best", "near"}
+    assert "worst is not compared with best, the best in ES: only 5 records were scored in both." in group.notes
+
+
 def test_other_records_and_devices_are_noted(tmp_path: Path) -> None:
     made(tmp_path / "a", {"ES": right(9)}, "num_seq=4", editor="a")
     part = made(tmp_path / "b", {"ES": [0] * 21 + [1] * 9}, "num_seq=4", editor="b", first_row=20)
@@ -209,7 +219,7 @@ def test_other_records_and_devices_are_noted(tmp_path: Path) -> None:
         in notes
     )
     assert "Runs were on different devices (cpu, cuda): their costs do not compare." in notes
-    assert "c is not compared with b, ES's best: no record was scored in both." in notes
+    assert "c is not compared with b, the best in ES: no record was scored in both." in notes
     assert bold(only_group(tmp_path), "ES") == {"a", "b"}
 
 
