@@ -105,10 +105,9 @@ def _draw(ax: Axes, runs: Sequence[Named], points: Mapping[str, Points]) -> str:
             shared = set.intersection(*map(set, every))
             every = [{at: float(np.mean([interval(one[at])[0] for one in every])) for at in shared}]
         draw_points(ax, every[0], own[0].look, None, bands=bands and len(own) == 1)
-    alone = "bands are 95% bootstrap intervals of methods with one seed." if bands else "intervals are in the tables."
-    if all(len(own) == 1 for own in methods.values()):
-        return f"{'Bands are 95% bootstrap intervals.' if bands else 'Intervals are in the tables.'}"
-    return f"Of a method with several seeds their mean, the seeds pale behind it; {alone}"
+    told = "Bands are 95% bootstrap intervals, of methods with one seed." if bands else "Intervals are in the tables."
+    several = any(len(own) > 1 for own in methods.values())
+    return f"{'Of a method with several seeds their mean, the seeds pale behind it. ' * several}{told}"
 
 
 def _legend(runs: Sequence[Named]) -> list[Line2D]:

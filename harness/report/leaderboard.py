@@ -162,10 +162,8 @@ def _bases(methods: Methods) -> Iterator[Row]:
     runs = [one.run for own in methods.values() for one in own if one.turns is None and one.run.results.get("base")]
     asked = {run.seed: run for run in sorted(runs, key=lambda run: len(run.results["base"]))}
     records = {seed: record_scores(run.lines("records.jsonl"), "base") for seed, run in asked.items()}
-    choices = sorted(
-        {tuple(dict.fromkeys(one.run.seed for one in own)) for own in methods.values()}, key=len, reverse=True
-    )
-    for seeds in choices:
+    choices = {tuple(dict.fromkeys(one.run.seed for one in own)) for own in methods.values()}
+    for seeds in sorted(choices, key=lambda one: (-len(one), one)):
         told = f", {seeds_told(seeds)}" if len(choices) > 1 else ""
         there = [seed for seed in seeds if seed in asked]
         scores = [asked[seed].results["base"] for seed in there]

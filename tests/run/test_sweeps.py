@@ -183,7 +183,9 @@ echo started
 for i in $(seq 100); do sleep 0.05; done
 """
     place(tmp_path, python)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # no shell takes up what it was started to ignore
     with subprocess.Popen(["sh", "sweeps/ablations.sh"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as script:
+        signal.signal(signal.SIGINT, before)
         assert script.stdout is not None
         assert script.stdout.readline() == "started\n"
         script.send_signal(number)
