@@ -22,11 +22,10 @@ status=0
 python() {
     .venv/bin/python "$@" &
     trap "kill -TERM $!" INT TERM
-    code=0
-    wait $! || code=$?
-    while kill -0 $! 2>/dev/null; do # the signal ended the waiting
+    while :; do
         code=0
         wait $! || code=$?
+        kill -0 $! 2>/dev/null || break # else a signal has ended the waiting
     done
     trap - INT TERM
     [ "$code" -eq 0 ] || status=$code

@@ -31,7 +31,8 @@ COSTS: Final = (SECONDS, PEAK, GPU_PEAK)
 COLUMNS: Final = (*SCORE_COLUMNS, *COSTS)
 NEVER_BEST: Final = ("LS",)
 """Scores of which more is not better: LS is best where it is the base model's."""
-LEAST, ENOUGH = 0.5, 0.8  # of the records of the method with fewer: for a comparison, and for one that needs no word
+LEAST: Final = 0.5  # of the records of the method with fewer, for a comparison
+ENOUGH: Final = 0.8  # of them, for one that needs no word
 
 Methods = Mapping[str, Sequence[Standing]]
 

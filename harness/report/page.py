@@ -148,24 +148,25 @@ def _one_runs_results(named: Named) -> str:
 
 def _all_runs_results(runs: Sequence[Named]) -> str:
     names = sorted(dict.fromkeys(n for named in runs for n in named.run.results.get("final", {})), key=order)
-    asked = [([named], [_score(name, named.run.results.get("base", {}).get(name)) for name in names]) for named in runs]
-    rows = _base_rows(asked, [named.label for named in runs]) + [
+    asked = [
+        (named.label, [named], [_score(name, named.run.results.get("base", {}).get(name)) for name in names])
+        for named in runs
+    ]
+    rows = _base_rows(asked) + [
         [_swatch(named), *(_score(name, named.run.results.get("final", {}).get(name)) for name in names)]
         for named in runs
     ]
     return table(["run", *names], rows)
 
 
-def _base_rows(asked: Iterable[tuple[Sequence[Named], Sequence[str]]], labels: Sequence[str]) -> list[list[str]]:
-    """One row, unless runs asked the base model about other facts: then each says of which seeds it is.
+def _base_rows(asked: Iterable[tuple[str, Sequence[Named], Sequence[str]]]) -> list[list[str]]:
+    """One row, unless runs asked the base model about other facts: then each says of which seeds it is, or of whom.
 
-    `asked`: runs that stand together, and the base model's cells on their facts; `labels`: their names, which are told
-    where seeds do not tell the rows apart.
+    `asked`: the name of runs that stand together, these, and the base model's cells on their facts.
     """
-    bases: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {}  # cells -> label -> seeds
-    for (members, cells), label in zip(asked, labels, strict=True):
-        seeds = tuple(dict.fromkeys(named.run.seed for named in members))
-        bases.setdefault(tuple(cells), {})[label] = seeds
+    bases: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {}  # cells -> name -> seeds
+    for label, members, cells in asked:
+        bases.setdefault(tuple(cells), {})[label] = tuple(dict.fromkeys(named.run.seed for named in members))
     choices = [set(own.values()) for own in bases.values()]
     by_seed = sum(map(len, choices)) == len(set.union(*choices))
     rows = []
@@ -184,10 +185,10 @@ def _averages(runs: Sequence[Named], tables: Tables) -> Iterator[str]:
         return
     yield "<h2>Scores, averaged over seeds</h2>"
     asked = [
-        (members, [_averaged(name, members, "base", tables.base[label]) for name in names])
+        (label, members, [_averaged(name, members, "base", tables.base[label]) for name in names])
         for label, members in groups.items()
     ]
-    rows = _base_rows(asked, list(groups)) + [
+    rows = _base_rows(asked) + [
         [_swatch(members[0], label), *(_averaged(name, members, "final", tables.averages[label]) for name in names)]
         for label, members in groups.items()
     ]
